@@ -1,0 +1,212 @@
+"""The oracle against torch's own float64 attention, finite differences, and itself in other blocks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ringattn import reference
+
+Array = NDArray[np.float64]
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def inputs(
+    heads: int = 4, kv_heads: int = 2, queries: int = 13, keys: int = 17, dim: int = 8, value_dim: int = 5
+) -> tuple[Array, Array, Array, Array, Array]:
+    q, k, v = (
+        random(2, heads, queries, dim),
+        random(2, kv_heads, keys, dim),
+        random(2, kv_heads, keys, value_dim),
+    )
+    return q, k, v, random(2, heads, queries, value_dim, seed=1), random(2, heads, queries, seed=2)
+
+
+def some_mask(queries: int, keys: int) -> NDArray[np.bool_]:
+    """A ragged mask in which the rows 3 and the last see nothing and key 2 is seen by nobody."""
+    allowed = np.random.default_rng(5).random((queries, keys)) < 0.6
+    allowed[3], allowed[-1], allowed[:, 2] = False, False, False
+    return allowed
+
+
+def torch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: NDArray[np.bool_], scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention by autograd-able torch float64, with unreachable rows 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    mask = torch.from_numpy(allowed)
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    safe = lse.masked_fill(~mask.any(-1), 0.0)
+    p = (scores - safe[..., None]).exp().masked_fill(~mask, 0.0)
+    return p @ v, lse
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_values_and_gradients_are_those_of_torch(kv_heads: int, scale: float | None) -> None:
+    q, k, v, dout, dlse = inputs(kv_heads=kv_heads)
+    allowed = some_mask(13, 17)
+    tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    out, lse = torch_attention(tensors[0], tensors[1], tensors[2], allowed, scale)
+    reachable = torch.from_numpy(allowed.any(1))
+    ((out * torch.from_numpy(dout)).sum() + (lse * torch.from_numpy(dlse))[..., reachable].sum()).backward()
+
+    got = reference.evaluate(q, k, v, allowed, dout, dlse, scale=scale)
+    np.testing.assert_allclose(got.out, out.detach().numpy(), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(got.lse, lse.detach().numpy(), rtol=0, atol=1e-14)
+    for actual, tensor in zip((got.gradients.dq, got.gradients.dk, got.gradients.dv), tensors, strict=True):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(actual, tensor.grad.numpy(), rtol=0, atol=1e-13)
+
+
+def test_causal_output_is_that_of_scaled_dot_product_attention() -> None:
+    q, k, v = random(1, 3, 300, 16), random(1, 3, 300, 16, seed=1), random(1, 3, 300, 16, seed=2)
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        tensors[0], tensors[1], tensors[2], is_causal=True
+    )
+    out, _ = reference.attention(q, k, v, np.tri(300, dtype=bool))
+    assert reference.error(out, expected.numpy(), expected.numpy()) < 1e-14
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_are_finite_differences(which: int) -> None:
+    *qkv, dout, dlse = inputs(heads=2, kv_heads=1, queries=4, keys=5, dim=3, value_dim=2)
+    allowed = np.tri(4, 5, 1, dtype=bool)
+
+    def loss(x: Array) -> float:
+        q, k, v = (x if i == which else y for i, y in enumerate(qkv))
+        out, lse = reference.attention(q, k, v, allowed)
+        return float((out * dout).sum() + (lse * dlse).sum())
+
+    got = reference.gradients(qkv[0], qkv[1], qkv[2], allowed, dout, dlse)
+    analytic = (got.dq, got.dk, got.dv)[which]
+    numeric = np.zeros_like(analytic)
+    for at in np.ndindex(numeric.shape):
+        step = np.zeros_like(numeric)
+        step[at] = 1e-6
+        numeric[at] = (loss(qkv[which] + step) - loss(qkv[which] - step)) / 2e-6
+    np.testing.assert_allclose(analytic, numeric, rtol=0, atol=1e-8)
+
+
+def test_the_gradient_of_the_lse_alone_moves_no_value() -> None:
+    q, k, v, _, dlse = inputs()
+    got = reference.evaluate(q, k, v, np.ones((13, 17), bool), dlse=dlse)
+    assert not got.gradients.dv.any()
+    # ∂L/∂q of a row is λ Σ P k: with dlse = 1 that is attention with the keys as values
+    ones = reference.gradients(q, k, v, np.ones((13, 17), bool), np.zeros((2, 4, 13, 5)), np.ones_like(dlse))
+    keys_as_values, _ = reference.attention(q, k, k, np.ones((13, 17), bool))
+    np.testing.assert_allclose(ones.dq, keys_as_values * 8**-0.5, rtol=0, atol=1e-14)
+
+
+def test_an_unreachable_row_gives_zero_and_minus_infinity_and_no_gradient() -> None:
+    q, k, v, dout, dlse = inputs()
+    dlse[..., 3] = np.nan  # what a loss over −inf sends back
+    got = reference.evaluate(q, k, v, some_mask(13, 17), dout, dlse)
+    for row in (3, 12):
+        assert not got.out[:, :, row].any() and not got.gradients.dq[:, :, row].any()
+        assert np.isneginf(got.lse[:, :, row]).all()
+    assert not got.gradients.dk[:, :, 2].any() and not got.gradients.dv[:, :, 2].any()
+    everything = (got.out, got.gradients.dq, got.gradients.dk, got.gradients.dv, got.magnitudes.dk)
+    assert all(np.isfinite(x).all() for x in everything)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 100, 10**9])
+def test_the_size_of_the_blocks_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, dout, dlse = inputs()
+    allowed = some_mask(13, 17)
+    expected = reference.evaluate(q, k, v, allowed, dout, dlse)
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", elements)
+    asked: list[tuple[int, int]] = []
+
+    def rows(start: int, stop: int) -> NDArray[np.bool_]:
+        asked.append((start, stop))
+        return allowed[start:stop]
+
+    got = reference.evaluate(q, k, v, rows, dout, dlse)
+    assert asked[0][0] == 0 and asked[-1][1] == 13
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(asked))
+    np.testing.assert_allclose(got.lse, expected.lse, rtol=0, atol=1e-14)
+    for a, b in ((got.gradients, expected.gradients), (got.magnitudes, expected.magnitudes)):
+        for name in vars(a):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-13)
+
+
+def test_magnitudes_are_the_formulas_with_absolute_factors() -> None:
+    q, k, v, dout, dlse = inputs(heads=2, kv_heads=2)
+    allowed = some_mask(13, 17)
+    out, lse = reference.attention(q, k, v, allowed)
+    shift = np.where(np.isfinite(lse), lse, 0.0)[..., None]
+    p = np.where(allowed, np.exp(q @ k.swapaxes(2, 3) / np.sqrt(8) - shift), 0.0)
+    e = np.abs(dout) @ np.abs(v).swapaxes(2, 3) + np.abs(dout * out).sum(-1, keepdims=True)
+    e = p * (e + np.abs(dlse)[..., None])
+    got = reference.magnitudes(q, k, v, allowed, dout, dlse)
+    np.testing.assert_allclose(got.out, p @ np.abs(v), atol=1e-13)
+    np.testing.assert_allclose(got.dv, p.swapaxes(2, 3) @ np.abs(dout), atol=1e-13)
+    np.testing.assert_allclose(got.dq, e @ np.abs(k) / np.sqrt(8), atol=1e-13)
+    np.testing.assert_allclose(got.dk, e.swapaxes(2, 3) @ np.abs(q) / np.sqrt(8), atol=1e-13)
+
+
+def test_no_queries_no_keys_and_large_scores() -> None:
+    q, k, v, dout, _ = inputs(queries=0)
+    assert reference.evaluate(q, k, v, np.zeros((0, 17), bool), dout).out.shape == (2, 4, 0, 5)
+    q, k, v, dout, _ = inputs(keys=0)
+    nothing = reference.evaluate(q, k, v, np.zeros((13, 0), bool), dout)
+    assert (
+        not nothing.out.any()
+        and np.isneginf(nothing.lse).all()
+        and nothing.gradients.dk.shape == (2, 2, 0, 8)
+    )
+    q, k, v, dout, _ = inputs()
+    out, lse = reference.attention(q * 1e4, k, v, np.ones((13, 17), bool))
+    assert np.isfinite(out).all() and np.isfinite(lse).all()
+
+
+def test_error_is_relative_to_the_magnitude() -> None:
+    assert reference.error([3.0, 0.0], [3.0, 4.0], [0.0, 8.0]) == 0.5
+    assert reference.error([0.0], [0.0], [0.0]) == 0.0
+    assert reference.error([], [], []) == 0.0
+    assert reference.error([1.0], [0.0], [0.0]) == np.inf
+    assert reference.error([np.nan], [1.0], [1.0]) == np.inf
+    assert reference.error([np.inf], [1.0], [1.0]) == np.inf
+    assert reference.error([1.0], [-np.inf], [1.0]) == np.inf
+    assert reference.error([-np.inf, 2.0], [-np.inf, 1.0], [-np.inf, 2.0]) == 0.5
+    with pytest.raises(ValueError, match="shape"):
+        reference.error([1.0, 2.0], [1.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v, True), "4 dims"),
+        (lambda q, k, v: (q, k[..., :3], v, True), "shapes disagree"),
+        (lambda q, k, v: (q[:, :3], k, v, True), "3 query heads"),
+        (lambda q, k, v: (q, k, v, np.ones((13, 16), bool)), r"needs shape \(13, 17\)"),
+        (lambda q, k, v: (q, k, v, np.ones((13, 17))), "needs booleans"),
+        (lambda q, k, v: (q, k, v, lambda a, b: np.ones((13, 17), bool)[a : b - 1]), "for rows 0 to 13"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    broken: Callable[..., tuple[Array, Array, Array, Array]], message: str
+) -> None:
+    q, k, v, allowed = broken(*inputs()[:3])
+    with pytest.raises(ValueError, match=message):
+        reference.attention(q, k, v, allowed)
+
+
+def test_torch_tensors_are_accepted() -> None:
+    q, k, v, dout, _ = inputs()
+    allowed = some_mask(13, 17)
+    tensors = [torch.from_numpy(x) for x in (q, k, v, allowed, dout)]
+    expected = reference.evaluate(q, k, v, allowed, dout)
+    np.testing.assert_array_equal(reference.evaluate(*tensors).gradients.dq, expected.gradients.dq)
