@@ -1,0 +1,127 @@
+"""Who takes part: functions that prepare a case on a rank, to be sent to a `Team`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
+
+from scripts.benchmarks.cases import Case
+from scripts.benchmarks.teams import Team, Worker
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Results = list[NDArray[np.float32]]
+"""out and, with a backward, dq, dk, dv: this rank's tokens in the order of `positions`, [1, heads, tokens, dim]."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    ranks: int
+    threads: int
+    prepare: Callable[[Worker, Case], NDArray[np.int64]]
+    """Sets worker.prepared to one measured call and returns the positions of this rank's tokens."""
+    token_dim: int = 2
+
+    def team(self) -> Team:
+        return Team(self.ranks, self.threads)
+
+
+def measured(attend: Attend, inputs: list[torch.Tensor], case: Case) -> Callable[[], list[torch.Tensor]]:
+    """The call that is timed: forward, or forward and the gradients of q, k and v."""
+    q, k, v, dout = inputs
+    for x in (q, k, v):
+        x.requires_grad_(case.backward)
+
+    def call() -> list[torch.Tensor]:
+        if not case.backward:
+            with torch.no_grad():
+                return [attend(q, k, v)]
+        out = attend(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    return call
+
+
+def collect(worker: Worker, token_dim: int) -> Results:
+    """Runs what is prepared once and returns the results with tokens in dim 2, float32."""
+    return [x.transpose(token_dim, 2).float().contiguous().numpy() for x in worker.prepared()]
+
+
+def dense_bias(case: Case) -> torch.Tensor | None:
+    """The mask as PyTorch's flash kernel takes it fastest, added to the scores; None where is_causal will do."""
+    if case.mask_name == "causal":
+        return None
+    bias = torch.empty(case.length, case.length, dtype=case.dtype)
+    for start in range(0, case.length, 1024):
+        rows = torch.from_numpy(case.rows(start, min(start + 1024, case.length)))
+        bias[start : start + 1024] = torch.where(rows, 0.0, -torch.inf)
+    return bias
+
+
+def prepare_sdpa(worker: Worker, case: Case) -> NDArray[np.int64]:
+    """PyTorch's own attention on the whole sequence in one process."""
+    bias = dense_bias(case)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+    worker.prepared = measured(attend, case.inputs(), case)
+    return np.arange(case.length)
+
+
+def prepare_ulysses(worker: Worker, case: Case) -> NDArray[np.int64]:
+    """DeepSpeed's Ulysses around the same kernel: heads for sequence and back, [1, tokens, heads, dim]."""
+    logging.disable(logging.WARNING)  # its log goes to stdout
+    import deepspeed
+    from deepspeed.sequence.layer import DistributedAttention
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    bias = dense_bias(case)
+
+    def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        return out.transpose(1, 2)
+
+    ulysses = DistributedAttention(local, dist.group.WORLD, scatter_idx=2, gather_idx=1)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = ulysses(q, k, v, 0)
+        return out
+
+    size = case.length // worker.size
+    positions = np.arange(worker.rank * size, (worker.rank + 1) * size)
+    inputs = [x[:, :, positions].transpose(1, 2).contiguous() for x in case.inputs()]
+    worker.prepared = measured(attend, inputs, case)
+    return positions
+
+
+def prepare_ringattn(worker: Worker, case: Case) -> NDArray[np.int64]:
+    import ringattn
+
+    mesh = ringattn.init()
+    sharding = ringattn.Sharding(case.length, mesh, mask=case.mask)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ringattn.attention(q, k, v, case.mask, sharding=sharding)
+
+    inputs = [sharding.split(x, 2).contiguous() for x in case.inputs()]
+    worker.prepared = measured(attend, inputs, case)
+    positions: NDArray[np.int64] = sharding.positions.numpy()
+    return positions
+
+
+CONTESTANTS = (
+    Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
+    Contestant("SDPA, 2 threads", 1, 2, prepare_sdpa),
+    Contestant("DeepSpeed Ulysses, 2 ranks", 2, 1, prepare_ulysses, token_dim=1),
+    Contestant("ringattn, 2 ranks", 2, 1, prepare_ringattn),
+)
+OURS = CONTESTANTS[-1]
