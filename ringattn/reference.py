@@ -174,13 +174,9 @@ class _Inputs(NamedTuple):
         rows = query.shape[:3]
         arriving = None
         if dout is not None or dlse is not None:
-            arriving = (
-                np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
-            )
+            arriving = np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
         on_lse = np.zeros(rows) if dlse is None else np.asarray(dlse, dtype=np.float64)
-        return _Inputs(
-            query, key, value, arriving, on_lse, query.shape[3] ** -0.5 if scale is None else scale
-        )
+        return _Inputs(query, key, value, arriving, on_lse, query.shape[3] ** -0.5 if scale is None else scale)
 
 
 class _Spot(NamedTuple):
@@ -193,8 +189,7 @@ class _Spot(NamedTuple):
 def _walk(x: _Inputs, allowed: Allowed, *, measure: bool) -> Evaluation:
     out_shape = (*x.q.shape[:3], x.v.shape[3])
     values, sizes = (
-        Magnitudes(np.zeros(out_shape), np.zeros_like(x.q), np.zeros_like(x.k), np.zeros_like(x.v))
-        for _ in range(2)
+        Magnitudes(np.zeros(out_shape), np.zeros_like(x.q), np.zeros_like(x.k), np.zeros_like(x.v)) for _ in range(2)
     )
     lse = np.full(out_shape[:3], -np.inf)
     group = x.q.shape[1] // x.k.shape[1]

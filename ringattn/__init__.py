@@ -1,0 +1,70 @@
+"""ringattn: exact attention over sequences too long for one device. See README.md."""
+
+from ringattn import reference
+from ringattn.accounting import Balance, Memory, Traffic, balance, lower_bound
+from ringattn.errors import (
+    AgreementError,
+    DeadlockError,
+    InFlightError,
+    InputError,
+    MissingDependencyError,
+    PlanError,
+    RingAttentionError,
+    TransportError,
+    UnsupportedError,
+)
+from ringattn.functional import attention
+from ringattn.layouts import Contiguous, Layout, Striped, Zigzag
+from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
+from ringattn.mechanisms.softmax import Softmax
+from ringattn.mesh import Mesh
+from ringattn.planning import plan, plan_all
+from ringattn.plans import Plan
+from ringattn.schedules.ring import Ring
+from ringattn.schedules.route import Route
+from ringattn.sharding import Sharding
+from ringattn.simulator import Simulation, simulate
+from ringattn.startup import init
+from ringattn.verification import verify
+
+__all__ = [
+    "AgreementError",
+    "Balance",
+    "Causal",
+    "Contiguous",
+    "DeadlockError",
+    "Documents",
+    "Full",
+    "InFlightError",
+    "InputError",
+    "Layout",
+    "Mask",
+    "Memory",
+    "Mesh",
+    "MissingDependencyError",
+    "Plan",
+    "PlanError",
+    "Prefix",
+    "Ring",
+    "RingAttentionError",
+    "Route",
+    "Sharding",
+    "Simulation",
+    "SinkTokens",
+    "Softmax",
+    "Striped",
+    "Traffic",
+    "TransportError",
+    "UnsupportedError",
+    "Window",
+    "Zigzag",
+    "attention",
+    "balance",
+    "init",
+    "lower_bound",
+    "plan",
+    "plan_all",
+    "reference",
+    "simulate",
+    "verify",
+]

@@ -1,0 +1,257 @@
+"""What plans cost: traffic, memory, balance, and the least that any plan could move."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ringattn import bands, tiles
+from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
+from ringattn.errors import InputError
+from ringattn.masks import Mask
+
+if TYPE_CHECKING:
+    from ringattn.plans import Exchange, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The heads of a call: what turns rows into bytes."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    dtype: str
+    itemsize: int
+
+    @property
+    def accumulator(self) -> int:
+        """Bytes of an accumulated number: float64 for float64 inputs, else float32."""
+        return max(self.itemsize, 4)
+
+    @property
+    def row(self) -> int:
+        """Numbers in one row of keys and values, all key heads."""
+        return self.batch * self.kv_heads * (self.dim + self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one rank moves in one call. Tokens are key positions, forward; bytes are payload, None without a shape.
+
+    Attributes:
+        messages, sent_tokens, received_tokens, sent_bytes, received_bytes: the forward pass.
+        backward_messages, backward_sent_bytes, backward_received_bytes: the backward pass, which moves keys and
+            values once more, and their gradients home.
+    """
+
+    messages: int
+    sent_tokens: int
+    received_tokens: int
+    sent_bytes: int | None
+    received_bytes: int | None
+    backward_messages: int
+    backward_sent_bytes: int | None
+    backward_received_bytes: int | None
+
+
+def traffic(plan: Plan) -> Traffic:
+    """Counts the items of a plan's steps."""
+    forward = [step.exchange for step in plan.steps if step.exchange]
+    backward = [step.exchange for step in plan.backward_steps if step.exchange]
+    shape = plan.shape
+
+    def rows(exchanges: list[Exchange], side: str, what: str) -> int:
+        return sum(item.rows for x in exchanges for item in getattr(x, side) if item.what == what)
+
+    def size(exchanges: list[Exchange], side: str) -> int | None:
+        if shape is None:
+            return None
+        gradient = shape.itemsize if plan.gradient_wire == "input" else shape.accumulator
+        return shape.row * (
+            rows(exchanges, side, "kv") * shape.itemsize + rows(exchanges, side, "dkv") * gradient
+        )
+
+    return Traffic(
+        messages=sum(len(x.sends) for x in forward),
+        sent_tokens=rows(forward, "sends", "kv"),
+        received_tokens=rows(forward, "receives", "kv"),
+        sent_bytes=size(forward, "sends"),
+        received_bytes=size(forward, "receives"),
+        backward_messages=sum(len(x.sends) for x in backward),
+        backward_sent_bytes=size(backward, "sends"),
+        backward_received_bytes=size(backward, "receives"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of every buffer of one forward and backward pass, by name; see `memory` for what each holds."""
+
+    buffers: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak, which is in the backward pass: all buffers are alive at once."""
+        return sum(self.buffers.values())
+
+
+def memory(plan: Plan) -> Memory:
+    """Every buffer of a call, inputs and results included, in bytes.
+
+    The exchange's buffers are the plan's `buffer_rows`; ``kernel`` is what one launch over the largest step returns
+    before it is added up: an output and a log-sum-exp forward, three gradients backward.
+    """
+    shape = plan.shape
+    if shape is None:
+        raise InputError("A plan's memory depends on its shape; give heads, head_dims and dtype when planning.")
+    queries = plan.tokens * shape.batch * shape.heads
+    keys = plan.key_tokens * shape.batch * shape.kv_heads
+    wide, narrow = shape.accumulator, shape.itemsize
+    inputs = queries * shape.dim + keys * (shape.dim + shape.value_dim)
+    buffers = {
+        "q, k, v": inputs * narrow,
+        "out": queries * shape.value_dim * narrow,
+        "log-sum-exp": queries * wide,
+        "gradient of out": queries * shape.value_dim * narrow,
+        "accumulated dq, dk, dv": inputs * wide,
+        "returned dq, dk, dv": inputs * narrow if narrow != wide else 0,
+        "kernel": _kernel_rows(plan, shape) * narrow,
+    }
+    for name, rows in plan.buffer_rows.items():
+        wire = narrow if plan.gradient_wire == "input" else wide
+        size = narrow if name.startswith("key") else wide if name.startswith("gradients") else wire
+        buffers[name] = rows * shape.row * size
+    return Memory(buffers)
+
+
+def _kernel_rows(plan: Plan, shape: Shape) -> int:
+    """Numbers in the results of the largest backward launch: dq of its queries, dk and dv of its keys."""
+    most = 0
+    for step_tiles in plan.tiles.values():
+        rows = step_tiles.rows
+        q = int((rows[:, tiles.Q] + rows[:, tiles.M]).max() - rows[:, tiles.Q].min())
+        k = int((rows[:, tiles.K] + rows[:, tiles.N]).max() - rows[:, tiles.K].min())
+        most = max(most, q * shape.heads * shape.dim + k * shape.kv_heads * (shape.dim + shape.value_dim))
+    return most * shape.batch
+
+
+def explain(plan: Plan) -> str:
+    """A plan in words: what it is, and a line a step."""
+    moved = traffic(plan)
+    lines = [
+        f"rank {plan.rank} of {plan.size}, {plan.description}",
+        f"  {plan.tokens} queries, {plan.key_tokens} keys, {plan.area} allowed pairs, plan {plan.hash}",
+        f"  receives {moved.received_tokens} key positions in {len(plan.held_rows) - 1} phases, "
+        f"sends {moved.sent_tokens} in {moved.messages} messages",
+    ]
+    lines += [f"  {plan.reason}"] if plan.reason else []
+    if plan.shape is not None:
+        lines.append(
+            f"  {moved.received_bytes} bytes received forward, {moved.backward_received_bytes} backward; "
+            f"{memory(plan).total} bytes of memory at the peak"
+        )
+    for step in plan.steps:
+        parts = []
+        if step.exchange:
+            parts += [f"send {item.rows} rows to rank {item.peer}" for item in step.exchange.sends]
+            parts += [f"receive {item.rows} rows from rank {item.peer}" for item in step.exchange.receives]
+        if step.tiles:
+            where = "its own keys" if step.phase == 0 else f"the keys of phase {step.phase}"
+            parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, over {where}")
+        lines.append(f"  phase {step.phase}: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """How even the ranks' shares are: each figure is the largest over the mean, 1.0 at best.
+
+    Attributes:
+        area: allowed pairs, which is time spent computing.
+        tokens: queries held, which is memory and the rest of the model's time.
+        received: key positions received; 1.0 where nobody receives anything.
+        sent: key positions sent, which is also the load of returning gradients.
+    """
+
+    area: float
+    tokens: float
+    received: float
+    sent: float
+
+
+def balance(plans: Sequence[Plan]) -> Balance:
+    """The balance of all ranks' plans."""
+    moved = [traffic(plan) for plan in plans]
+    return Balance(
+        area=_spread([plan.area for plan in plans]),
+        tokens=_spread([plan.tokens for plan in plans]),
+        received=_spread([t.received_tokens for t in moved]),
+        sent=_spread([t.sent_tokens for t in moved]),
+    )
+
+
+def _spread(shares: list[int]) -> float:
+    return max(shares) * len(shares) / sum(shares) if sum(shares) else 1.0
+
+
+def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) -> float:
+    """The fewest key positions all ranks together must receive, whatever the layout and schedule.
+
+    Holds for any scheme that moves keys and values only, in which no rank holds more than ``imbalance`` times the
+    mean of tokens (T) or of allowed pairs (B). Take a set of queries and keys that touches no other. Of the ranks
+    that hold some of its queries, order them by their last one: the ranks after the j-th from the end hold at most jT
+    tokens and jB pairs, so its last query lies no earlier than where the remaining rows fit into that, and it needs
+    as many keys as that row or a later one allows. All ranks together hold each key once. For one causal document of
+    L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
+    """
+    regions = mask.regions(length, length)
+    tokens, pairs = imbalance * length / ranks, imbalance * bands.area(regions) / ranks
+    row_area = bands.row_areas(regions, length)
+    bound = 0.0
+    for part in _components(regions):
+        first, last = int(part[:, Q0].min()), int(part[:, Q1].max())
+        rows = row_area[first:last]
+        if len(rows) <= tokens and rows.sum() <= pairs:
+            continue  # one rank can hold it all
+        after = np.cumsum(rows[::-1])  # allowed pairs of the last 1, 2, … rows
+        j = np.arange(ranks)
+        behind = np.minimum(np.floor(j * tokens).astype(np.int64), np.searchsorted(after, j * pairs, side="right"))
+        behind = behind[behind < len(rows)]
+        fewest = np.minimum.accumulate(rows[::-1])  # keys of the least of the last 1, 2, … rows
+        intervals = np.concatenate([np.zeros((len(part), 1), dtype=np.int64), part[:, K0 : K1 + 1]], axis=1)
+        held = tiles.merged(intervals)
+        bound += max(0.0, float(fewest[behind].sum() - (held[:, 2] - held[:, 1]).sum()))
+    return bound
+
+
+def _components(regions: Regions) -> list[Regions]:
+    """Regions grouped so that no two groups share a query or a key."""
+    label = np.arange(len(regions))
+    groups = [_runs(regions[:, Q0], regions[:, Q1]), _runs(regions[:, K0], regions[:, K1])]
+    while len(regions):
+        before = label.copy()
+        for group in groups:
+            least = np.full(len(regions), len(regions))
+            np.minimum.at(least, group, label)
+            label = least[group]
+        if np.array_equal(before, label):
+            break
+    order = np.argsort(label, kind="stable")
+    edges = np.flatnonzero(np.diff(label[order])) + 1
+    return np.split(regions[order], edges) if len(regions) else []
+
+
+def _runs(start: Array, stop: Array) -> Array:
+    """A number for each interval, equal for intervals that overlap, directly or through others."""
+    order = np.argsort(start, kind="stable")
+    reach = np.maximum.accumulate(stop[order]) if len(stop) else stop
+    fresh = np.concatenate([[True], start[order][1:] >= reach[:-1]])[: len(start)]
+    out = np.empty(len(start), dtype=np.int64)
+    out[order] = np.cumsum(fresh) - 1
+    return out

@@ -1,0 +1,96 @@
+"""Demand: which rank's queries need which rank's keys. A mask cut by two shardings, and what schedules ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ringattn import layouts, tiles
+from ringattn.bands import Array, Regions
+from ringattn.tiles import K_RANK, Q_RANK
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Demand:
+    """The allowed pairs of a mask, by the ranks that hold them.
+
+    One rank's plan needs only its own rows and columns of the cut; all ranks' plans share one whole cut, which is
+    made when `whole` is first asked for.
+
+    Attributes:
+        regions: the mask's regions.
+        q_spans, k_spans: who holds which queries and keys, as `layouts` describes.
+        size: ranks that share the sequence.
+    """
+
+    regions: Regions
+    q_spans: Array
+    k_spans: Array
+    size: int
+    _derived: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def derive(self, function: Callable[..., T], *args: Hashable) -> T:
+        """``function(self, *args)``, worked out once for this demand."""
+        key = (function, args)
+        if key not in self._derived:
+            self._derived[key] = function(self, *args)
+        return self._derived[key]  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def whole(self) -> Array:
+        """The cut of all ranks, sorted by the rank of the queries, then of the keys."""
+        table = tiles.cut(self.regions, self.q_spans, self.k_spans)
+        return table[np.lexsort((table[:, K_RANK], table[:, Q_RANK]))]
+
+    @functools.cached_property
+    def used(self) -> Array:
+        """Key rows used, all ranks: ``(q_rank, k_rank, start, stop)``, sorted."""
+        return tiles.used_keys(self.whole)
+
+    @functools.cached_property
+    def used_by_owner(self) -> Array:
+        """`used`, sorted by the rank of the keys, then of the queries."""
+        return self.used[np.argsort(self.used[:, K_RANK], kind="stable")]
+
+    def rows(self, rank: int) -> Array:
+        """The cut of one rank's queries with everybody's keys."""
+        return self.derive(_rows, rank)
+
+    def used_by(self, rank: int) -> Array:
+        """The key rows one rank's queries use: ``(rank, k_rank, start, stop)``, sorted."""
+        return self.derive(_used_by, rank)
+
+    def used_of(self, rank: int) -> Array:
+        """One rank's key rows that queries use: ``(q_rank, rank, start, stop)``, sorted."""
+        return self.derive(_used_of, rank)
+
+
+def _rows(demand: Demand, rank: int) -> Array:
+    if "whole" in demand.__dict__:
+        return _slice(demand.whole, Q_RANK, rank)
+    return tiles.cut(demand.regions, _slice(demand.q_spans, layouts.RANK, rank), demand.k_spans)
+
+
+def _used_by(demand: Demand, rank: int) -> Array:
+    if "whole" in demand.__dict__:
+        return _slice(demand.used, Q_RANK, rank)
+    return tiles.used_keys(demand.rows(rank))
+
+
+def _used_of(demand: Demand, rank: int) -> Array:
+    if "whole" in demand.__dict__:
+        return _slice(demand.used_by_owner, K_RANK, rank)
+    own = _slice(demand.k_spans, layouts.RANK, rank)
+    return tiles.used_keys(tiles.cut(demand.regions, demand.q_spans, own))
+
+
+def _slice(table: Array, column: int, value: int) -> Array:
+    """The rows of a sorted table with this value."""
+    start, stop = np.searchsorted(table[:, column], [value, value + 1])
+    return table[start:stop]

@@ -1,0 +1,184 @@
+"""The front door: `attention` checks its arguments, finds or makes the plan, and runs it."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from ringattn import agreement, autograd
+from ringattn.engine import Call
+from ringattn.errors import InputError, UnsupportedError
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.choice import chosen
+from ringattn.masks import Mask
+from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.mechanisms.softmax import Softmax
+from ringattn.planning import plan
+from ringattn.schedules.base import Schedule
+from ringattn.sharding import Sharding
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    sharding: Sharding,
+    kv_sharding: Sharding | None = ...,
+    mechanism: Mechanism = ...,
+    schedule: Schedule | str = ...,
+    kernel: Kernel | str = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    sharding: Sharding,
+    kv_sharding: Sharding | None = ...,
+    mechanism: Mechanism = ...,
+    schedule: Schedule | str = ...,
+    kernel: Kernel | str = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    sharding: Sharding,
+    kv_sharding: Sharding | None = None,
+    mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
+    schedule: Schedule | str = "auto",
+    kernel: Kernel | str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over a sequence that is sharded over ranks. Every rank calls it with its own part.
+
+    Args:
+        q: ``[B, Hq, S_local, D]``, this rank's queries, in the order of ``sharding.positions``.
+        k, v: ``[B, Hkv, Skv_local, D]`` and ``[B, Hkv, Skv_local, Dv]``, in the order of ``kv_sharding.positions``. Hq
+            is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``, as in
+            ``scaled_dot_product_attention(enable_gqa=True)``.
+        mask: the allowed pairs, in global positions.
+        sharding: who holds the queries.
+        kv_sharding: who holds the keys and values; None for the same.
+        mechanism: what attends; Softmax by default.
+        schedule: a schedule, its name, or ``auto``, which `ringattn.plan(...).explain()` explains.
+        kernel: a kernel, its name, or ``auto``.
+        return_lse: whether to return the log-sum-exp too, ``[B, Hq, S_local]`` in float32 (float64 for float64),
+            -inf for a query that no key may reach. It is differentiable.
+
+    Returns:
+        ``[B, Hq, S_local, Dv]`` in q's dtype; 0 for a query that no key may reach.
+
+    Raises:
+        InputError: an argument is wrong; nothing was sent.
+        UnsupportedError: the schedule or kernel asked for cannot do this; nothing was sent.
+        AgreementError: the ranks called with different arguments; raised on all of them.
+    """
+    kv = sharding if kv_sharding is None else kv_sharding
+    transport = sharding.mesh.connected()
+    try:
+        problem = _problem(q, k, v, mechanism, sharding, kv)
+        key = (mask, kv, mechanism, schedule, kernel, problem.batch, *_shapes(problem), problem.device, _wanted(q, k, v))
+        found = sharding.owned.get(key)
+        if found is None:
+            refusal = transport.refuses(q.device)
+            if refusal is not None:
+                raise UnsupportedError(refusal)
+            found = _prepared(problem, mask, sharding, kv, schedule, kernel, _wanted(q, k, v))
+            sharding.owned[key] = found
+        if return_lse and "lse" not in mechanism.extras:
+            raise UnsupportedError(f"{mechanism} has no log-sum-exp to return; leave return_lse out.")
+    except InputError:
+        # The other ranks are about to compare digests and would wait for ours.
+        agreement.refuse(transport, q.device)
+        raise
+    _, number = found
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, extras = autograd.attention(q, k, v, list(mechanism.params), number, 0)
+    return (out, extras[mechanism.extras.index("lse")]) if return_lse else out
+
+
+def _prepared(
+    problem: Problem,
+    mask: Mask,
+    sharding: Sharding,
+    kv: Sharding,
+    schedule: Schedule | str,
+    kernel: Kernel | str,
+    wanted: str,
+) -> tuple[Call, int]:
+    """The call and its handle: planned, verified, and everything that can be known before the tensors."""
+    heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
+    shape = {"heads": heads, "head_dims": dims, "dtype": problem.dtype, "batch": problem.batch}
+    own = plan(mask, sharding, schedule, kv, **shape)  # type: ignore[arg-type]
+    own.verify()
+    fields = {
+        "shapes": f"{problem.batch} x {heads} heads of {dims}, {sharding.length} queries, {kv.length} keys",
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "mask": str(mask),
+        "layout": str(sharding.layout) if kv == sharding else f"{sharding.layout}, keys {kv.layout}",
+        "schedule": str(schedule) if isinstance(schedule, str) else repr(schedule),
+        "mechanism": str(problem.mechanism),
+        "gradients": wanted,
+    }
+    call = Call(own, problem, chosen(kernel, problem)[0], sharding.mesh.connected(), fields)
+    return call, autograd.handle(call)
+
+
+def _wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """Which inputs need gradients, as in ``qkv``."""
+    if not torch.is_grad_enabled():
+        return "none"
+    return "".join(name for name, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad) or "none"
+
+
+def _shapes(problem: Problem) -> tuple[object, ...]:
+    return problem.heads, problem.kv_heads, problem.dim, problem.value_dim, problem.dtype
+
+
+def _problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mechanism: Mechanism, sharding: Sharding, kv: Sharding
+) -> Problem:
+    """The problem the tensors pose, or an error that shows the whole call."""
+    call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        raise InputError(f"attention takes [batch, heads, tokens, dim]; got {call}.")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise InputError(f"q, k and v must have one dtype and device; got {said}.")
+    if q.dtype not in _DTYPES:
+        raise InputError(f"attention computes float64, float32, bfloat16 and float16; got {q.dtype}.")
+    batch, heads, length, dim = q.shape
+    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
+        raise InputError(f"q, k, v must be [B, Hq, S, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]; got {call}.")
+    if not min(heads, k.shape[1], dim, v.shape[3]):
+        raise InputError(f"Heads and their dims must not be empty; got {call}.")
+    if heads % k.shape[1]:
+        raise InputError(f"Query heads must be a multiple of key heads; got {heads} and {k.shape[1]}.")
+    for x, owner, what in ((q, sharding, "queries"), (k, kv, "keys")):
+        if x.shape[2] != owner.count:
+            raise InputError(
+                f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
+                f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
+            )
+    if not isinstance(mechanism, Mechanism):
+        raise InputError(f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {mechanism!r}.")
+    return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
+
+

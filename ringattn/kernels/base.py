@@ -1,0 +1,49 @@
+"""The kernel contract: all the tiles of a step, into the state.
+
+Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]`` are a rank's queries and one buffer of
+keys and values, in any strides but the last, which is 1. Tiles index their dim 2.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ringattn.mechanisms.base import Problem, State
+from ringattn.tiles import Tiles
+
+
+class Kernel(ABC):
+    """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.derive`)."""
+
+    @abstractmethod
+    def refuses(self, problem: Problem) -> str | None:
+        """What of the problem the kernel cannot do, in words; None when it can."""
+
+    @abstractmethod
+    def forward(
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
+    ) -> None:
+        """Merges what the tiles contribute into the state, in place."""
+
+    @abstractmethod
+    def backward(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        tiles: Tiles,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dparams: State,
+    ) -> None:
+        """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params.
+
+        Args:
+            saved: the output and the mechanism's extras, over all keys.
+            dout, dextras: the gradients that arrive at them; None for an extra nobody used.
+        """

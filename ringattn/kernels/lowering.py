@@ -1,0 +1,157 @@
+"""Tiles lowered to what flash kernels know: full rectangles and causal squares, few and alike.
+
+First, tiles that together form one band are joined: a zigzag rank's own keys are three tiles and one causal square.
+Then every band is cut into pieces that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of both
+sides reversed). Last, equal pieces that lie at equal distances become one batch: a window of 1,024 over 8,192 rows is
+two launches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ringattn import bands
+from ringattn import tiles as t
+from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
+from ringattn.tiles import Tiles
+
+FULL, CAUSAL, FLIPPED = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """``count`` equal pieces of ``m`` queries and ``n`` keys.
+
+    The first begins at rows ``q`` and ``k``, each further one ``q_next`` and ``k_next`` rows later. Rows are taken
+    every ``q_step`` and ``k_step``.
+    """
+
+    kind: int
+    m: int
+    n: int
+    q_step: int
+    k_step: int
+    q: int
+    k: int
+    count: int = 1
+    q_next: int = 0
+    k_next: int = 0
+
+
+def lower(tiles: Tiles) -> list[Batch]:
+    """The batches of pieces that compute these tiles: every pair once, and no launch without a pair."""
+    rows = tiles.rows
+    plain = (rows[:, t.Q_STEP] == 1) & (rows[:, t.K_STEP] == 1)
+    boxes = _boxes(rows[plain])
+    steps = np.ones((len(boxes), 2), dtype=np.int64)
+    joined = coalesce(boxes)
+    strided = rows[~plain]
+    parts = [_cut(joined[:, [Q0, K0]], _canonical(joined), steps[: len(joined)])]
+    parts.append(_cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]))
+    return _batches(np.concatenate(parts))
+
+
+def _boxes(rows: Array) -> Array:
+    """Tiles without steps as regions over the rows of the two buffers."""
+    q, k, shift = rows[:, t.Q], rows[:, t.K], rows[:, t.Q] - rows[:, t.K]
+    columns = (q, q + rows[:, t.M], k, k + rows[:, t.N], rows[:, t.LOW] + shift, rows[:, t.HIGH] + shift)
+    return np.stack(columns, axis=1)
+
+
+def _canonical(boxes: Array) -> Array:
+    """Regions moved so that their boxes begin at 0, 0."""
+    out = boxes.copy()
+    out[:, [Q0, Q1]] -= boxes[:, [Q0]]
+    out[:, [K0, K1]] -= boxes[:, [K0]]
+    out[:, [LO, HI]] -= (boxes[:, Q0] - boxes[:, K0])[:, None]
+    return out
+
+
+def coalesce(rows: Array) -> Array:
+    """The same pairs in fewer regions: neighbours are joined when their hull holds nothing but their pairs."""
+    while len(rows) > 1:
+        before = len(rows)
+        for first, second in ((K0, Q0), (Q0, K0)):
+            rows = _join_neighbours(rows[np.lexsort((rows[:, first], rows[:, second]))])
+        if len(rows) == before:
+            break
+    return rows
+
+
+def _join_neighbours(rows: Array) -> Array:
+    low, high = np.minimum(rows[:-1], rows[1:]), np.maximum(rows[:-1], rows[1:])
+    columns = (low[:, Q0], high[:, Q1], low[:, K0], high[:, K1], low[:, LO], high[:, HI])
+    hull = np.stack(columns, axis=1)
+    area = bands.areas(rows)
+    fits = bands.areas(hull) == area[:-1] + area[1:]
+    # Of a run of pairs that fit, every second one: a region joins one neighbour at a time.
+    position = np.arange(len(fits))
+    begins = np.maximum.accumulate(np.where(fits, -1, position))
+    taken = np.flatnonzero(fits & ((position - begins) % 2 == 1))
+    out = rows.copy()
+    out[taken] = hull[taken]
+    return np.delete(out, taken + 1, axis=0)
+
+
+def _cut(origin: Array, regions: Array, steps: Array) -> Array:
+    """Pieces ``(kind, m, n, q_step, k_step, q, k)`` of canonical regions whose boxes begin at 0, 0.
+
+    From the top, a band's right edge moves until row b2 and its left edge from row b1 on. The boundary rows belong
+    to either side; they are taken so that a causal square needs no one-row rectangle beside it.
+    """
+    m, n, lo, hi = regions[:, Q1], regions[:, K1], regions[:, LO], regions[:, HI]
+    zero = np.zeros_like(m)
+    b1 = np.where(hi == m - 1, m, hi)
+    b2 = np.where(lo == 1 - n, 0, n + lo)
+    b2 = np.minimum(b2, m)
+    both = np.minimum(b1, b2)
+    pieces = []
+
+    def add(kind: int, q: Array, rows: Array, k: Array, columns: Array, parent: Array) -> None:
+        kept = (rows > 0) & (columns > 0)
+        parent = parent[kept]
+        shape = np.stack([np.full(len(parent), kind), rows[kept], columns[kept]], axis=1)
+        at = origin[parent] + np.stack([q[kept], k[kept]], axis=1) * steps[parent]
+        pieces.append(np.concatenate([shape, steps[parent], at], axis=1))
+
+    every = np.arange(len(m))
+    # right edge moving, left edge still: what all rows see, and a causal square
+    add(FULL, zero, both, zero, -lo, every)
+    add(CAUSAL, zero, both, -lo, both, every)
+    # both still
+    add(FULL, b2, b1 - b2, zero, n, every)
+    # both moving: a band of constant width, cut into chunks of width - 1 rows
+    width = hi - lo + 1
+    chunk = np.maximum(width - 1, 1)
+    band, nth = bands.expand(np.maximum(-((b1 - b2) // chunk), 0) * (b2 > b1))
+    start = b1[band] + nth * chunk[band]
+    rows = np.minimum(chunk[band], b2[band] - start)
+    left, right, wide = start - hi[band], start - lo[band], width[band] > 1
+    add(FLIPPED, start, rows * wide, left, rows, band)
+    add(FULL, start, rows, left + rows * wide, right - left - rows * wide + ~wide, band)
+    add(CAUSAL, start, rows * wide, right, rows, band)
+    # left edge moving, right edge still: a flipped square, and what all rows see
+    start = np.maximum(b1, b2)
+    add(FLIPPED, start, m - start, start - hi, m - start, every)
+    add(FULL, start, m - start, m - hi, n - (m - hi), every)
+    return np.concatenate(pieces)
+
+
+def _batches(pieces: Array) -> list[Batch]:
+    """Equal pieces joined into batches where they lie at equal distances and do not overlap."""
+    pieces = pieces[np.lexsort(pieces.T[::-1])]
+    # Full squares of one row and causal ones of one row are the same; so are wider equal ones, but for their kind.
+    batches: list[Batch] = []
+    for kind, m, n, q_step, k_step, q, k in pieces.tolist():
+        last = batches[-1] if batches else None
+        if last is not None and (last.kind, last.m, last.n, last.q_step, last.k_step) == (kind, m, n, q_step, k_step):
+            q_next = q - (last.q + last.q_next * (last.count - 1))
+            k_next = k - (last.k + last.k_next * (last.count - 1))
+            apart = q_next >= (m - 1) * q_step + 1 and k_next >= (n - 1) * k_step + 1
+            if apart and (last.count == 1 or (q_next, k_next) == (last.q_next, last.k_next)):
+                batches[-1] = dataclasses.replace(last, count=last.count + 1, q_next=q_next, k_next=k_next)
+                continue
+        batches.append(Batch(kind, m, n, q_step, k_step, q, k))
+    return batches

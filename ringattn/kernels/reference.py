@@ -1,0 +1,96 @@
+"""The reference kernel: plain PyTorch, any mechanism, dtype, device and band.
+
+Tiles are computed in sub-tiles of bounded size, so memory does not grow with the sequence; sub-tiles outside the
+band are skipped and those inside it take no mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ringattn import tiles as t
+from ringattn.kernels.base import Kernel
+from ringattn.mechanisms.base import Problem, State
+from ringattn.tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference(Kernel):
+    """Any mechanism, through its own `tile` and `tile_grad`.
+
+    Attributes:
+        rows, columns: queries and keys of a sub-tile.
+    """
+
+    rows: int = 256
+    columns: int = 1024
+
+    def refuses(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
+    ) -> None:
+        wide, mechanism = problem.accumulator, problem.mechanism
+        for at, keys, allowed in self._blocks(tiles, problem.device):
+            part = mechanism.tile(
+                problem, q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide), allowed
+            )
+            mechanism.merge(tuple(x[:, :, at] for x in state), part)
+
+    def backward(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        tiles: Tiles,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dparams: State,
+    ) -> None:
+        wide = problem.accumulator
+        dq, dk, dv = gradients
+        for at, keys, allowed in self._blocks(tiles, problem.device):
+            parts = problem.mechanism.tile_grad(
+                problem,
+                q[:, :, at].to(wide),
+                k[:, :, keys].to(wide),
+                v[:, :, keys].to(wide),
+                tuple(x[:, :, at].to(wide) for x in saved),
+                dout[:, :, at].to(wide),
+                tuple(None if x is None else x[:, :, at].to(wide) for x in dextras),
+                allowed,
+            )
+            dq[:, :, at] += parts[0]
+            dk[:, :, keys] += parts[1]
+            dv[:, :, keys] += parts[2]
+            for total, part in zip(dparams, parts[3], strict=True):
+                total += part
+
+    def _blocks(self, tiles: Tiles, device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+        """The sub-tiles: slices of queries and keys, and the allowed pairs where not all are."""
+        for row in tiles.rows.tolist():
+            m, n, low, high = row[t.M], row[t.N], row[t.LOW], row[t.HIGH]
+            for i in range(0, m, self.rows):
+                for j in range(0, n, self.columns):
+                    i_stop, j_stop = min(i + self.rows, m), min(j + self.columns, n)
+                    least, most = i - (j_stop - 1), i_stop - 1 - j
+                    if most < low or least > high:
+                        continue
+                    allowed = None
+                    if least < low or most > high:
+                        offset = torch.arange(i, i_stop, device=device)[:, None] - torch.arange(j, j_stop, device=device)
+                        allowed = (low <= offset) & (offset <= high)
+                    at = _slice(row[t.Q], row[t.Q_STEP], i, i_stop)
+                    yield at, _slice(row[t.K], row[t.K_STEP], j, j_stop), allowed
+
+
+def _slice(first: int, step: int, start: int, stop: int) -> slice:
+    """Rows start to stop of a tile that begins at ``first`` and takes every ``step``-th row."""
+    return slice(first + start * step, first + (stop - 1) * step + 1, step)

@@ -1,0 +1,175 @@
+"""The sdpa kernel: PyTorch's own flash attention, through aten, on CPUs and on CUDA.
+
+What PyTorch's kernels do, as measured: grouped heads natively; any strides but the last; the log-sum-exp of every
+query; a backward pass that is exact for a block when it is given the *global* output and log-sum-exp, and computes
+``rowsum(dO o O)`` itself. They know full and square causal blocks, which `lowering` makes of any band.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, lower
+from ringattn.mechanisms.base import Problem, State
+from ringattn.mechanisms.softmax import Softmax
+from ringattn.tiles import Tiles
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sdpa(Kernel):
+    """PyTorch's flash kernels."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        if not isinstance(problem.mechanism, Softmax):
+            return f"sdpa computes Softmax; got {problem.mechanism}"
+        if problem.dim != problem.value_dim:
+            return f"sdpa needs value heads as wide as query heads; got D={problem.dim}, Dv={problem.value_dim}"
+        if problem.device.type == "cpu":
+            return None
+        if problem.device.type != "cuda":
+            return f"sdpa runs on CPUs and CUDA; got {problem.device}"
+        if problem.dtype not in (torch.bfloat16, torch.float16):
+            return f"sdpa on CUDA takes bfloat16 and float16; got {problem.dtype}"
+        if problem.dim % 8 or problem.dim > 256:
+            return f"sdpa on CUDA takes heads of a multiple of 8 dims, 256 at most; got D={problem.dim}"
+        return None
+
+    def forward(
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
+    ) -> None:
+        for batch in tiles.derive(lower):
+            for queries, keys in _places(batch, problem.batch):
+                inputs = (queries(q), keys(k), keys(v))
+                flipped = batch.kind == FLIPPED
+                if flipped:
+                    inputs = _flipped(inputs)
+                part = _forward(problem, *inputs, causal=batch.kind != FULL)
+                if flipped:
+                    part = _flipped(part)
+                problem.mechanism.merge(tuple(queries(x) for x in state), part)
+
+    def backward(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        tiles: Tiles,
+        gradients: Gradients,
+        dparams: State,
+    ) -> None:
+        dlse = dextras[0]
+        for batch in tiles.derive(lower):
+            for queries, keys in _places(batch, problem.batch):
+                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in saved), queries(dout)]
+                inputs += [] if dlse is None else [queries(dlse)]
+                if batch.kind == FLIPPED:
+                    inputs = list(_flipped(inputs))
+                parts = _backward(problem, *inputs, causal=batch.kind != FULL)
+                if batch.kind == FLIPPED:
+                    parts = _flipped(parts)
+                for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
+                    place(total).add_(part)
+
+
+class _Place:
+    """Where a batch's pieces lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
+
+    def __init__(self, first: int, rows: int, step: int, count: int, following: int, b: int | None) -> None:
+        self._first, self._rows, self._step = first, rows, step
+        self._count, self._following, self._b = count, following, b
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._b is None:
+            return x[:, :, self._first : self._first + (self._rows - 1) * self._step + 1 : self._step]
+        batch, head, row, *rest = x.stride()
+        return x.as_strided(
+            (self._count, x.shape[1], self._rows, *x.shape[3:]),
+            (self._following * row, head, self._step * row, *rest),
+            x.storage_offset() + self._b * batch + self._first * row,
+        )
+
+
+def _places(batch: Batch, sequences: int) -> Iterator[tuple[_Place, _Place]]:
+    """One launch over all sequences for a single piece; for several, one over all pieces for each sequence."""
+    for b in [None] if batch.count == 1 else range(sequences):
+        yield (
+            _Place(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
+            _Place(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
+        )
+
+
+def _flipped(tensors: Any) -> Any:
+    """Rows in reverse order: a block with ``j >= i`` becomes causal."""
+    return tuple(x.flip(2) for x in tensors)
+
+
+def _forward(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> State:
+    """The output and log-sum-exp of one launch."""
+    scale = _scale(problem)
+    if problem.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+            q, k, v, 0.0, causal, scale=scale
+        )
+    results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return results[0], results[1]
+
+
+def _backward(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    causal: bool,
+) -> Gradients:
+    """The gradients of one launch."""
+    dq, dk, dv = _flash_backward(problem, dout, q, k, v, out, lse, causal)
+    if dlse is not None:
+        # With V = 0, dO = dlse e_1 and O = -e_1, dO V^T - rowsum(dO o O) is dlse, so that dS = P o dlse.
+        unit = torch.zeros_like(out)
+        unit[..., 0] = 1
+        more = _flash_backward(problem, unit * dlse.unsqueeze(-1), q, k, torch.zeros_like(v), -unit, lse, causal)
+        dq, dk = dq + more[0], dk + more[1]
+    return dq, dk, dv
+
+
+def _flash_backward(
+    problem: Problem,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+) -> Gradients:
+    scale, dout = _scale(problem), dout.to(q.dtype)
+    if problem.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+            dout, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    # Without dropout the random state is not read.
+    state = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty((), dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, *state, scale=scale
+    )
+
+
+def _scale(problem: Problem) -> float:
+    assert isinstance(problem.mechanism, Softmax)  # noqa: S101 (refuses() has seen to it; this tells the type checker)
+    return problem.mechanism.scale_for(problem)

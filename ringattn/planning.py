@@ -1,0 +1,165 @@
+"""`plan` and `plan_all`: a mask, a sharding and a schedule made into plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ringattn.accounting import Shape
+from ringattn.demand import Demand
+from ringattn.errors import InputError
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.mesh import Mesh
+from ringattn.plans import Plan, assemble
+from ringattn.schedules.base import Schedule
+from ringattn.schedules.ring import Ring
+from ringattn.schedules.route import Route
+from ringattn.sharding import Sharding
+
+
+def named_schedule(schedule: Any) -> Schedule | None:
+    """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    match schedule:
+        case "ring":
+            return Ring()
+        case "route":
+            return Route()
+        case "auto":
+            return None
+    raise InputError(f"schedule must be a Schedule or one of 'auto', 'ring', 'route'; got {schedule!r}.")
+
+
+def plan(
+    mask: Mask,
+    sharding: Sharding,
+    schedule: Schedule | str = "auto",
+    kv_sharding: Sharding | None = None,
+    *,
+    heads: tuple[int, int] | None = None,
+    head_dims: tuple[int, int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch: int = 1,
+) -> Plan:
+    """This rank's plan.
+
+    Args:
+        mask: the allowed pairs, in global positions.
+        sharding: who holds the queries.
+        schedule: a schedule, its name, or ``auto``: the one by which all ranks together receive fewer positions.
+        kv_sharding: who holds the keys and values, where they are another sequence.
+        heads: query and key heads, (Hq, Hkv). With heads, head_dims and dtype the plan knows its bytes.
+        head_dims: dims of a query-key head and of a value head, (D, Dv).
+        dtype: the inputs' dtype.
+        batch: sequences at once.
+
+    Raises:
+        InputError: the mask does not fit the lengths, or the shardings are not of one mesh.
+    """
+    demand = _demand(mask, sharding, kv_sharding or sharding)
+    words = _words(mask, sharding, kv_sharding or sharding)
+    shape = _shape(heads, head_dims, dtype, batch)
+    taken, reason = _taken(named_schedule(schedule), demand)
+    return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
+
+
+def plan_all(
+    mask: Mask,
+    length: int,
+    layout: Layout | str = "auto",
+    schedule: Schedule | str = "auto",
+    ring: int = 1,
+    ulysses: int = 1,
+    *,
+    kv_length: int | None = None,
+    heads: tuple[int, int] | None = None,
+    head_dims: tuple[int, int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch: int = 1,
+) -> list[Plan]:
+    """Every rank's plan, without any process. Arguments as for `plan`.
+
+    >>> from ringattn.masks import Causal
+    >>> [p.area for p in plan_all(Causal(), 8, "contiguous", ring=2)]
+    [10, 26]
+    """
+    mesh = Mesh.virtual(ring=ring, ulysses=ulysses)
+    sharding = Sharding(length, mesh, layout, mask)
+    kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
+    demand = _demand(mask, sharding, kv_sharding)
+    words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch)
+    taken, reason = _taken(named_schedule(schedule), demand)
+    _ = demand.whole  # one cut for all ranks
+    return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
+
+
+def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
+    if not isinstance(mask, Mask):
+        raise InputError(f"mask must be a ringattn mask, such as ringattn.Causal(); got {mask!r}.")
+    if sharding.mesh != kv_sharding.mesh:
+        raise InputError(
+            f"Queries and keys must be sharded over the same mesh; got {sharding.mesh} and {kv_sharding.mesh}."
+        )
+    regions = mask.regions(sharding.length, kv_sharding.length)
+    return Demand(regions, sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size)
+
+
+def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
+    text = str(mask)
+    shown = text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+    keys = "" if kv_sharding == sharding else f", {kv_sharding.length} keys {kv_sharding.layout}"
+    return f"{shown}, {sharding.length} tokens {sharding.layout}{keys}, {sharding.mesh.sequence_size} ranks"
+
+
+def _shape(
+    heads: tuple[int, int] | None, head_dims: tuple[int, int] | None, dtype: torch.dtype | str | None, batch: int
+) -> Shape | None:
+    given = [value is not None for value in (heads, head_dims, dtype)]
+    if not any(given):
+        return None
+    if heads is None or head_dims is None or dtype is None:
+        raise InputError("A plan knows its bytes when heads, head_dims and dtype are all given; give all or none.")
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise InputError(f"dtype must be a torch dtype or its name, such as 'bfloat16'; got {dtype!r}.")
+    if min(*heads, *head_dims, batch) < 1 or heads[0] % heads[1]:
+        raise InputError(
+            f"Query heads must be a multiple of key heads, and all sizes at least 1; got heads={heads}, "
+            f"head_dims={head_dims}, batch={batch}."
+        )
+    return Shape(batch, *heads, *head_dims, str(kind).removeprefix("torch."), kind.itemsize)
+
+
+def _taken(schedule: Schedule | None, demand: Demand) -> tuple[Schedule, str]:
+    """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive."""
+    if schedule is not None:
+        return schedule, ""
+    ring, route = Ring(), Route()
+    by_ring, by_route = ring.received_tokens(demand), route.received_tokens(demand)
+    if by_route < by_ring:
+        return route, f"auto took route: all ranks together receive {by_route} key positions, {by_ring} by ring"
+    return ring, f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only"
+
+
+def _build(
+    demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None
+) -> Plan:
+    built = assemble(
+        demand,
+        rank,
+        demand.derive(_phases, schedule),
+        schedule.moves(demand, rank),
+        description=f"{schedule}: {words}",
+        lookahead=schedule.lookahead,
+        gradient_wire=schedule.gradient_wire,
+        shape=shape,
+    )
+    return dataclasses.replace(built, reason=reason)
+
+
+def _phases(demand: Demand, schedule: Schedule) -> Any:
+    return schedule.phases(demand.size)

@@ -1,0 +1,1 @@
+"""What moves when: `base` is the contract, one file a member."""

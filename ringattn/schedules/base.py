@@ -1,0 +1,48 @@
+"""The schedule contract: in which phase each pair of ranks meets, and what moves for it.
+
+A schedule decides for the forward pass only; the backward pass is the plan's transpose. To add one, write one file
+here with `phases`, `moves` and `received_tokens`, and its line in ``ringattn/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+from ringattn.bands import Array
+from ringattn.demand import Demand
+from ringattn.errors import InputError
+from ringattn.plans import GradientWire, Moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(ABC):
+    """An immutable value.
+
+    Attributes:
+        lookahead: 1 starts the exchange of the next phase before this phase's tiles are computed; 0 waits for it
+            first, which saves nothing and is there to measure against.
+        gradient_wire: the dtype in which gradients of keys and values travel: ``float32`` (float64 for float64
+            inputs), or ``input`` for the inputs' own, half the bytes of bfloat16 at an error of 2^-9 a contribution.
+    """
+
+    lookahead: int = 1
+    gradient_wire: GradientWire = "float32"
+
+    def __post_init__(self) -> None:
+        if self.lookahead not in (0, 1):
+            raise InputError(f"lookahead is 0 or 1 phases; got {self.lookahead!r}.")
+        if self.gradient_wire not in ("float32", "input"):
+            raise InputError(f"gradient_wire is 'float32' or 'input'; got {self.gradient_wire!r}.")
+
+    @abstractmethod
+    def phases(self, size: int) -> Array:
+        """``[size, size]``: the phase in which rank i's queries meet rank j's keys; 0 for a rank's own."""
+
+    @abstractmethod
+    def moves(self, demand: Demand, rank: int) -> Moves:
+        """What one rank holds and sends in each phase."""
+
+    @abstractmethod
+    def received_tokens(self, demand: Demand) -> int:
+        """Key positions received by all ranks together."""

@@ -1,0 +1,60 @@
+"""Ring: every rank relays the keys it has just used to its right neighbour (Ring Attention, arXiv 2310.01889).
+
+Only neighbours talk, which suits a ring of links. A shard travels no further than the last rank that needs any of
+it, and from hop to hop shrinks to the rows that somebody further on still needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ringattn.bands import Array
+from ringattn.demand import Demand
+from ringattn.plans import Moves
+from ringattn.schedules.base import Schedule
+from ringattn.tiles import K_RANK, Q_RANK
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring(Schedule):
+    """Relay to the neighbour."""
+
+    def phases(self, size: int) -> Array:
+        ranks = np.arange(size)
+        return (ranks[:, None] - ranks[None, :]) % size
+
+    def moves(self, demand: Demand, rank: int) -> Moves:
+        needed = demand.derive(_still_needed)
+        hops = np.arange(1, demand.size)
+        held, passed = (rank - hops) % demand.size, (rank + 1 - hops) % demand.size
+        left, right = (rank - 1) % demand.size, (rank + 1) % demand.size
+
+        start, stop = needed[held, hops].T
+        holds = np.stack([hops, np.full_like(hops, left), held, start, stop], axis=1)[start < stop]
+        start, stop = needed[passed, hops].T
+        sends = np.stack([hops, np.full_like(hops, right), hops - 1, passed, start, stop], axis=1)[start < stop]
+        return Moves(holds, sends)
+
+    def received_tokens(self, demand: Demand) -> int:
+        needed = demand.derive(_still_needed)[:, 1:]
+        return int(np.maximum(needed[..., 1] - needed[..., 0], 0).sum())
+
+    def __str__(self) -> str:
+        return "ring"
+
+
+def _still_needed(demand: Demand) -> Array:
+    """``[origin, hop, 2]``: the range of the origin's rows that ranks at this hop or further on use."""
+    size = demand.size
+    used = demand.used
+    used = used[used[:, Q_RANK] != used[:, K_RANK]]
+    hop = (used[:, Q_RANK] - used[:, K_RANK]) % size
+    start = np.full((size, size), np.iinfo(np.int64).max)
+    stop = np.zeros((size, size), dtype=np.int64)
+    np.minimum.at(start, (used[:, K_RANK], hop), used[:, 2])
+    np.maximum.at(stop, (used[:, K_RANK], hop), used[:, 3])
+    start = np.minimum.accumulate(start[:, ::-1], axis=1)[:, ::-1]
+    stop = np.maximum.accumulate(stop[:, ::-1], axis=1)[:, ::-1]
+    return np.stack([start, stop], axis=2)

@@ -1,0 +1,46 @@
+"""Route: every rank gets from each owner exactly the key positions that its queries' mask touches.
+
+In phase d a rank sends to the rank d places on and receives from the rank d places back, so that every link is used
+once in each direction; phases in which a rank has nothing to do are skipped. Nothing is received that is not used,
+which no schedule that moves keys and values can better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ringattn.bands import Array
+from ringattn.demand import Demand
+from ringattn.plans import Moves
+from ringattn.schedules.base import Schedule
+from ringattn.tiles import K_RANK, Q_RANK
+
+
+@dataclasses.dataclass(frozen=True)
+class Route(Schedule):
+    """Ask the owner for what the mask needs."""
+
+    def phases(self, size: int) -> Array:
+        ranks = np.arange(size)
+        return (ranks[:, None] - ranks[None, :]) % size
+
+    def moves(self, demand: Demand, rank: int) -> Moves:
+        _, owner, start, stop = demand.used_by(rank).T
+        phase = (rank - owner) % demand.size
+        holds = np.stack([phase, owner, owner, start, stop], axis=1)[owner != rank]
+
+        user, _, start, stop = demand.used_of(rank).T
+        phase = (user - rank) % demand.size
+        own = np.full_like(user, rank)
+        sends = np.stack([phase, user, np.zeros_like(user), own, start, stop], axis=1)[user != rank]
+        return Moves(holds, sends)
+
+    def received_tokens(self, demand: Demand) -> int:
+        used = demand.used
+        foreign = used[:, Q_RANK] != used[:, K_RANK]
+        return int((used[foreign, 3] - used[foreign, 2]).sum())
+
+    def __str__(self) -> str:
+        return "route"

@@ -1,0 +1,162 @@
+"""Sharding: one object owns who has which tokens of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from ringattn import agreement, layouts
+from ringattn.bands import Array
+from ringattn.errors import InputError
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.mesh import Mesh
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Sharding:
+    """``length`` positions cut over the ranks of a mesh that share a sequence.
+
+    Any length goes with any number of ranks; shards differ by at most one token and may be empty. A sharding is a
+    value; it also owns the plans made for it, which live as long as it does.
+
+    Attributes:
+        length: tokens of the whole sequence.
+        mesh: the ranks.
+        layout: who holds which positions.
+    """
+
+    length: int
+    mesh: Mesh
+    layout: Layout
+    owned: dict[Any, Any] = dataclasses.field(compare=False, repr=False)
+
+    def __init__(self, length: int, mesh: Mesh, layout: Layout | str = "auto", mask: Mask | None = None) -> None:
+        """Shards ``length`` tokens.
+
+        Args:
+            length: tokens, 0 or more.
+            mesh: from `ringattn.init`, `ringattn.simulate` or ``Mesh.from_device_mesh``.
+            layout: a layout, its name, or ``auto``: zigzag when ``mask`` is one causal sequence, else contiguous.
+            mask: what ``auto`` chooses by.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise InputError(f"A sequence's length is a number of tokens, 0 or more; got {length!r}.")
+        if not isinstance(mesh, Mesh):
+            raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {mesh!r}.")
+        for name, value in (("length", length), ("mesh", mesh), ("layout", layouts.named(layout, mask, length))):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "owned", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"length": self.length, "mesh": self.mesh, "layout": self.layout, "owned": {}}
+
+    @functools.cached_property
+    def spans(self) -> Array:
+        """Every rank's spans, as `layouts` describes them."""
+        return self.layout.spans(self.length, self.mesh.sequence_size)
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """How many tokens each rank of the sequence holds."""
+        return [int(n) for n in layouts.counts(self.spans, self.mesh.sequence_size)]
+
+    @property
+    def count(self) -> int:
+        """How many tokens this rank holds."""
+        return self.counts[self.mesh.sequence_rank]
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """This rank's global positions, int64, ascending."""
+        return self.positions_of(self.mesh.sequence_rank)
+
+    def positions_of(self, rank: int) -> torch.Tensor:
+        """The global positions of any rank of the sequence, int64, ascending."""
+        return torch.from_numpy(layouts.positions(self.spans, rank))
+
+    def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of a full tensor along ``dim``. Its backward puts zeros elsewhere.
+
+        Raises:
+            InputError: the tensor does not have ``length`` entries there.
+        """
+        self._check_dim(x, dim, self.length, "split takes the full tensor")
+        return x.index_select(dim, self.positions.to(x.device))
+
+    def join(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The full tensor from every rank's part, on every rank.
+
+        Its backward sums the gradients of all ranks and gives each its part: a loss that every rank computes alike on
+        the full tensor must be divided by ``mesh.sequence_size`` (``mesh.size`` without a data axis).
+
+        Raises:
+            InputError: the part does not have this rank's number of tokens along ``dim``.
+            AgreementError: the ranks' parts differ in shape or dtype.
+        """
+        transport = self.mesh.connected()
+        try:
+            self._check_dim(x, dim, self.count, f"join takes the part of rank {self.mesh.sequence_rank}")
+        except InputError:
+            agreement.refuse(transport, x.device)
+            raise
+        return _Join.apply(x.movedim(dim, 0), self).movedim(0, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
+        if not -x.dim() <= dim < x.dim():
+            raise InputError(f"A tensor of {x.dim()} dimensions has no dimension {dim}.")
+        if x.shape[dim] != needed:
+            raise InputError(
+                f"{what}, {needed} tokens of {self.length} along dimension {dim}; got shape {list(x.shape)}."
+            )
+
+
+class _Join(torch.autograd.Function):
+    """The full tensor along dim 0; backward the reduce-scatter that is its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+        ctx.sharding = sharding
+        transport, me, rest = sharding.mesh.connected(), sharding.mesh.sequence_rank, x.shape[1:]
+        _agree(sharding, "join", x)
+        own = x.contiguous()
+        parts = [own if rank == me else own.new_empty(n, *rest) for rank, n in enumerate(sharding.counts)]
+        peers = [rank for rank in range(len(parts)) if rank != me]
+        sends, receives = [(peer, own) for peer in peers], [(peer, parts[peer]) for peer in peers]
+        transport.exchange(sends, receives, label="join").wait()
+        full = own.new_empty(sharding.length, *rest)
+        for rank, part in enumerate(parts):
+            full.index_copy_(0, sharding.positions_of(rank).to(full.device), part)
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        sharding: Sharding = ctx.sharding
+        transport, me = sharding.mesh.connected(), sharding.mesh.sequence_rank
+        _agree(sharding, "unjoin", grad)
+        positions = [sharding.positions_of(rank).to(grad.device) for rank in range(len(sharding.counts))]
+        outgoing = [grad.index_select(0, where) for where in positions]
+        incoming = [outgoing[me] if rank == me else torch.empty_like(outgoing[me]) for rank in range(len(positions))]
+        peers = [rank for rank in range(len(positions)) if rank != me]
+        sends = [(peer, outgoing[peer]) for peer in peers]
+        receives = [(peer, incoming[peer]) for peer in peers]
+        transport.exchange(sends, receives, label="join, backward").wait()
+        # In rank order and in at least float32: the same bits on every run, whoever arrives first.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = incoming[0].to(wide, copy=True)
+        for part in incoming[1:]:
+            total += part
+        return total.to(grad.dtype), None
+
+
+def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:
+    fields = {
+        "call": call,
+        "shapes": f"{sharding.length} tokens of {list(x.shape[1:])}",
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "layout": str(sharding.layout),
+    }
+    agreement.check(sharding.mesh.connected(), fields, x.device)

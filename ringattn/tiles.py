@@ -1,0 +1,161 @@
+"""Tiles: a mask cut by two shardings, in the local indices of the ranks that hold the tokens.
+
+A *tile* says "attend these M queries to these N keys where lo <= i - j <= hi", with i and j counted from the
+tile's first query and key. Its queries are the local rows ``q, q + q_step, …``, whose global positions are
+``q_position, q_position + q_stride, …``; its keys likewise. Tiles are canonical (see `bands`): never empty, every
+row and every column holds a pair, and a full tile is known by its band alone.
+
+Tiles live in one int64 array, a row a tile. A *cut* has two more columns in front: the rank that holds the
+queries and the rank that holds the keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ringattn import bands, layouts
+from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
+
+Q_RANK, K_RANK = range(2)
+Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE = range(12)
+WIDTH = 12
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of one step: ``rows`` is int64 ``[tiles, 12]``, its columns named at the top of this file."""
+
+    rows: Array
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.rows, "_derived": {}}
+
+    @functools.cached_property
+    def regions(self) -> Regions:
+        """The tiles as regions in tile indices: boxes ``[0, M) x [0, N)`` and their bands."""
+        zero = np.zeros(len(self.rows), dtype=np.int64)
+        rows = self.rows
+        return np.stack([zero, rows[:, M], zero, rows[:, N], rows[:, LOW], rows[:, HIGH]], axis=1)
+
+    @property
+    def area(self) -> int:
+        """The number of allowed pairs."""
+        return bands.area(self.regions)
+
+    def derive(self, function: Callable[[Tiles], T]) -> T:
+        """``function(tiles)``, computed once for these tiles: what a kernel works out before its first launch."""
+        if function not in self._derived:
+            self._derived[function] = function(self)
+        return self._derived[function]  # type: ignore[no-any-return]
+
+
+def _classes(spans: Array, stride: int) -> tuple[Array, Array]:
+    """Spans of one common stride: each span split into residue classes. Returns them and their local steps."""
+    steps = stride // spans[:, layouts.STRIDE]
+    span, residue = bands.expand(steps)
+    out = spans[span].copy()
+    own = out[:, layouts.STRIDE].copy()
+    out[:, layouts.OFFSET] += residue
+    out[:, layouts.START] += residue * own
+    out[:, layouts.COUNT] = (out[:, layouts.COUNT] - residue + steps[span] - 1) // steps[span]
+    out[:, layouts.STRIDE] = stride
+    kept = out[:, layouts.COUNT] > 0
+    return out[kept], steps[span][kept]
+
+
+def _reach(spans: Array) -> tuple[Array, Array]:
+    """The half-open range of positions each span lies in."""
+    start = spans[:, layouts.START]
+    return start, start + (spans[:, layouts.COUNT] - 1) * spans[:, layouts.STRIDE] + 1
+
+
+def cut(regions: Regions, q_spans: Array, k_spans: Array) -> Array:
+    """The mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 12]``, exact.
+
+    Within spans of equal stride s, ``q = a + s u`` and ``k = b + s v``, a band stays a band:
+    ``ceil((lo - (a - b)) / s) <= u - v <= floor((hi - (a - b)) / s)``. Spans of unequal strides are first split
+    into residue classes of the least common multiple, which makes them equal.
+    """
+    strides = np.concatenate([q_spans[:, layouts.STRIDE], k_spans[:, layouts.STRIDE], [1]])
+    stride = int(np.lcm.reduce(np.unique(strides)))
+    (q_spans, q_steps), (k_spans, k_steps) = _classes(q_spans, stride), _classes(k_spans, stride)
+
+    # Rows first: a causal or windowed region shrinks its keys when its queries are cut.
+    q_start, q_stop = _reach(q_spans)
+    region, q = bands.overlaps(regions[:, Q0], regions[:, Q1], q_start, q_stop)
+    part = regions[region].copy()
+    part[:, Q0] = np.maximum(part[:, Q0], q_start[q])
+    part[:, Q1] = np.minimum(part[:, Q1], q_stop[q])
+    part, kept = bands.tighten(part)
+    q = q[kept]
+
+    k_start, k_stop = _reach(k_spans)
+    row, k = bands.overlaps(part[:, K0], part[:, K1], k_start, k_stop)
+    part, q = part[row], q[row]
+    a, b = q_start[q], k_start[k]
+    box = np.empty_like(part)
+    box[:, Q0] = np.maximum(-((a - part[:, Q0]) // stride), 0)
+    box[:, Q1] = np.minimum(-((a - part[:, Q1]) // stride), q_spans[q, layouts.COUNT])
+    box[:, K0] = np.maximum(-((b - part[:, K0]) // stride), 0)
+    box[:, K1] = np.minimum(-((b - part[:, K1]) // stride), k_spans[k, layouts.COUNT])
+    box[:, LO] = -((a - b - part[:, LO]) // stride)
+    box[:, HI] = (part[:, HI] - (a - b)) // stride
+    box, kept = bands.tighten(box)
+    q, k = q[kept], k[kept]
+
+    out = np.empty((len(box), 2 + WIDTH), dtype=np.int64)
+    out[:, Q_RANK], out[:, K_RANK] = q_spans[q, layouts.RANK], k_spans[k, layouts.RANK]
+    tile = out[:, 2:]
+    tile[:, Q] = q_spans[q, layouts.OFFSET] + q_steps[q] * box[:, Q0]
+    tile[:, K] = k_spans[k, layouts.OFFSET] + k_steps[k] * box[:, K0]
+    tile[:, M], tile[:, N] = box[:, Q1] - box[:, Q0], box[:, K1] - box[:, K0]
+    tile[:, Q_STEP], tile[:, K_STEP] = q_steps[q], k_steps[k]
+    tile[:, LOW] = box[:, LO] - box[:, Q0] + box[:, K0]
+    tile[:, HIGH] = box[:, HI] - box[:, Q0] + box[:, K0]
+    tile[:, Q_POSITION] = q_start[q] + stride * box[:, Q0]
+    tile[:, K_POSITION] = k_start[k] + stride * box[:, K0]
+    tile[:, Q_STRIDE] = tile[:, K_STRIDE] = stride
+    return out
+
+
+def used_keys(table: Array) -> Array:
+    """The key rows that a cut touches, merged: int64 rows ``(q_rank, k_rank, start, stop)`` in that order.
+
+    Every column of a tile holds a pair, so its key range is exactly what it needs. Keys taken with a step are
+    counted one by one, as their gaps may be anybody's.
+    """
+    tile = table[:, 2:]
+    counts = np.where(tile[:, K_STEP] == 1, 1, tile[:, N])
+    row, nth = bands.expand(counts)
+    step = tile[row, K_STEP]
+    start = tile[row, K] + nth * step
+    stop = start + np.where(step == 1, tile[row, N], 1)
+    return merged(np.stack([table[row, Q_RANK], table[row, K_RANK], start, stop], axis=1))
+
+
+def merged(intervals: Array) -> Array:
+    """Intervals ``(…keys, start, stop)`` sorted, and those that touch or overlap under equal keys joined."""
+    if not len(intervals):
+        return intervals
+    intervals = intervals[np.lexsort(intervals[:, :-1].T[::-1])]
+    start, stop = intervals[:, -2], intervals[:, -1]
+    keys = intervals[:, :-2]
+    changed = np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])
+    # Groups are lifted apart, so that one running maximum serves all of them.
+    lift = np.cumsum(changed) * (int(stop.max()) + 2)
+    reach = np.maximum.accumulate(stop + lift)
+    first = np.flatnonzero(np.concatenate([[True], (start + lift)[1:] > reach[:-1]]))
+    out = intervals[first]
+    out[:, -1] = np.maximum.reduceat(stop, first)
+    return out

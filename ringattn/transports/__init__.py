@@ -1,0 +1,1 @@
+"""How ranks exchange buffers: `base` is the contract, one file a member."""

@@ -1,0 +1,134 @@
+"""The transport contract: one move, the exchange.
+
+A transport takes a whole *exchange* at once: what this rank sends to and receives from each peer. It returns a
+handle at once; until the handle's ``wait`` returns, no buffer of the exchange may be written. Exchanges of a rank
+complete in the order they were started, and messages between two ranks arrive in the order they were sent. A send
+completes when its receive is posted: a plan that relies on more buffering than that is refused by the verifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ringattn.errors import TransportError
+
+Message = tuple[int, torch.Tensor]
+"""A peer's rank within the sequence group, and a contiguous buffer."""
+
+
+@dataclasses.dataclass
+class Counters:
+    """What one rank has moved so far, payload and control apart. Bytes and seconds are cumulative."""
+
+    messages: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    waited_seconds: float = 0.0
+    control_messages: int = 0
+    control_bytes: int = 0
+
+
+class Buffers:
+    """Named buffers, kept from call to call and grown when a call needs more."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A contiguous tensor of this shape over the buffer of this name. Its content is whatever was there."""
+        count = 1
+        for side in shape:
+            count *= side
+        size = count * dtype.itemsize
+        held = self._bytes.get((name, device))
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8, device=device)
+            self._bytes[name, device] = held
+        return held[:size].view(dtype).view(*shape)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held at present."""
+        return sum(buffer.numel() for buffer in self._bytes.values())
+
+
+class Handle:
+    """An exchange under way."""
+
+    def __init__(self, complete: Callable[[], None], counters: Counters) -> None:
+        self._complete: Callable[[], None] | None = complete
+        self._counters = counters
+
+    def wait(self) -> None:
+        """Returns when every buffer of the exchange may be read and written again."""
+        if self._complete is None:
+            return
+        complete, self._complete = self._complete, None
+        started = time.perf_counter()
+        try:
+            complete()
+        finally:
+            self._counters.waited_seconds += time.perf_counter() - started
+
+
+class Transport(ABC):
+    """Moves buffers between the ranks that share a sequence, numbered 0 to ``size - 1``.
+
+    Attributes:
+        agreement: whether a digest of each call is exchanged and compared before its payload.
+        counters: what this rank has moved.
+        buffers: this rank's reusable buffers.
+    """
+
+    def __init__(self, rank: int, size: int, agreement: bool) -> None:
+        self.rank = rank
+        self.size = size
+        self.agreement = agreement
+        self.counters = Counters()
+        self.buffers = Buffers()
+
+    @abstractmethod
+    def refuses(self, device: torch.device) -> str | None:
+        """Why tensors on this device cannot be exchanged, in words; None when they can."""
+
+    @abstractmethod
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
+        """Starts the exchange and returns what waits for it. Messages are checked and not empty."""
+
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], *, label: str = "", control: bool = False
+    ) -> Handle:
+        """Starts one exchange.
+
+        Args:
+            sends: buffers to send; unchanged until the handle's wait returns. Empty ones are not sent.
+            receives: buffers to fill; the sender's message must have the same bytes and dtype.
+            label: what the exchange is for, shown in errors.
+            control: whether this is bookkeeping, counted apart from the payload.
+
+        Raises:
+            TransportError: a message to oneself, to nobody, or from a buffer that is not contiguous.
+        """
+        sends = [message for message in sends if message[1].numel()]
+        receives = [message for message in receives if message[1].numel()]
+        for peer, buffer in (*sends, *receives):
+            if not 0 <= peer < self.size or peer == self.rank:
+                raise TransportError(f"Rank {self.rank} of {self.size} exchanges with the others; got peer {peer}.")
+            if not buffer.is_contiguous():
+                raise TransportError(f"Exchanged buffers must be contiguous; got strides {buffer.stride()}.")
+        sent = sum(buffer.nbytes for _, buffer in sends)
+        if control:
+            self.counters.control_messages += len(sends)
+            self.counters.control_bytes += sent
+        else:
+            self.counters.messages += len(sends)
+            self.counters.sent_bytes += sent
+            self.counters.received_bytes += sum(buffer.nbytes for _, buffer in receives)
+        if not sends and not receives:
+            return Handle(lambda: None, self.counters)
+        return Handle(self._start(sends, receives, label), self.counters)

@@ -1,0 +1,60 @@
+"""TorchDistributed: exchanges over a torch.distributed process group, Gloo on CPUs and NCCL on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ringattn.errors import TransportError
+from ringattn.transports.base import Message, Transport
+
+
+class TorchDistributed(Transport):
+    """Point-to-point exchanges in one batch over a process group.
+
+    Args:
+        group: the ranks that share a sequence. Its timeout bounds every wait.
+        agreement: whether each call's digest is compared first; None for yes on Gloo, no on NCCL, where the small
+            messages would wait for the GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, agreement: bool | None = None) -> None:
+        self.group = group
+        self.backend = dist.get_backend(group)
+        on = self.backend != "nccl" if agreement is None else agreement
+        super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group), agreement=on)
+
+    def refuses(self, device: torch.device) -> str | None:
+        if self.backend == "gloo" and device.type != "cpu":
+            return f"Gloo exchanges CPU tensors; got tensors on {device}. Use the nccl backend, or move them to the CPU."
+        if self.backend == "nccl" and device.type != "cuda":
+            return f"NCCL exchanges CUDA tensors; got tensors on {device}. Use the gloo backend, or move them to a GPU."
+        return None
+
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
+        # Receives first: on Gloo a send completes only when its receive is posted.
+        messages = [(dist.irecv, peer, buffer) for peer, buffer in receives]
+        messages += [(dist.isend, peer, buffer) for peer, buffer in sends]
+        operations = [dist.P2POp(op, buffer, group=self.group, group_peer=peer) for op, peer, buffer in messages]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise self._failure(label, [peer for _, peer, _ in messages], error) from error
+
+        def complete() -> None:
+            for work, (_, peer, _) in zip(works, messages, strict=False):
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self._failure(label, [peer], error) from error
+
+        return complete
+
+    def _failure(self, label: str, peers: list[int], error: RuntimeError) -> TransportError:
+        who = ", ".join(map(str, sorted(set(peers))))
+        return TransportError(
+            f"Rank {self.rank} of {self.size} lost rank {who} during {label or 'an exchange'}: {error}. "
+            f"That rank has ended, or did not make the same call within the timeout; its own output says which."
+        )

@@ -1,0 +1,270 @@
+"""What makes a plan right, checked before it runs.
+
+One rank's plan (`verify_rank`): every allowed pair of its queries is computed exactly once, from keys that lie in
+the buffer at that step. All ranks' plans together (`verify`): every send meets a receive of the same rows, every
+gradient reaches the owner of its row, and no rank waits in a circle.
+
+Coverage is checked by fingerprint. Every key position gets a fixed pseudo-random 64-bit weight; for each query the
+weights of the keys its tiles compute are summed modulo 2^64 and compared with the sum over the keys its mask allows.
+A dropped, doubled or shifted pair changes the sum except with probability 2^-64, and the query at fault is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn import bands, layouts, tiles
+from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
+from ringattn.errors import PlanError
+from ringattn.plans import HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan
+
+Weights = npt.NDArray[np.uint64]
+
+
+def verify_rank(plan: Plan) -> None:
+    """Checks one rank's plan. Raises PlanError."""
+    _verify_sources(plan)
+    _verify_slots(plan)
+    _verify_coverage(plan)
+
+
+def verify(plans: Sequence[Plan]) -> None:
+    """Checks every rank's plan, and that together they match, bring gradients home and cannot deadlock.
+
+    Raises:
+        PlanError: says which rank, phase and rows.
+    """
+    if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
+        raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
+    for plan in plans:
+        verify_rank(plan)
+    _verify_homing(plans)
+    for name, exchanges in (
+        ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
+        ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
+    ):
+        _verify_progress(name, exchanges, _match(name, plans, exchanges))
+
+
+# -- one rank -------------------------------------------------------------------------------------------------------
+
+
+def _weights(length: int) -> Weights:
+    """A fixed pseudo-random weight of each position: the finaliser of splitmix64."""
+    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _length(spans: Array) -> int:
+    return int(spans[:, layouts.COUNT].sum())
+
+
+def _verify_coverage(plan: Plan) -> None:
+    """Every query of this rank computes exactly its allowed keys."""
+    queries = layouts.positions(plan.q_spans, plan.rank)
+    weights = _weights(_length(plan.k_spans))
+    wanted, allowed = _row_sums(_asked(plan, queries), weights, len(queries), 1)
+    done = np.zeros(len(queries), dtype=np.uint64)
+    count = np.zeros(len(queries), dtype=np.int64)
+    strides = plan.tile_rows[:, tiles.K_STRIDE]
+    for stride in np.unique(strides).tolist():
+        part_sums, part_counts = _row_sums(plan.tile_rows[strides == stride], weights, len(queries), stride)
+        done += part_sums
+        count += part_counts
+    wrong = np.flatnonzero(done != wanted)
+    if len(wrong):
+        row = int(wrong[0])
+        raise PlanError(
+            f"Rank {plan.rank} computes the wrong pairs for {len(wrong)} of its queries. First, the query at "
+            f"position {queries[row]}: its tiles compute {count[row]} pairs, its mask allows {allowed[row]}."
+        )
+
+
+def _asked(plan: Plan, queries: Array) -> Array:
+    """What the mask allows, a row for each of this rank's queries and each region it lies in, as one-row tiles."""
+    row, region = bands.overlaps(queries, queries + 1, plan.regions[:, Q0], plan.regions[:, Q1])
+    part, position = plan.regions[region], queries[row]
+    first = np.maximum(part[:, K0], position - part[:, HI])
+    stop = np.minimum(part[:, K1], position - part[:, LO] + 1)
+    out = np.ones((len(row), tiles.WIDTH), dtype=np.int64)
+    out[:, tiles.Q], out[:, tiles.K_POSITION], out[:, tiles.N] = row, first, stop - first
+    out[:, tiles.LOW], out[:, tiles.HIGH] = -bands.INF, bands.INF
+    return out
+
+def _row_sums(rows: Array, weights: Weights, queries: int, stride: int) -> tuple[Weights, Array]:
+    """For each local query, the summed weights and the number of the keys that these tiles compute."""
+    # Prefix sums along the stride: prefix[p] = weights of positions p - s, p - 2s, …
+    padded = np.zeros(-(-(len(weights) + stride) // stride) * stride, dtype=np.uint64)
+    padded[stride : stride + len(weights)] = weights
+    prefix = np.cumsum(padded.reshape(-1, stride), axis=0, dtype=np.uint64).reshape(-1)
+    tile, i = bands.expand(rows[:, tiles.M])
+    row = rows[tile]
+    first = np.maximum(0, i - row[:, tiles.HIGH])
+    stop = np.maximum(first, np.minimum(row[:, tiles.N], i - row[:, tiles.LOW] + 1))
+    position = row[:, tiles.K_POSITION]
+    sums = prefix[position + stride * stop] - prefix[position + stride * first]
+    query = row[:, tiles.Q] + i * row[:, tiles.Q_STEP]
+    out = np.zeros(queries, dtype=np.uint64)
+    np.add.at(out, query, sums)
+    return out, np.bincount(query, weights=stop - first, minlength=queries).astype(np.int64)
+
+
+def _verify_sources(plan: Plan) -> None:
+    """Tiles name the positions that their queries and keys really have, and lie inside their buffers."""
+    queries = layouts.positions(plan.q_spans, plan.rank)
+    for phase, step_tiles in plan.tiles.items():
+        keys = plan.held_positions(phase)
+        rows = step_tiles.rows
+        for positions, (at, count, step, position, stride), side in (
+            (queries, (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE), "queries"),
+            (keys, (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE), "keys"),
+        ):
+            tile, nth = bands.expand(rows[:, count])
+            where = rows[tile, at] + nth * rows[tile, step]
+            outside = (where < 0) | (where >= len(positions))
+            wrong = outside.copy()
+            wrong[~outside] = positions[where[~outside]] != (rows[tile, position] + nth * rows[tile, stride])[~outside]
+            if wrong.any():
+                bad = int(tile[np.flatnonzero(wrong)[0]])
+                raise PlanError(
+                    f"Rank {plan.rank}, phase {phase}: tile {bad} takes {side} that its buffer of "
+                    f"{len(positions)} rows does not hold at that place."
+                )
+
+
+def _verify_slots(plan: Plan) -> None:
+    """Walks the steps: keys have arrived before they are used or relayed, and no buffer is overwritten too early."""
+    for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
+        content: dict[int, int] = {}
+        for step in steps:
+            exchange = step.exchange
+            arriving = {item.phase for item in exchange.receives if item.what == "kv"} if exchange else set()
+            relayed = {item.phase for item in exchange.sends if item.what == "kv"} if exchange else set()
+            reading = ({step.phase} if step.tiles else set()) | relayed
+            for phase in reading - {0}:
+                if content.get(plan.slots.get(phase, -1)) != phase:
+                    raise PlanError(
+                        f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
+                    )
+            if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
+                raise PlanError(
+                    f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading."
+                )
+            content.update({plan.slots[phase]: phase for phase in arriving})
+
+
+# -- all ranks ------------------------------------------------------------------------------------------------------
+
+
+def _verify_homing(plans: Sequence[Plan]) -> None:
+    """The gradient of every key row that a rank has used is sent home by it, and awaited there, once."""
+    sent, awaited = [], []
+    for plan in plans:
+        me = np.int64(plan.rank)
+        used = []
+        for phase, step_tiles in plan.tiles.items():
+            if phase:
+                table = np.concatenate([np.full((len(step_tiles), 2), me), step_tiles.rows], axis=1)
+                rows = tiles.used_keys(table)
+                used.append(np.stack([np.full(len(rows), phase), rows[:, 2], rows[:, 3]], axis=1))
+        needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *used]))
+        homes = plan.home_sends
+        going = tiles.merged(homes[:, [0, 2, 3]])
+        if not np.array_equal(needed, going) or _rows(homes[:, 2:4]) != _rows(going[:, 1:3]):
+            raise PlanError(f"Rank {plan.rank} does not send home the gradient of exactly the key rows it has used.")
+        sent.append(_origin_rows(plan))
+        received = plan.home_receives
+        owner = np.full(len(received), me)
+        awaited.append(np.stack([received[:, 1], owner, *received[:, [0, 2, 3]].T], axis=1))
+    out, back = (tiles.merged(np.concatenate(part)) for part in (sent, awaited))
+    if not np.array_equal(out, back):
+        lost = sorted({tuple(row) for row in out.tolist()} ^ {tuple(row) for row in back.tolist()})[0]
+        raise PlanError(
+            f"A gradient does not reach its owner: from rank {lost[0]} to rank {lost[1]}, phase {lost[2]}, "
+            f"rows {lost[3]} to {lost[4]} of the owner."
+        )
+
+
+def _rows(spans: Array) -> int:
+    return int((spans[:, 1] - spans[:, 0]).sum())
+
+
+def _origin_rows(plan: Plan) -> Array:
+    """A rank's home sends in rows of the owner: ``(rank, owner, phase, start, stop)``."""
+    out = [np.empty((0, 5), dtype=np.int64)]
+    for phase, peer, start, stop in plan.home_sends.tolist():
+        holds = plan.holds[plan.holds[:, HOLD_PHASE] == phase]
+        shift = holds[:, HOLD_START] - holds[:, 5]
+        first = np.maximum(holds[:, HOLD_START], start + shift)
+        last = np.minimum(holds[:, HOLD_STOP], stop + shift)
+        hit = (first < last) & (holds[:, HOLD_ORIGIN] == peer)
+        me, own = np.full(int(hit.sum()), plan.rank), holds[hit, HOLD_ORIGIN]
+        out.append(np.stack([me, own, np.full_like(me, phase), first[hit], last[hit]], axis=1))
+    return np.concatenate(out)
+
+
+def _positions(plan: Plan, item: Item) -> Array:
+    held = plan.held_positions(item.phase)
+    return np.concatenate([np.empty(0, dtype=np.int64), *(held[start:stop] for start, stop in item.spans)])
+
+
+def _match(
+    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]]
+) -> list[list[list[tuple[int, int]]]]:
+    """For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out."""
+    queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}
+    for rank, own in enumerate(exchanges):
+        for index, exchange in enumerate(own):
+            for item in exchange.sends:
+                queues.setdefault((rank, item.peer, True), []).append((index, item))
+            for item in exchange.receives:
+                queues.setdefault((item.peer, rank, False), []).append((index, item))
+    meets: list[list[list[tuple[int, int]]]] = [[[] for _ in own] for own in exchanges]
+    for sender, receiver in sorted({key[:2] for key in queues}):
+        sends, receives = queues.get((sender, receiver, True), []), queues.get((sender, receiver, False), [])
+        if len(sends) != len(receives):
+            raise PlanError(
+                f"{name}: rank {sender} sends {len(sends)} messages to rank {receiver}, "
+                f"which receives {len(receives)} from it."
+            )
+        for (i, send), (j, receive) in zip(sends, receives, strict=True):
+            meets[sender][i].append((receiver, j))
+            meets[receiver][j].append((sender, i))
+            if send.what != receive.what or not np.array_equal(
+                _positions(plans[sender], send), _positions(plans[receiver], receive)
+            ):
+                raise PlanError(
+                    f"{name}: rank {sender} sends {send.rows} rows of {send.what} in its exchange {i} that are not "
+                    f"the {receive.rows} rows of {receive.what} rank {receiver} expects in its exchange {j}."
+                )
+    return meets
+
+
+def _verify_progress(
+    name: str, exchanges: Sequence[Sequence[Exchange]], meets: list[list[list[tuple[int, int]]]]
+) -> None:
+    """Runs the exchanges in order: one completes when every exchange it meets has been started.
+
+    An exchange starts when the one before it on its rank has completed. Whoever is left cannot ever go on.
+    """
+    at = [0] * len(exchanges)
+    ready = list(range(len(exchanges)))
+    while ready:
+        rank = ready.pop()
+        while at[rank] < len(exchanges[rank]) and all(at[peer] >= j for peer, j in meets[rank][at[rank]]):
+            # Whoever met this exchange may have been waiting for it to be started: it was, so look again later.
+            at[rank] += 1
+            if at[rank] < len(exchanges[rank]):
+                ready += [peer for peer, _ in meets[rank][at[rank]] if peer != rank]
+    stuck = [rank for rank, own in enumerate(exchanges) if at[rank] < len(own)]
+    if stuck:
+        lines = []
+        for rank in stuck:
+            waits = sorted({peer for peer, j in meets[rank][at[rank]] if at[peer] < j})
+            lines.append(f"rank {rank} in the exchange of phase {exchanges[rank][at[rank]].phase} for rank {waits}")
+        raise PlanError(f"{name}: the plans deadlock; in a circle wait " + ", ".join(lines) + ".")
