@@ -72,9 +72,7 @@ def test_values_and_gradients_are_those_of_torch(kv_heads: int, scale: float | N
 def test_causal_output_is_that_of_scaled_dot_product_attention() -> None:
     q, k, v = random(1, 3, 300, 16), random(1, 3, 300, 16, seed=1), random(1, 3, 300, 16, seed=2)
     tensors = [torch.from_numpy(x) for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        tensors[0], tensors[1], tensors[2], is_causal=True
-    )
+    expected = torch.nn.functional.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], is_causal=True)
     out, _ = reference.attention(q, k, v, np.tri(300, dtype=bool))
     assert reference.error(out, expected.numpy(), expected.numpy()) < 1e-14
 
@@ -162,11 +160,7 @@ def test_no_queries_no_keys_and_large_scores() -> None:
     assert reference.evaluate(q, k, v, np.zeros((0, 17), bool), dout).out.shape == (2, 4, 0, 5)
     q, k, v, dout, _ = inputs(keys=0)
     nothing = reference.evaluate(q, k, v, np.zeros((13, 0), bool), dout)
-    assert (
-        not nothing.out.any()
-        and np.isneginf(nothing.lse).all()
-        and nothing.gradients.dk.shape == (2, 2, 0, 8)
-    )
+    assert not nothing.out.any() and np.isneginf(nothing.lse).all() and nothing.gradients.dk.shape == (2, 2, 0, 8)
     q, k, v, dout, _ = inputs()
     out, lse = reference.attention(q * 1e4, k, v, np.ones((13, 17), bool))
     assert np.isfinite(out).all() and np.isfinite(lse).all()

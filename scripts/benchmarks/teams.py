@@ -62,9 +62,7 @@ class Team:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def call(
-        self, function: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]:
+    def call(self, function: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(worker, ...)` on every rank; the results by rank, or an error with every rank's traceback."""
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))

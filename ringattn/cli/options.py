@@ -1,0 +1,122 @@
+"""The options that commands share, and what they mean."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+from ringattn.errors import InputError
+
+Length = Annotated[int, typer.Option(help="Tokens of the sequence.", min=0)]
+RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence.", min=1)]
+Heads = Annotated[int, typer.Option(help="Query heads.", min=1)]
+KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many as query heads unless given.", min=1)]
+Dim = Annotated[int, typer.Option(help="Size of a query and key.", min=1)]
+ValueDim = Annotated[int | None, typer.Option(help="Size of a value; that of a key unless given.", min=1)]
+Batch = Annotated[int, typer.Option(help="Sequences at once.", min=1)]
+MaskText = Annotated[
+    str,
+    typer.Option(
+        "--mask",
+        help="Which pairs are allowed: full, causal, window:LEFT[,RIGHT], documents:LENGTH,LENGTH,…, prefix:N, "
+        "sinks:N, combined with & | ~ and parentheses.",
+    ),
+]
+LayoutName = Annotated[
+    str, typer.Option("--layout", help="Who holds which tokens: auto, contiguous, zigzag or striped.")
+]
+ScheduleName = Annotated[
+    str | None,
+    typer.Option("--schedule", help="What moves when: ring, route or auto; all of them unless given."),
+]
+DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+SCHEDULES = ("ring", "route")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    known = {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in known:
+        raise InputError(f"dtype must be one of {', '.join(known)}; got {name!r}.")
+    return known[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def schedules_named(name: str | None) -> tuple[str, ...]:
+    return SCHEDULES if name is None else (name,)
+
+
+def console() -> Console:
+    """For results, on stdout: wide enough for the tables when it is not a terminal."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=140)
+
+
+def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress:
+    """A bar on stderr, so that results can be piped; none where that is not a terminal."""
+    screen = Console(stderr=True)
+    return Progress(*columns, console=screen, transient=True, disable=not (shown and screen.is_terminal))
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def readable_bytes(count: float) -> str:
+    """Bytes with a unit.
+
+    >>> readable_bytes(999), readable_bytes(1_150_000)
+    ('999 B', '1.15 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def readable_count(count: float) -> str:
+    """A number in short.
+
+    >>> readable_count(562125), readable_count(12)
+    ('562k', '12')
+    """
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+@contextlib.contextmanager
+def working(label: str) -> Iterator[None]:
+    """A moving bar and the time it has taken, for work whose end is not known beforehand."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with progress_bar(*columns) as progress:
+        progress.add_task(label, total=None)
+        yield
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[], None]]:
+    """A progress bar, and what moves it on by one; on a rank that shows nothing, nothing is shown."""
+    with progress_bar(shown=shown) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,215 @@
+"""`ringattn simulate`: attention on virtual ranks in one process, compared with the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import typer
+from rich.progress import ProgressColumn, Task, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+import ringattn
+from ringattn import masks, reference
+from ringattn.cli import options
+from ringattn.cli.parity import NAMES, Part, Problem, attend, errors, joined, limits
+from ringattn.mesh import Mesh
+from ringattn.plans import Plan
+from ringattn.transports.base import Transport
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one schedule did, over all ranks together where not said otherwise."""
+
+    schedule: str
+    errors: dict[str, float]
+    limits: dict[str, float]
+    seconds: float
+    received_bytes: int
+    planned_bytes: int
+    messages: int
+    balance: Any  # of the plans: largest share over the mean
+
+    @property
+    def within(self) -> bool:
+        accurate = all(error <= self.limits[name] for name, error in self.errors.items())
+        return accurate and self.received_bytes == self.planned_bytes
+
+
+def simulate(
+    ring: options.RingSize = 4,
+    length: options.Length = 2048,
+    heads: options.Heads = 4,
+    kv_heads: options.KvHeads = None,
+    dim: options.Dim = 64,
+    value_dim: options.ValueDim = None,
+    batch: options.Batch = 1,
+    mask: options.MaskText = "causal",
+    layout: options.LayoutName = "auto",
+    schedule: options.ScheduleName = None,
+    dtype: options.DtypeName = "float32",
+    backward: bool = typer.Option(False, "--backward", help="Compute and compare the gradients too."),
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run attention on virtual ranks in this process and compare it with a float64 oracle.
+
+    Prints, for each schedule, the error of the output and of every gradient in units of the rounding that the formula
+    itself incurs, beside the bound it must keep; the bytes the transport counted beside those of the plans; and how
+    evenly work and traffic are spread. The exit code is 1 where a bound is broken.
+
+    [bold]Examples[/bold]
+
+      ringattn simulate --ring 8 --length 4096 --backward
+
+      ringattn simulate --ring 7 --length 2999 --heads 8 --kv-heads 2 --mask "documents:1500,1,1498&causal"
+
+      ringattn simulate --ring 64 --length 16384 --schedule route --json
+    """
+    problem = Problem(
+        masks.parse(mask),
+        length,
+        batch,
+        heads,
+        kv_heads or heads,
+        dim,
+        value_dim or dim,
+        options.dtype_named(dtype),
+        backward,
+        seed,
+    )
+    plans = {name: _plans(problem, ring, layout, name) for name in options.schedules_named(schedule)}
+    started = time.perf_counter()
+    truth = _oracle(problem)
+    oracle_seconds = time.perf_counter() - started
+    bounds = limits(problem, ring, truth)
+    outcomes = [_run(problem, layout, name, plans[name], truth, bounds) for name in plans]
+    if as_json:
+        options.print_json(_machine(problem, ring, outcomes, oracle_seconds))
+    else:
+        _show(problem, ring, outcomes, oracle_seconds)
+    if not all(outcome.within for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _plans(problem: Problem, ring: int, layout: str, schedule: str) -> list[Plan]:
+    return ringattn.plan_all(
+        problem.mask,
+        problem.length,
+        layout=layout,
+        schedule=schedule,
+        ring=ring,
+        heads=(problem.heads, problem.kv_heads),
+        head_dims=(problem.dim, problem.value_dim),
+        dtype=problem.dtype,
+        batch=problem.batch,
+    )
+
+
+def _oracle(problem: Problem) -> reference.Evaluation:
+    with options.progress_bar() as progress:
+        bar = progress.add_task("float64 oracle", total=problem.length)
+        return problem.truth(lambda row: progress.update(bar, completed=row))
+
+
+class _Messages(ProgressColumn):
+    """A bar of the messages that the ranks' transports have counted, read whenever it is drawn."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.transports: list[Transport] = []
+        self._total = total
+
+    def render(self, task: Task) -> ProgressBar:
+        done = sum(transport.counters.messages for transport in self.transports)
+        return ProgressBar(total=self._total or None, completed=done, width=40, pulse=not self._total)
+
+
+def _run(
+    problem: Problem,
+    layout: str,
+    schedule: str,
+    plans: list[Plan],
+    truth: reference.Evaluation,
+    bounds: dict[str, float],
+) -> Outcome:
+    moved = [plan.traffic() for plan in plans]
+    messages = sum(t.messages + (t.backward_messages if problem.backward else 0) for t in moved)
+    planned = sum(
+        (t.received_bytes or 0) + ((t.backward_received_bytes or 0) if problem.backward else 0) for t in moved
+    )
+    inputs = problem.inputs()
+    column = _Messages(messages)
+
+    def rank(mesh: Mesh) -> Part:
+        column.transports.append(mesh.connected())
+        return attend(mesh, problem, layout, schedule, inputs)
+
+    with options.progress_bar("{task.description}", column, TimeElapsedColumn()) as progress:
+        progress.add_task(f"{schedule} on {len(plans)} virtual ranks")
+        started = time.perf_counter()
+        simulation = ringattn.simulate(rank, ring=len(plans))
+        seconds = time.perf_counter() - started
+    return Outcome(
+        schedule,
+        errors(joined(simulation.results), truth),
+        bounds,
+        seconds,
+        sum(counters.received_bytes for counters in simulation.traffic),
+        planned,
+        sum(counters.messages for counters in simulation.traffic),
+        ringattn.balance(plans),
+    )
+
+
+def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> dict[str, Any]:
+    shown = [
+        {
+            **dataclasses.asdict(outcome),
+            "balance": vars(outcome.balance),
+            "within": outcome.within,
+        }
+        for outcome in outcomes
+    ]
+    return {
+        "ring": ring,
+        "mask": str(problem.mask),
+        "length": problem.length,
+        "dtype": options.dtype_name(problem.dtype),
+        "oracle_seconds": oracle_seconds,
+        "schedules": shown,
+        "within": all(outcome.within for outcome in outcomes),
+    }
+
+
+def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> None:
+    text = str(problem.mask)
+    shown = text if len(text) < 60 else f"{text[:57]}…"
+    console = options.console()
+    console.print(
+        f"{shown}: {problem.length} tokens on {ring} virtual ranks, {problem.heads} query and {problem.kv_heads} key "
+        f"heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
+        highlight=False,
+    )
+    table = Table("schedule")
+    for name in NAMES if problem.backward else NAMES[:1]:
+        table.add_column(f"{name} error\n(at most)", justify="right")
+    for title in ("received\n(planned)", "messages", "most pairs\n/ mean", "most received\n/ mean", "time"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for x in outcomes:
+        table.add_row(
+            x.schedule,
+            *(f"{error:.1e}\n({x.limits[name]:.1e})" for name, error in x.errors.items()),
+            f"{options.readable_bytes(x.received_bytes)}\n({options.readable_bytes(x.planned_bytes)})",
+            str(x.messages),
+            f"{x.balance.area:.3f}",
+            f"{x.balance.received:.3f}",
+            f"{x.seconds:.1f} s",
+            "[green]within bounds" if x.within else "[bold red]OUT OF BOUNDS",
+        )
+    console.print(table)
+    console.print(f"oracle: {oracle_seconds:.1f} s", highlight=False)
