@@ -1,0 +1,231 @@
+"""Train a language model on text longer than one device could attend to: attention sharded over ranks,
+exactly.
+
+    python launch/train.py                                        four ranks on this machine, 16,384 tokens
+    python launch/train.py --help                                 every option
+    torchrun --nproc-per-node 8 launch/train.py --length 131072   or any launcher, on any number of nodes
+
+This file is meant to be copied. `main` starts the ranks, `train` is an ordinary training loop, and the five
+things that sequence parallelism asks of it are marked (1) to (5). Model, data and bookkeeping are in
+`ringattn/training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringattn
+from ringattn.training.config import Config, launched, run_command
+from ringattn.training.data import Corpus, Pack, read_corpus
+from ringattn.training.launcher import cores, start_ranks
+from ringattn.training.meter import Meter
+from ringattn.training.model import Decoder, Shape, loss_sum
+from ringattn.training.parity import TOLERANCE, Trace, compare
+from ringattn.training.recorder import Recorder
+from ringattn.training.reduce import sum_gradients, sum_over_ranks
+from ringattn.training.run_folder import RunFolder, load
+from ringattn.training.sampling import generate
+
+CHECK_RATE = 0.1  # moves the parameters by a few per cent a step
+
+
+def main(config: Config, arguments: Sequence[str]) -> int:
+    """The exit code: 0, or 1 when --check finds a difference. Bad input has been refused before this."""
+    if config.sample is not None:
+        return sample(config)
+    train_files, held_out_files = read_corpus(
+        config.data
+    )  # reads before it connects: a missing file hangs nobody
+    if config.world > 1 and not launched():
+        return start_ranks(Path(__file__), config.world, arguments)
+
+    corpus, held_out = Corpus(train_files, config.seed), Corpus(held_out_files, 0)
+    mesh, device = connect(config)
+    try:
+        if config.steps:
+            train(config, mesh, device, corpus, held_out)
+        return check(config, mesh, device, corpus) if config.check else 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
+    """(1) The mesh: which ranks share a sequence, and how they talk. One process needs no launcher."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpu = torch.cuda.device_count() >= here
+    if not launched():
+        mesh = ringattn.init(transport="local")
+    else:
+        mesh = ringattn.init(ring=config.world // config.replicas, transport="nccl" if on_gpu else "gloo")
+    return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def shard_loss(model: Decoder, pack: Pack, mesh: ringattn.Mesh, config: Config) -> Tensor:
+    """The sum of the token losses of this rank's part of the pack; 0 where it has no labels or no tokens."""
+    # (2) Each rank takes its part of the tokens, and the labels that go with them. Which part, the sharding
+    # knows: the labels were shifted in the full pack, and positions are those in the full sequence (or in its
+    # documents).
+    sharding = ringattn.Sharding(config.length, mesh, layout=config.layout, mask=pack.mask)
+    positions = sharding.positions
+    if config.positions == "document":
+        positions = pack.mask.local_positions(positions)
+    device = next(model.parameters()).device
+    tokens, labels = (sharding.split(x, dim=0)[None].to(device) for x in (pack.tokens, pack.labels))
+
+    # (3) Attention looks over the whole sequence. All other layers work on the tokens they are given.
+    attend = partial(
+        ringattn.attention, mask=pack.mask, sharding=sharding, schedule=config.schedule, kernel=config.kernel
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        logits = model(tokens, positions.to(device), attend)
+    return loss_sum(logits, labels)
+
+
+def gradients(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Config) -> Tensor:
+    """Leaves the gradient of the mean loss over all labels in the model; returns that loss, on every rank."""
+    model.zero_grad()
+    share = torch.zeros((), device=next(model.parameters()).device)
+    for pack in of_this_replica(packs, mesh):
+        # (4) Divide by the labels of the whole batch. Every rank has the full packs and counts for itself; a
+        # mean over a shard would weigh shards instead of tokens, and have no value on a shard without labels.
+        loss = shard_loss(model, pack, mesh, config) / count_labels(packs)
+        loss.backward()
+        share += loss.detach()
+    # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
+    return sum_gradients(model, share, mesh)
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Config) -> float:
+    """The mean loss over all labels, the same on every rank."""
+    losses = [shard_loss(model, pack, mesh, config) for pack in of_this_replica(packs, mesh)]
+    total = torch.stack(losses).sum().reshape(1) / count_labels(packs)
+    sum_over_ranks(total, mesh)
+    return float(total)
+
+
+def of_this_replica(packs: list[Pack], mesh: ringattn.Mesh) -> list[Pack]:
+    """Ranks that share a sequence get the same packs, replicas different ones."""
+    return packs[mesh.coordinates["data"] :: mesh.axes["data"]]
+
+
+def count_labels(packs: list[Pack]) -> int:
+    return max(1, sum(pack.targets for pack in packs))
+
+
+def batch_of(corpus: Corpus, step: int, config: Config) -> list[Pack]:
+    """The packs of a step, a function of the step alone: nothing to communicate, nothing to remember."""
+    return [corpus.pack(step * config.batch + i, config.length) for i in range(config.batch)]
+
+
+def train(
+    config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus
+) -> None:
+    model = Decoder(config.shape, config.seed).to(device)
+    optimizer = build_optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config=config))
+    held_out_packs = [held_out.pack(i, config.length) for i in range(config.eval_packs)]
+    folder = RunFolder(config.folder, dataclasses.asdict(config)) if mesh.rank == 0 else None
+    meter = Meter(mesh, device)
+
+    with Recorder(folder, config.steps) as recorder:
+        recorder.held_out(0, evaluate(model, held_out_packs, mesh, config), model)
+        for step in range(1, config.steps + 1):
+            meter.restart()
+            loss = gradients(model, batch_of(corpus, step, config), mesh, config)
+            norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), config.clip
+            )  # of the sum, as on one rank
+            rate = float(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+            measured = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": rate}
+            recorder.step(step, config.batch * config.length, meter.lap(), **measured)
+            if step % config.eval_every == 0 or step == config.steps:
+                recorder.held_out(step, evaluate(model, held_out_packs, mesh, config), model)
+        if folder is not None:
+            recorder.say(f"run folder: {folder.path}")
+
+
+def build_optimizer(model: Decoder, config: Config) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr)
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The factor of the peak rate: linear warm-up, then half a cosine down to a tenth."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.55 + 0.45 * math.cos(math.pi * done)
+
+
+def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus) -> int:
+    """Repeats the first steps, under SGD, on all ranks and on one, and compares loss, gradients and
+    parameters.
+
+    Adam would hide a wrong scale of the gradients: it divides by their size. Plain SGD shows it.
+    """
+    sharded = sgd_steps(config, mesh, device, corpus)
+    failed = torch.zeros(1, device=device)
+    if mesh.rank == 0:
+        torch.set_num_threads(cores())  # the other ranks only wait
+        alone = sgd_steps(config, ringattn.init(transport="local"), device, corpus)
+        difference = compare(sharded, alone)
+        verdict = "equal" if difference.largest <= TOLERANCE else "NOT EQUAL"
+        print(difference.table())
+        print(
+            f"check: {config.check} SGD steps of {config.length:,} tokens on {mesh.size} ranks and on 1 are "
+            f"{verdict} (tolerance {TOLERANCE:g}). Largest relative differences: loss {difference.loss:.1e}, "
+            f"gradients {max(difference.gradients.values()):.1e}, "
+            f"parameters {max(difference.parameters.values()):.1e}"
+        )
+        failed += difference.largest > TOLERANCE
+    sum_over_ranks(failed, mesh)  # one verdict, and nobody leaves while rank 0 is at work
+    return int(failed.item())
+
+
+def sgd_steps(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus) -> Trace:
+    """The first --check steps of plain SGD from the initial weights: the same code on any mesh."""
+    model, trace = Decoder(config.shape, config.seed).to(device), Trace()
+    optimizer = torch.optim.SGD(model.parameters(), lr=CHECK_RATE)
+    for step in range(1, config.check + 1):
+        trace.add(gradients(model, batch_of(corpus, step, config), mesh, config), model)
+        optimizer.step()
+    trace.close(model)
+    return trace
+
+
+def sample(config: Config) -> int:
+    """Prints text from a run's weights. One process is enough, and the model does not know the difference."""
+    assert config.folder is not None and config.sample is not None  # validated
+    options, weights = load(config.folder)
+    model = Decoder(Shape(*(options[field.name] for field in dataclasses.fields(Shape))), seed=0)
+    model.load_state_dict(weights)
+    text = generate(
+        model,
+        config.sample.encode(),
+        config.sample_bytes,
+        context=options["length"],
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
+    print(config.sample + text.decode(errors="replace"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""What a run is asked to do: every option once, with its type, default, limits and help."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import typer
+
+import ringattn
+from ringattn.errors import InputError, MissingDependencyError
+from ringattn.training.model import Shape
+from ringattn.training.run_folder import holds_a_run
+
+DEFAULT_RANKS = 4
+Positions = Literal["document", "global"]
+Dtype = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "sgd"]
+EXTRAS = ("matplotlib", "safetensors")  # what a run folder is written with
+
+
+def _option(panel: str, text: str, **limits: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, **limits)
+
+
+_data, _ranks, _model, _training, _record, _sampling = (
+    partial(_option, panel) for panel in ("Data", "Ranks", "Model", "Training", "Run", "Sampling")
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a byte-level language model whose attention is sharded over ranks.
+
+    Examples:
+    ringattn train                                    16,384 tokens over four ranks of this machine
+
+    ringattn train --ranks 2 --length 4096 --steps 50 --folder runs/small
+
+    ringattn train --data my_texts/ --layers 6 --width 256 --heads 8 --optimizer sgd --lr 0.3
+
+    ringattn train --steps 0 --check 3                three SGD steps on four ranks and on one, compared
+
+    ringattn train --sample "def " --folder runs/small   text from the trained weights
+
+    torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2
+    """
+
+    data: Annotated[Path | None, _data("Text file or folder; default: Python's standard library.")] = None
+    length: Annotated[int, _data("Tokens (bytes) of the context.", min=2)] = 16_384
+    batch: Annotated[int, _data("Sequences per step.", min=1)] = 1
+    positions: Annotated[Positions, _data("RoPE turns by the place in document or sequence.")] = "document"
+    seed: Annotated[int, _data("Seed of the weights, the packs and the samples.", min=0)] = 0
+
+    ranks: Annotated[int | None, _ranks("Processes to start here; default 4, or as launched.", min=1)] = None
+    replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
+    layout: Annotated[str, _ranks("Who holds which tokens: auto, contiguous, zigzag, striped.")] = "auto"
+    schedule: Annotated[str, _ranks("What moves when: auto, ring, route.")] = "auto"
+    kernel: Annotated[str, _ranks("How attention is computed: auto, sdpa, reference.")] = "auto"
+    dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"
+
+    layers: Annotated[int, _model("Decoder blocks.", min=1)] = 2
+    width: Annotated[int, _model("Features per token.", min=1)] = 128
+    heads: Annotated[int, _model("Query heads.", min=1)] = 4
+    kv_heads: Annotated[int, _model("Key and value heads, shared by the query heads.", min=1)] = 2
+
+    steps: Annotated[int, _training("Optimizer steps.", min=0)] = 60
+    optimizer: Annotated[Optimizer, _training("Optimizer.")] = "adamw"
+    lr: Annotated[float, _training("Peak learning rate; a cosine takes it to a tenth.", min=0)] = 0.006
+    warmup: Annotated[int, _training("Steps of linear warm-up.", min=0)] = 10
+    clip: Annotated[float, _training("Largest norm of the gradient.", min=0)] = 1.0
+
+    folder: Annotated[Path | None, _record("Run folder; default: runs/ and the time.")] = None
+    overwrite: Annotated[bool, _record("Replace a run that is in the folder already.")] = False
+    eval_every: Annotated[int, _record("Steps from one held-out loss to the next.", min=1)] = 20
+    eval_packs: Annotated[int, _record("Sequences of the held-out loss.", min=1)] = 2
+    check: Annotated[int, _record("Repeat N SGD steps on all ranks and on one; compare.", min=0)] = 0
+
+    sample: Annotated[str | None, _sampling("Train nothing: print what follows this text by --folder.")] = None
+    sample_bytes: Annotated[int, _sampling("Bytes to print.", min=1)] = 400
+    temperature: Annotated[float, _sampling("0 takes the likeliest byte each time.", min=0)] = 0.7
+    top_k: Annotated[int, _sampling("Draw among so many of the likeliest bytes.", min=1)] = 40
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.layers, self.width, self.heads, self.kv_heads)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run: the launcher's, or those we are to start."""
+        return int(os.environ["WORLD_SIZE"]) if launched() else self.ranks or DEFAULT_RANKS
+
+    def validate(self) -> None:
+        """Raises InputError at the first thing that cannot work, before any process or connection is made."""
+        if self.sample is not None:
+            _need(self.sample != "", "--sample needs at least one character to go on from.")
+            _need(
+                self.folder is not None and holds_a_run(self.folder),
+                f"--sample needs the --folder to use; got {self.folder}.",
+            )
+            return
+        self._validate_numbers()
+        for name in EXTRAS:
+            if importlib.util.find_spec(name) is None:
+                raise MissingDependencyError(f"Training needs {name}: pip install 'ringattn[train]'")
+        if self.folder is not None and holds_a_run(self.folder) and not self.overwrite:
+            raise InputError(
+                f"{self.folder} holds a run already. Choose another --folder, or replace it with --overwrite."
+            )
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """The library itself says whether it knows these names: all plans, and attention over two tokens here."""
+        mask, length, head_dim = ringattn.Causal(), 2, self.shape.head_dim
+        ring = self.world // self.replicas
+        ringattn.plan_all(mask, self.length, layout=self.layout, schedule=self.schedule, ring=ring)
+        sharding = ringattn.Sharding(length, ringattn.init(transport="local"), layout=self.layout, mask=mask)
+        q, k, v = (
+            torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, self.dtype))
+            for heads in (self.heads, self.kv_heads, self.kv_heads)
+        )
+        ringattn.attention(q, k, v, mask, sharding=sharding, schedule=self.schedule, kernel=self.kernel)
+
+    def _validate_numbers(self) -> None:
+        world, heads, kv_heads = self.world, self.heads, self.kv_heads
+        _need(
+            self.steps > 0 or self.check > 0, "--steps 0 leaves nothing to do; add --check N to check only."
+        )
+        _need(self.lr > 0, f"--lr must be above 0; got {self.lr}.")
+        _need(self.clip > 0, f"--clip must be above 0; got {self.clip}.")
+        _need(heads % kv_heads == 0, f"--kv-heads {kv_heads} does not divide --heads {heads}.")
+        _need(
+            self.width % (2 * heads) == 0,
+            f"--width {self.width} must be an even number times --heads {heads}.",
+        )
+        _need(self.ranks in (None, world), f"The launcher started {world} ranks; got --ranks {self.ranks}.")
+        _need(world % self.replicas == 0, f"--replicas {self.replicas} does not divide the {world} ranks.")
+        _need(
+            self.batch % self.replicas == 0,
+            f"--replicas {self.replicas} does not divide --batch {self.batch}.",
+        )
+        _need(
+            self.check == 0 or self.dtype == "float32", f"--check compares float32; got --dtype {self.dtype}."
+        )
+
+
+def launched() -> bool:
+    """Whether torchrun or its like started this process."""
+    return "RANK" in os.environ
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Parses the command line into a Config and runs it; what is wrong with it is one line, and exit code 2."""
+
+    def command(**options: Any) -> int:
+        config = Config(**options)
+        config.validate()
+        return run(config, arguments)
+
+    command.__signature__ = inspect.signature(Config, eval_str=True)  # type: ignore[attr-defined]
+    command.__annotations__ = inspect.get_annotations(Config, eval_str=True)
+    command.__doc__ = Config.__doc__
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    # typer's parse errors are click's or, in newer versions, its own: a subclass it exports names it.
+    parse_error = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
+    try:
+        return int(typer.main.get_command(app).main(arguments, standalone_mode=False) or 0)
+    except parse_error as error:
+        message = error.format_message()
+    except (InputError, MissingDependencyError) as error:
+        message = str(error)
+    rank = f"rank {os.environ['RANK']}: " if launched() else ""
+    sys.stderr.write(f"{rank}error: {' '.join(message.split())}\n")
+    return 2

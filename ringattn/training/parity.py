@@ -1,0 +1,75 @@
+"""How far two runs of the same steps are from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-5  # relative, float32: what is left is the order in which sums are rounded
+
+
+@dataclass
+class Trace:
+    """Some steps of a run: each step's loss and gradients, and the parameters at the end."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, model: nn.Module) -> None:
+        """A step's loss and the gradients that are in the model now."""
+        self.losses.append(loss.detach().clone())
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.gradients.setdefault(name, []).append(parameter.grad.clone())
+
+    def close(self, model: nn.Module) -> None:
+        self.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences over all steps: of the loss, and of each parameter and its gradient."""
+
+    loss: float
+    gradients: dict[str, float]
+    parameters: dict[str, float]
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, *self.gradients.values(), *self.parameters.values())
+
+    def table(self) -> str:
+        width = max(map(len, self.gradients))
+        lines = [f"{'':{width}}  gradient  parameter"]
+        lines += [
+            f"{name:{width}}  {self.gradients[name]:8.1e}  {self.parameters[name]:9.1e}"
+            for name in self.gradients
+        ]
+        lines += [f"{'loss':{width}}  {self.loss:8.1e}"]
+        return "\n".join(lines)
+
+
+def compare(run: Trace, reference: Trace) -> Difference:
+    return Difference(
+        loss=_largest(run.losses, reference.losses),
+        gradients={
+            name: _largest(run.gradients[name], reference.gradients[name]) for name in reference.gradients
+        },
+        parameters={
+            name: _largest([run.parameters[name]], [reference.parameters[name]]) for name in run.parameters
+        },
+    )
+
+
+def _largest(got: list[Tensor], expected: list[Tensor]) -> float:
+    return max(relative(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, formed in float64. NaN counts as infinite."""
+    size, off = expected.double().norm(), (got.double() - expected.double()).norm()
+    ratio = off / size if size > 0 else torch.where(off > 0, torch.inf, 0.0)
+    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf))

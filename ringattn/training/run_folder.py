@@ -1,0 +1,88 @@
+"""The run folder: what a run was asked, what it measured, its picture and its weights.
+
+    config.json          the options
+    metrics.jsonl        a line for each step and each held-out loss, written as it happens
+    loss.png             both curves
+    model.safetensors    the weights
+
+Files are replaced whole, so that a run that is interrupted leaves the last complete ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+CONFIG, METRICS, PICTURE, WEIGHTS = FILES = ("config.json", "metrics.jsonl", "loss.png", "model.safetensors")
+
+
+def holds_a_run(folder: Path) -> bool:
+    return (folder / CONFIG).exists()
+
+
+class RunFolder:
+    """Written by one rank."""
+
+    def __init__(self, path: Path | None, config: dict[str, Any]) -> None:
+        """path: None for a folder named after the time. A run that is there already is replaced."""
+        self.path = path or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        with replacing(self.path / CONFIG) as new:
+            new.write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+    def record(self, **measured: float) -> None:
+        """Appends a line of metrics; it is in the file when this returns."""
+        with (self.path / METRICS).open("a") as lines:
+            lines.write(json.dumps(measured) + "\n")
+
+    def save(self, weights: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with replacing(self.path / WEIGHTS) as new:
+            save_file({name: weight.detach().cpu() for name, weight in weights.items()}, new)
+        draw_losses(self.path)
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options and the weights of a run."""
+    from safetensors.torch import load_file
+
+    return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+
+
+def draw_losses(folder: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no state
+
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            name = f"{label}, last {points[-1][1]:.3f}"
+            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.5, markersize=5)
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title=f"Loss of {folder.name}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(folder / PICTURE) as new:
+        figure.savefig(new, format="png", dpi=144)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` when the block is done and not before."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

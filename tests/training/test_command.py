@@ -1,0 +1,127 @@
+"""The command line: bad input is one line and exit code 2; a small run on two Gloo ranks leaves all its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from safetensors.torch import load_file
+
+from ringattn.training.config import Config, run_command
+from ringattn.training.model import Decoder
+
+ROOT = Path(__file__).parents[2]
+MODEL = ("--layers", "1", "--width", "16", "--heads", "2", "--kv-heads", "1")
+
+BAD = {
+    "--length 0": "--length",
+    "--length many": "--length",
+    "--data nowhere": "no file or folder nowhere",
+    "--layout zigzig": "zigzig",
+    "--schedule rign": "rign",
+    "--kernel magic": "magic",
+    "--optimizer adam": "adam",
+    "--positions local": "local",
+    "--dtype float8": "float8",
+    "--heads 4 --kv-heads 3": "--kv-heads 3 does not divide --heads 4",
+    "--heads 5 --kv-heads 5": "--heads 5",
+    "--width 12 --heads 4": "--width 12",
+    "--steps 0": "--steps 0",
+    "--steps -1": "--steps",
+    "--lr 0": "--lr",
+    "--ranks 0": "--ranks",
+    "--ranks 4 --replicas 3": "--replicas 3",
+    "--replicas 2": "--batch 1",
+    "--check 1 --dtype bfloat16": "--check",
+    "--lenght 5": "--lenght",
+    "surplus": "surplus",
+    "--sample x": "--folder",
+    "--sample x --folder nowhere": "nowhere",
+}
+
+
+@pytest.mark.parametrize(("line", "says"), BAD.items())
+def test_bad_input_is_one_line_and_exit_code_2(
+    trainer: ModuleType, line: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(trainer.main, line.split()) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_every_rank_of_a_launcher_refuses_before_it_connects(
+    trainer: ModuleType, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run_command(trainer.main, ["--data", "nowhere"]) == 2
+    assert run_command(trainer.main, ["--ranks", "2"]) == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [f"rank {rank}"] * 2
+
+
+def test_a_run_is_not_replaced_unasked(
+    trainer: ModuleType, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    line = ["--ranks", "1", "--data", str(texts), "--length", "32", "--steps", "1", *MODEL, "--folder", str(folder)]
+    assert run_command(trainer.main, line) == 0
+    before = (folder / "metrics.jsonl").read_text()
+    assert run_command(trainer.main, line) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert run_command(trainer.main, [*line, "--overwrite"]) == 0
+    assert (folder / "metrics.jsonl").read_text() != before
+
+
+def test_a_missing_extra_is_named(
+    trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert run_command(trainer.main, []) == 2
+    assert "pip install 'ringattn[train]'" in capsys.readouterr().err
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ringattn train ARGUMENTS`, as a shell would start it."""
+    start = "from ringattn.cli.train import PASS_ON, train; import typer; app = typer.Typer(); "
+    start += "app.callback()(lambda: None); app.command('train', context_settings=PASS_ON)(train); app()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", start, "train", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_bad_input_ends_the_command_with_2() -> None:
+    done = command("--length", "0")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--length" in done.stderr
+
+
+def test_two_ranks_train_check_and_sample(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ["--data", str(texts), "--length", "101", "--steps", "4", "--eval-every", "2", *MODEL]
+    done = command(*options, "--ranks", "2", "--folder", str(folder), "--check", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 SGD steps of 101 tokens on 2 ranks and on 1 are equal" in " ".join(done.stdout.split())
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 4]
+    assert all(line["sent_bytes"] > 0 and 0 <= line["waited"] <= 1 for line in lines if "loss" in line)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["length"] == 101
+    weights = load_file(folder / "model.safetensors")
+    Decoder(Config(layers=1, width=16, heads=2, kv_heads=1).shape, seed=0).load_state_dict(weights)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "loss.png", "model.safetensors",
+    }  # fmt: skip
+
+    sampling = ("--sample", "abc", "--folder", str(folder), "--sample-bytes", "9")
+    first, again = command(*sampling), command(*sampling)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("abc") and first.stdout == again.stdout
