@@ -8,6 +8,7 @@ beside each the error of its results against the float64 oracle, in units of the
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def errors(results: list[NDArray[np.float32]], truth: reference.Evaluation) -> l
 
 
 def measure(
-    case: Case, teams: Teams, rounds: int, truth: reference.Evaluation, progress: Progress
+    case: Case, teams: Teams, options: argparse.Namespace, truth: reference.Evaluation, progress: Progress
 ) -> dict[Contestant, tuple[list[float], float]]:
     """The times in seconds of each contestant and the largest of its errors."""
     worst = {}
@@ -71,10 +72,10 @@ def measure(
         results = joined(team.call(collect, contestant.token_dim), positions)
         worst[contestant] = max(errors(results, truth))
     times: dict[Contestant, list[float]] = {contestant: [] for contestant in teams}
-    bar = progress.add_task(case.label, total=rounds)
-    for _ in range(rounds):
+    bar = progress.add_task(case.label, total=options.rounds)
+    for _ in range(options.rounds):
         for contestant, team in teams.items():
-            times[contestant].append(team.time())
+            times[contestant].append(team.time(cpu=options.cpu))
         progress.advance(bar)
     progress.remove_task(bar)
     return {contestant: (times[contestant], worst[contestant]) for contestant in teams}
@@ -82,7 +83,8 @@ def measure(
 
 def report(name: str, teams: Teams, options: argparse.Namespace, console: Console) -> None:
     length = options.length or (8192 if name == "causal" else 16384)
-    table = Table(title=f"{name}, {length} tokens, {options.heads} heads of 64, median of {options.rounds} in ms")
+    unit = "ms of processor time a thread" if options.cpu else "ms"
+    table = Table(title=f"{name}, {length} tokens, {options.heads} heads of 64, median of {options.rounds} in {unit}")
     table.add_column("contestant")
     truths: dict[torch.dtype, reference.Evaluation] = {}
     columns = []
@@ -90,7 +92,7 @@ def report(name: str, teams: Teams, options: argparse.Namespace, console: Consol
         for case in cases(name, length, options.dtypes, options.heads):
             if case.dtype not in truths:
                 truths = {case.dtype: oracle(case)}
-            columns.append(measure(case, teams, options.rounds, truths[case.dtype], progress))
+            columns.append(measure(case, teams, options, truths[case.dtype], progress))
             table.add_column(f"{case.label}\nms (× fastest peer) error", justify="right")
     for contestant in teams:
         cells = []
@@ -130,6 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4, help="query and key heads of size 64 (default 4)")
     parser.add_argument("--length", type=int, help="tokens (default 8192 for causal, 16384 else)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one dtype instead of both")
+    parser.add_argument("--cpu", action="store_true", help="processor time instead of time, on a busy machine")
     parser.add_argument("--only", help="contestants whose name contains this")
     options = parser.parse_args()
     unknown = set(options.tables) - set(names)
@@ -143,6 +146,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", highlight=False)
     chosen = [c for c in CONTESTANTS if options.only is None or options.only in c.name]
     with ExitStack() as stack:
         teams = {contestant: stack.enter_context(contestant.team()) for contestant in chosen}
