@@ -19,7 +19,7 @@ import numpy as np
 
 from ringattn.bands import Array
 from ringattn.errors import InputError
-from ringattn.masks import Causal, Mask
+from ringattn.masks import Causal, Mask, checked
 
 RANK, OFFSET, START, COUNT, STRIDE = range(5)
 
@@ -116,7 +116,7 @@ def chosen(mask: Mask | None, length: int) -> Layout:
     """What ``auto`` takes: zigzag for one causal sequence, whose area grows along it, contiguous otherwise."""
     if mask is None:
         return Contiguous()
-    regions = mask.regions(length, length)
+    regions = checked(mask).regions(length, length)
     one_triangle = Causal().regions(length, length)
     return Zigzag() if length and np.array_equal(regions, one_triangle) else Contiguous()
 

@@ -68,18 +68,19 @@ class Mask(ABC):
         return torch.from_numpy(self.local(_positions(positions)).copy())
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, _mask(other))
+        return And(self, checked(other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, _mask(other))
+        return Or(self, checked(other))
 
     def __invert__(self) -> Mask:
         return Not(self)
 
 
-def _mask(value: object) -> Mask:
+def checked(value: object) -> Mask:
+    """The mask, or an error where something else was given."""
     if not isinstance(value, Mask):
-        raise InputError(f"A mask combines with another mask; got {value!r}.")
+        raise InputError(f"mask must be a ringattn mask, such as ringattn.Causal(); got {value!r}.")
     return value
 
 

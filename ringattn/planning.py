@@ -11,7 +11,7 @@ from ringattn.accounting import Shape
 from ringattn.demand import Demand
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
-from ringattn.masks import Mask
+from ringattn.masks import Mask, checked
 from ringattn.mesh import Mesh
 from ringattn.plans import Plan, assemble
 from ringattn.schedules.base import Schedule
@@ -98,13 +98,11 @@ def plan_all(
 
 
 def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
-    if not isinstance(mask, Mask):
-        raise InputError(f"mask must be a ringattn mask, such as ringattn.Causal(); got {mask!r}.")
     if sharding.mesh != kv_sharding.mesh:
         raise InputError(
             f"Queries and keys must be sharded over the same mesh; got {sharding.mesh} and {kv_sharding.mesh}."
         )
-    regions = mask.regions(sharding.length, kv_sharding.length)
+    regions = checked(mask).regions(sharding.length, kv_sharding.length)
     return Demand(regions, sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size)
 
 

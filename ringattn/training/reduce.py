@@ -19,10 +19,10 @@ def sum_gradients(model: nn.Module, loss: Tensor, mesh: Mesh) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     bucket = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)])
     sum_over_ranks(bucket, mesh)
-    *sums, total = bucket.split([*(gradient.numel() for gradient in gradients), 1])
+    sums: tuple[Tensor, ...] = bucket[:-1].split([gradient.numel() for gradient in gradients])
     for gradient, added in zip(gradients, sums, strict=True):
         gradient.copy_(added.view_as(gradient))
-    return total.squeeze(0)
+    return bucket[-1]
 
 
 def sum_over_ranks(x: Tensor, mesh: Mesh) -> None:

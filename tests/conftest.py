@@ -1,0 +1,35 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.workers import Workers
+
+# One seed of hypothesis for every run: a suite that passed passes again; the long runs draw their own.
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+# Small tensors gain nothing from a second thread, and matrix products of another number of threads round otherwise:
+# the suite compares bits with the Gloo ranks, which have one thread each.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Workers]:
+    """Four Gloo ranks, shared by all tests of the session."""
+    workers = Workers()
+    yield workers
+    workers.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,133 @@
+"""Kernels: what they are lowered to, what they refuse, and what PyTorch's own kernels are relied upon to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ringattn
+from ringattn import bands, tiles
+from ringattn.errors import InputError, UnsupportedError
+from ringattn.kernels.choice import chosen
+from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, coalesce, lower
+from ringattn.kernels.reference import Reference
+from ringattn.kernels.sdpa import Sdpa
+from ringattn.mechanisms.base import Problem
+from ringattn.mechanisms.softmax import Softmax
+from ringattn.tiles import Tiles
+from tests.conformance import LAYOUTS
+from tests.conformance import masks as any_mask
+
+CPU = torch.device("cpu")
+
+
+def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:  # type: ignore[type-arg]
+    """How often each pair of buffer rows is computed."""
+    out = np.zeros(shape, dtype=int)
+    for b in batches:
+        i, j = np.arange(b.m)[:, None], np.arange(b.n)[None, :]
+        pairs = {FULL: np.full((b.m, b.n), True), CAUSAL: j <= i, FLIPPED: j >= i}[b.kind]
+        for nth in range(b.count):
+            q = b.q + nth * b.q_next + np.arange(b.m) * b.q_step
+            k = b.k + nth * b.k_next + np.arange(b.n) * b.k_step
+            out[np.ix_(q, k)] += pairs
+    return out
+
+
+@given(
+    data=st.data(),
+    length=st.integers(1, 40),
+    ranks=st.integers(1, 5),
+    q_layout=st.sampled_from(LAYOUTS),
+    k_layout=st.sampled_from(LAYOUTS),
+)
+def test_lowering_computes_every_pair_once(
+    data: st.DataObject, length: int, ranks: int, q_layout: ringattn.Layout, k_layout: ringattn.Layout
+) -> None:
+    mask = data.draw(any_mask(length))
+    table = tiles.cut(mask.regions(length, length), q_layout.spans(length, ranks), k_layout.spans(length, ranks))
+    for q_rank in range(ranks):
+        for k_rank in range(ranks):
+            rows = table[(table[:, 0] == q_rank) & (table[:, 1] == k_rank)][:, 2:]
+            wanted = np.zeros((length, length), dtype=int)
+            for q, m, q_step, k, n, k_step, lo, hi, *_ in rows.tolist():
+                offset = np.arange(m)[:, None] - np.arange(n)[None, :]
+                wanted[np.ix_(q + np.arange(m) * q_step, k + np.arange(n) * k_step)] += (lo <= offset) & (offset <= hi)
+            batches = lower(Tiles(rows))
+            assert np.array_equal(_counted(batches, (length, length)), wanted)
+            assert all(b.m == b.n for b in batches if b.kind != FULL)
+
+
+def _tiles(mask: ringattn.Mask, length: int, layout: ringattn.Layout, ranks: int, q_rank: int, k_rank: int) -> Tiles:
+    spans = layout.spans(length, ranks)
+    table = tiles.cut(mask.regions(length, length), spans, spans)
+    return Tiles(table[(table[:, 0] == q_rank) & (table[:, 1] == k_rank)][:, 2:])
+
+
+def test_launches_are_few_and_alike() -> None:
+    zigzag, contiguous = ringattn.Zigzag(), ringattn.Contiguous()
+    causal, window = ringattn.Causal(), ringattn.Window(1024)
+    # a zigzag rank's own keys are one causal square, its neighbour's one rectangle
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 0)) == [Batch(CAUSAL, 4096, 4096, 1, 1, 0, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 1)) == [Batch(FULL, 2048, 4096, 1, 1, 2048, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [Batch(FULL, 4096, 2048, 1, 1, 0, 0)]
+    # a window of 1,024 over 8,192 rows is two launches
+    assert [b.count for b in lower(_tiles(window, 8192, contiguous, 1, 0, 0))] == [8, 7]
+    # equal documents are one
+    packed = ringattn.Documents([64] * 32) & causal
+    assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [Batch(CAUSAL, 64, 64, 1, 1, 0, 0, 32, 64, 64)]
+
+
+def test_coalescing_never_joins_what_is_not_one_band() -> None:
+    rows = bands.regions([(0, 4, 0, 4, -9, 9), (4, 8, 4, 8, -9, 9)])
+    assert len(coalesce(rows)) == 2
+
+
+def _problem(**changes: object) -> Problem:
+    given = {"mechanism": Softmax(), "batch": 1, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 8}
+    return Problem(**{**given, "dtype": torch.float32, "device": CPU, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"value_dim": 12}, "got D=8, Dv=12"),
+        ({"device": torch.device("cuda")}, "takes bfloat16 and float16; got torch.float32"),
+        ({"device": torch.device("cuda"), "dtype": torch.float16, "dim": 12, "value_dim": 12}, "got D=12"),
+        ({"device": torch.device("meta")}, "CPUs and CUDA"),
+    ],
+)
+def test_sdpa_refuses_in_words_and_auto_says_why(changes: dict[str, object], words: str) -> None:
+    problem = _problem(**changes)
+    with pytest.raises(UnsupportedError, match=words):
+        chosen("sdpa", problem)
+    kernel, reason = chosen("auto", problem)
+    assert isinstance(kernel, Reference) and reason.startswith("auto took the reference kernel: sdpa")
+
+
+def test_choice() -> None:
+    assert chosen("auto", _problem()) == (Sdpa(), "auto took sdpa: PyTorch's flash kernels can do it")
+    assert chosen(Reference(rows=3), _problem())[0] == Reference(rows=3)
+    with pytest.raises(InputError, match="'auto', 'reference', 'sdpa'"):
+        chosen("flash", _problem())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [ringattn.Causal(), ringattn.Window(100), ringattn.Documents([300, 1, 723])])
+def test_sdpa_on_cuda_is_as_exact_as_the_reference_kernel(dtype: torch.dtype, mask: ringattn.Mask) -> None:
+    sharding = ringattn.Sharding(1024, ringattn.Mesh.local())
+    g = torch.Generator().manual_seed(0)
+    base = [torch.randn(2, h, 1024, 64, generator=g).to("cuda", dtype) for h in (4, 2, 2, 4)]
+    results = {}
+    for kernel in ("sdpa", "reference"):
+        q, k, v = (x.clone().requires_grad_() for x in base[:3])
+        out, lse = ringattn.attention(q, k, v, mask, sharding=sharding, kernel=kernel, return_lse=True)
+        ((out * base[3]).sum() + lse.sum()).backward()
+        results[kernel] = [out, q.grad, k.grad, v.grad]
+    for ours, exact in zip(results["sdpa"], results["reference"], strict=True):
+        assert ours is not None and exact is not None
+        assert (ours - exact).float().norm() <= 2 * torch.finfo(dtype).eps * exact.float().norm()

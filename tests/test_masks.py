@@ -1,0 +1,138 @@
+"""Masks, layouts and the cut of one by the other, against boolean matrices."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ringattn
+from ringattn import bands, layouts, masks, tiles
+from ringattn.errors import InputError
+from ringattn.layouts import Layout
+from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
+from tests.conformance import LAYOUTS
+from tests.conformance import masks as any_mask
+
+
+@given(data=st.data(), length=st.integers(0, 60))
+def test_regions_are_the_pairs_a_mask_allows(data: st.DataObject, length: int) -> None:
+    mask = data.draw(any_mask(length))
+    where = np.arange(length)
+    regions, allowed = mask.regions(length, length), mask.dense(where, where).numpy()
+    assert np.array_equal(bands.dense(regions, where, where), allowed)
+    assert bands.area(regions) == allowed.sum()
+
+
+@given(data=st.data(), length=st.integers(0, 40))
+def test_masks_are_values(data: st.DataObject, length: int) -> None:
+    mask = data.draw(any_mask(length))
+    assert pickle.loads(pickle.dumps(mask)) == mask
+    assert hash(pickle.loads(pickle.dumps(mask))) == hash(mask)
+    again, where = masks.parse(str(mask)), torch.arange(length)
+    assert torch.equal(again.dense(where, where), mask.dense(where, where))
+
+
+def test_each_mask_is_what_its_docstring_says() -> None:
+    where = torch.arange(6)
+    q, k = where[:, None], where[None, :]
+    for mask, wanted in (
+        (Full(), torch.ones(6, 6, dtype=torch.bool)),
+        (Causal(), k <= q),
+        (Window(2, 1), (q - 2 <= k) & (k <= q + 1)),
+        (Documents([2, 0, 1, 3]), torch.block_diag(*(torch.ones(n, n) for n in (2, 1, 3))).bool()),
+        (Prefix(0), torch.zeros(6, 6, dtype=torch.bool)),
+        (Prefix(2), (k < 2).expand(6, 6)),
+        (SinkTokens(2), (k < 2) & (k <= q)),
+    ):
+        assert torch.equal(mask.dense(where, where), wanted), mask
+
+
+def test_documents_of_two_sequences() -> None:
+    mask = Documents([2, 3], [1, 4])
+    wanted = torch.block_diag(torch.ones(2, 1), torch.ones(3, 4)).bool()
+    assert torch.equal(mask.dense(range(5), range(5)), wanted)
+    assert np.array_equal(bands.dense(mask.regions(5, 5), np.arange(5), np.arange(5)), wanted.numpy())
+
+
+def test_local_positions() -> None:
+    packed = Documents([3, 1, 2])
+    for mask in (packed, packed & Causal(), (packed & Window(1)) | SinkTokens(1)):
+        assert mask.local_positions(torch.tensor([5, 0, 3, 2])).tolist() == [1, 0, 0, 2]
+    assert Causal().local_positions(torch.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Window(-1), "Window's left is a number of tokens"),
+        (lambda: Prefix(2.5), "Prefix's n"),  # type: ignore[arg-type]
+        (lambda: Documents([3, -1]), "document's length"),
+        (lambda: Documents([3], [1, 2]), "as many kv_lengths"),
+        (lambda: Documents([3, 4]).regions(8, 8), "sum to 7, the sequence has 8"),
+        (lambda: Causal() & 3, "must be a ringattn mask"),  # type: ignore[operator]
+        (lambda: masks.parse("causl"), "'causl' is not a mask"),
+        (lambda: masks.parse("window:a"), "'window:a' is not a mask"),
+        (lambda: masks.parse("causal&"), "missing at the end"),
+        (lambda: masks.parse("(causal"), "not closed"),
+        (lambda: masks.parse("causal causal"), "ends where 'causal' begins"),
+    ],
+)
+def test_bad_masks_say_what_is_needed(make: object, words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("(", r"\(")):
+        make()  # type: ignore[operator]
+
+
+@given(length=st.integers(0, 300), size=st.integers(1, 20), layout=st.sampled_from(LAYOUTS))
+def test_layouts_share_every_position_out_once_and_evenly(length: int, size: int, layout: Layout) -> None:
+    spans = layout.spans(length, size)
+    held = [layouts.positions(spans, rank) for rank in range(size)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(length))
+    assert all(np.array_equal(part, np.sort(part)) for part in held)
+    counts = layouts.counts(spans, size)
+    assert counts.tolist() == [len(part) for part in held]
+    assert counts.max() - counts.min() <= 1
+
+
+def test_auto_layout_is_zigzag_for_one_causal_sequence_only() -> None:
+    for mask, wanted in (
+        (Causal(), "zigzag"),
+        (Causal() & Full(), "zigzag"),
+        (Documents([10]) & Causal(), "zigzag"),
+        (Documents([4, 6]) & Causal(), "contiguous"),
+        (Window(3), "contiguous"),
+        (None, "contiguous"),
+    ):
+        assert str(ringattn.Sharding(10, ringattn.Mesh.virtual(2), "auto", mask).layout) == wanted
+
+
+@given(
+    data=st.data(),
+    length=st.integers(0, 40),
+    size=st.integers(1, 6),
+    q_layout=st.sampled_from(LAYOUTS),
+    k_layout=st.sampled_from(LAYOUTS),
+)
+def test_a_cut_holds_every_pair_once(
+    data: st.DataObject, length: int, size: int, q_layout: Layout, k_layout: Layout
+) -> None:
+    mask = data.draw(any_mask(length))
+    q_spans, k_spans = q_layout.spans(length, size), k_layout.spans(length, size)
+    counted = np.zeros((length, length), dtype=int)
+    for q_rank, k_rank, *tile in tiles.cut(mask.regions(length, length), q_spans, k_spans).tolist():
+        queries, keys = layouts.positions(q_spans, q_rank), layouts.positions(k_spans, k_rank)
+        q, m, q_step, k, n, k_step, lo, hi, q_position, q_stride, k_position, k_stride = tile
+        for i in range(m):
+            allowed = [j for j in range(n) if lo <= i - j <= hi]
+            assert allowed, "every row of a tile holds a pair"
+            at = queries[q + i * q_step]
+            assert at == q_position + i * q_stride
+            for j in allowed:
+                assert keys[k + j * k_step] == k_position + j * k_stride
+                counted[at, keys[k + j * k_step]] += 1
+    where = np.arange(length)
+    assert np.array_equal(counted, mask.dense(where, where).numpy())

@@ -1,0 +1,236 @@
+"""Laws of plans, and faults planted in them that verification must catch."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ringattn
+from ringattn import tiles
+from ringattn.errors import InputError, PlanError
+from ringattn.plans import HOLD_PHASE, SEND_PHASE, Plan
+from ringattn.schedules.base import Schedule
+from tests.conformance import LAYOUTS, SCHEDULES
+from tests.conformance import masks as any_mask
+
+SHAPE = {"heads": (4, 2), "head_dims": (8, 8), "dtype": "float32"}
+
+
+def _plans(schedule: Schedule | str = "route", mask: ringattn.Mask | None = None, **more: object) -> list[Plan]:
+    mask = mask or ringattn.Documents([9, 1, 40]) & ringattn.Causal()
+    return ringattn.plan_all(mask, 50, more.get("layout", "zigzag"), schedule, ring=4)  # type: ignore[arg-type]
+
+
+@given(
+    data=st.data(),
+    length=st.integers(0, 90),
+    ranks=st.integers(1, 9),
+    layout=st.sampled_from(("auto", *LAYOUTS)),
+    schedule=st.sampled_from(("auto", *SCHEDULES)),
+)
+def test_every_plan_is_right(
+    data: st.DataObject, length: int, ranks: int, layout: str, schedule: Schedule | str
+) -> None:
+    mask = data.draw(any_mask(length))
+    plans = ringattn.plan_all(mask, length, layout, schedule, ring=ranks, **SHAPE)  # type: ignore[arg-type]
+    ringattn.verify(plans)
+    where = np.arange(length)
+    assert sum(plan.area for plan in plans) == int(mask.dense(where, where).sum())
+    assert sum(plan.tokens for plan in plans) == length
+    traffic = [plan.traffic() for plan in plans]
+    assert sum(t.received_tokens for t in traffic) == sum(t.sent_tokens for t in traffic)
+    assert sum(t.backward_received_bytes or 0 for t in traffic) == sum(t.backward_sent_bytes or 0 for t in traffic)
+    for rank, whole in enumerate(plans):
+        # one rank plans for itself what the plan of all ranks gives it, and explains it
+        sharding = ringattn.Sharding(length, ringattn.Mesh.virtual(ranks, rank=rank), layout, mask)
+        alone = ringattn.plan(mask, sharding, schedule, **SHAPE)  # type: ignore[arg-type]
+        assert alone.hash == whole.hash
+        assert pickle.loads(pickle.dumps(alone)).hash == alone.hash
+        assert alone.explain().startswith(f"rank {rank} of {ranks}")
+
+
+@given(data=st.data(), length=st.integers(0, 60), ranks=st.integers(1, 7), layout=st.sampled_from(LAYOUTS))
+def test_route_receives_exactly_the_keys_its_mask_touches(
+    data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout
+) -> None:
+    mask = data.draw(any_mask(length))
+    for plan in ringattn.plan_all(mask, length, layout, "route", ring=ranks):
+        sharding = ringattn.Sharding(length, ringattn.Mesh.virtual(ranks, rank=plan.rank), layout)
+        touched = mask.dense(sharding.positions, np.arange(length)).any(dim=0)
+        touched[sharding.positions] = False
+        assert plan.traffic().received_tokens == int(touched.sum())
+
+
+@given(data=st.data(), length=st.integers(1, 200), ranks=st.integers(1, 8), layout=st.sampled_from(LAYOUTS))
+def test_nothing_beats_the_lower_bound(
+    data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout
+) -> None:
+    mask = data.draw(any_mask(length))
+    plans = ringattn.plan_all(mask, length, layout, "route", ring=ranks)
+    balance = ringattn.balance(plans)
+    imbalance = max(balance.area, balance.tokens) + 1e-9
+    received = sum(plan.traffic().received_tokens for plan in plans)
+    assert ringattn.lower_bound(mask, length, ranks, imbalance) <= received + 1e-6
+
+
+def test_the_lower_bound_of_one_causal_sequence_is_the_formula() -> None:
+    length, ranks = 4096, 8
+    pairs, tokens = 1.02 * length * (length + 1) / 2 / ranks, 1.02 * length / ranks
+    terms = [max((length**2 - 2 * j * pairs), 0) ** 0.5 for j in range(ranks)]
+    formula = sum(max(term, length - j * tokens, 0) for j, term in enumerate(terms)) - length
+    assert ringattn.lower_bound(ringattn.Causal(), length, ranks) == pytest.approx(formula, abs=ranks)
+
+
+def test_ring_relays_no_further_than_anybody_needs() -> None:
+    for plan in _plans("ring", ringattn.Window(5), layout="contiguous"):
+        assert plan.holds[:, HOLD_PHASE].tolist() == ([1] if plan.rank else [])
+    causal = _plans("ring", ringattn.Causal(), layout="contiguous")
+    assert [len(plan.holds) for plan in causal] == [0, 1, 2, 3]
+
+
+def test_auto_takes_what_receives_less_and_says_so() -> None:
+    assert "auto took route: all ranks together receive" in _plans("auto", ringattn.Causal())[0].explain()
+    assert "auto took ring" in _plans("auto", ringattn.Full())[0].explain()
+
+
+def test_the_next_exchange_is_under_way_while_a_step_computes() -> None:
+    for plan in _plans("ring", ringattn.Full()):
+        assert [bool(step.exchange and step.tiles) for step in plan.steps] == [True, True, True, False]
+    for plan in _plans(ringattn.Ring(lookahead=0), ringattn.Full()):
+        assert not any(step.exchange and step.tiles for step in plan.steps)
+
+
+# -- planted faults -------------------------------------------------------------------------------------------------
+
+Fault = Callable[[Plan], Plan]
+
+
+def _without_tile(plan: Plan) -> Plan:
+    return dataclasses.replace(plan, tile_rows=plan.tile_rows[1:], tile_phases=plan.tile_phases[1:])
+
+
+def _without_phase(plan: Plan) -> Plan:
+    kept = plan.tile_phases != plan.tile_phases[-1]
+    return dataclasses.replace(plan, tile_rows=plan.tile_rows[kept], tile_phases=plan.tile_phases[kept])
+
+
+def _doubled_tile(plan: Plan) -> Plan:
+    rows, phases = plan.tile_rows, plan.tile_phases
+    return dataclasses.replace(
+        plan, tile_rows=np.concatenate([rows[:1], rows]), tile_phases=np.concatenate([phases[:1], phases])
+    )
+
+
+def _changed(column: int, by: int) -> Fault:
+    def plant(plan: Plan) -> Plan:
+        rows = plan.tile_rows.copy()
+        rows[0, column] += by
+        return dataclasses.replace(plan, tile_rows=rows)
+
+    return plant
+
+
+def _keys_of_another_phase(plan: Plan) -> Plan:
+    """The field's classic: every step reuses the keys of step 0."""
+    rows, phases = plan.tile_rows.copy(), plan.tile_phases.copy()
+    phases[:] = 0
+    return dataclasses.replace(plan, tile_rows=rows, tile_phases=phases)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "route"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_without_tile, "computes the wrong pairs"),
+        (_without_phase, "computes the wrong pairs"),
+        (_doubled_tile, "computes the wrong pairs"),
+        (_changed(tiles.LOW, 1), "computes the wrong pairs"),
+        (_changed(tiles.HIGH, -1), "computes the wrong pairs"),
+        (_changed(tiles.M, -1), "computes the wrong pairs"),
+        (_changed(tiles.K, 1), "does not hold at that place"),
+        (_changed(tiles.Q_POSITION, 1), "does not hold at that place"),
+        (_keys_of_another_phase, "does not hold at that place"),
+    ],
+)
+def test_faults_of_one_rank(schedule: str, fault: Fault, words: str) -> None:
+    plan = _plans(schedule)[3]
+    plan.verify()
+    with pytest.raises(PlanError, match=words):
+        fault(plan).verify()
+
+
+def _cut_rows(name: str) -> Fault:
+    return lambda plan: dataclasses.replace(plan, **{name: getattr(plan, name)[1:]})
+
+
+def _late(plan: Plan) -> Plan:
+    """The first exchange moved behind all others, its tiles left where they were."""
+    holds = plan.holds.copy()
+    holds[holds[:, HOLD_PHASE] == holds[0, HOLD_PHASE], HOLD_PHASE] = 9
+    order = np.argsort(holds[:, HOLD_PHASE], kind="stable")
+    return dataclasses.replace(plan, holds=holds[order])
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_cut_rows("sends"), "messages to rank|are not the|the wrong rows|that are not"),
+        (_cut_rows("home_sends"), "does not send home the gradient"),
+        (_cut_rows("home_receives"), "A gradient does not reach its owner"),
+        (_late, "does not hold at that place|before they arrive"),
+    ],
+)
+def test_faults_between_ranks(fault: Fault, words: str) -> None:
+    plans = _plans("ring")
+    ringattn.verify(plans)
+    plans[1] = fault(plans[1])
+    with pytest.raises(PlanError, match=words):
+        ringattn.verify(plans)
+
+
+def test_a_cycle_is_a_deadlock() -> None:
+    """Two ranks that each first wait for the message the other sends second."""
+    plans = ringattn.plan_all(ringattn.Full(), 8, "contiguous", "route", ring=3)
+    ringattn.verify(plans)
+    plans = [dataclasses.replace(p, sends=_swapped(p.sends)) for p in plans]
+    with pytest.raises(PlanError, match="deadlock; in a circle wait rank 0 in the exchange of phase 1 for rank"):
+        ringattn.verify(plans)
+
+
+def _swapped(sends: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    out = sends.copy()
+    out[:, SEND_PHASE] = 3 - out[:, SEND_PHASE]
+    return out[np.argsort(out[:, SEND_PHASE], kind="stable")]
+
+
+def test_verify_wants_every_rank() -> None:
+    with pytest.raises(PlanError, match="every rank's plan, in order"):
+        ringattn.verify(_plans()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, "spiral"), "'auto', 'contiguous', 'zigzag', 'striped'"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, schedule="rnig"), "'auto', 'ring', 'route'"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), -1), "a number of tokens"),
+        (lambda: ringattn.plan_all("causal", 8), "mask must be a ringattn mask"),  # type: ignore[arg-type]
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, ring=0), "at least one rank"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, ulysses=2), "Use ring=2, ulysses=1"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, heads=(4, 3)), "all given"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "heads": (4, 3)}), "multiple of key heads"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "dtype": "float7"}), "torch dtype"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8)[0].memory(), "give heads, head_dims and dtype"),
+        (lambda: ringattn.Ring(lookahead=2), "lookahead is 0 or 1"),
+        (lambda: ringattn.Ring(gradient_wire="bf16"), "'float32' or 'input'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_requests_say_what_is_needed(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call()
