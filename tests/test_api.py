@@ -1,0 +1,213 @@
+"""The public API: the op, its handles, wrong arguments, meshes and start-up."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn
+from ringattn import autograd
+from ringattn.errors import InputError, UnsupportedError
+from tests.workers import Workers
+
+
+def _inputs(length: int = 20, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, h, length, 8, generator=g).to(dtype).requires_grad_() for h in (4, 2, 2)]
+
+
+def _one(length: int = 20) -> ringattn.Sharding:
+    return ringattn.Sharding(length, ringattn.init())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding, calls = _one(), []
+    op: Any = autograd.attention
+    monkeypatch.setattr(autograd, "attention", lambda *args: calls.append(args) or op(*args))
+    ringattn.attention(*_inputs(dtype=dtype), ringattn.Causal(), sharding=sharding)
+    torch.library.opcheck(op, calls[0])
+
+
+def test_the_plan_lives_as_long_as_the_graph() -> None:
+    q, k, v = _inputs()
+    out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one())  # the sharding is gone at once
+    gc.collect()
+    out.sum().backward()
+    assert q.grad is not None
+    before = len(autograd._CALLS)
+    del out
+    gc.collect()
+    assert len(autograd._CALLS) < before, "and no longer"
+
+
+def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    from ringattn import functional
+
+    plan = functional.plan
+    monkeypatch.setattr(functional, "plan", lambda *a, **kw: made.append(1) or plan(*a, **kw))
+    sharding = _one()
+    for _ in range(3):
+        ringattn.attention(*_inputs(), ringattn.Documents([5, 15]) & ringattn.Causal(), sharding=sharding)
+    assert len(made) == 1
+    ringattn.attention(*_inputs(), ringattn.Documents([6, 14]) & ringattn.Causal(), sharding=sharding)
+    assert len(made) == 2
+
+
+def test_strided_inputs_are_right() -> None:
+    q, k, v = _inputs()
+    expected = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one())
+    turned = [x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert all(x.stride(-1) != 1 for x in turned)
+    assert torch.equal(ringattn.attention(*turned, ringattn.Causal(), sharding=_one()), expected)
+    by_token = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(ringattn.attention(*by_token, ringattn.Causal(), sharding=_one()), expected)
+
+
+def test_inputs_and_incoming_gradients_are_never_written() -> None:
+    q, k, v = _inputs()
+    out, lse = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one(), return_lse=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    kept = copy.deepcopy([x.detach() for x in (q, k, v, out, lse, dout, dlse)])
+    torch.autograd.backward([out, lse], [dout, dlse], retain_graph=True)
+    first = [x.grad.clone() for x in (q, k, v) if x.grad is not None]
+    for x in (q, k, v):
+        x.grad = None
+    torch.autograd.backward([out, lse], [dout, dlse])
+    assert all(torch.equal(a, b) for a, b in zip(kept, (q, k, v, out, lse, dout, dlse), strict=True))
+    assert all(torch.equal(a, x.grad) for a, x in zip(first, (q, k, v), strict=True) if x.grad is not None)
+
+
+def test_gradients_that_nobody_asked_for() -> None:
+    q, k, v = (x.detach() for x in _inputs())
+    k.requires_grad_()
+    out, lse = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one(), return_lse=True)
+    lse.sum().backward()
+    assert q.grad is None and k.grad is not None and out.requires_grad
+    with torch.no_grad():
+        assert not ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    q, k, v = _inputs(dtype=dtype)
+    out, lse = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one(), return_lse=True)
+    out.sum().backward()
+    assert {x.dtype for x in (out, q.grad, k.grad, v.grad) if x is not None} == {dtype}
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_meshes_and_shardings_pickle_without_their_transport_and_still_plan() -> None:
+    sharding = ringattn.Sharding(50, ringattn.Mesh.local(), "zigzag")
+    ringattn.attention(*_inputs(50), ringattn.Causal(), sharding=sharding)
+    again = pickle.loads(pickle.dumps(sharding))
+    assert again == sharding and hash(again) == hash(sharding)
+    assert again.mesh.transport is None and not again.owned
+    assert ringattn.plan(ringattn.Causal(), again).area == 50 * 51 // 2
+    with pytest.raises(InputError, match="no transport"):
+        ringattn.attention(*_inputs(50), ringattn.Causal(), sharding=again)
+
+
+def _other(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q": _other((4, 20, 8))}, r"\[batch, heads, tokens, dim\]"),
+        ({"q": _other((2, 4, 19, 8))}, "Rank 0 holds 20 of the 20 queries; got q .*Pass this rank's part"),
+        ({"k": _other((2, 2, 19, 8)), "v": _other((2, 2, 19, 8))}, "20 of the 20 keys"),
+        ({"k": _other((2, 3, 20, 8)), "v": _other((2, 3, 20, 8))}, "multiple of key heads; got 4 and 3"),
+        ({"k": _other((2, 2, 20, 7))}, "must be .B, Hq, S, D."),
+        ({"v": _other((1, 2, 20, 8))}, "must be .B, Hq, S, D."),
+        ({"q": _other((2, 0, 20, 8))}, "must not be empty"),
+        ({"v": _other((2, 2, 20, 8), torch.bfloat16)}, "one dtype and device"),
+        ({x: _other((2, 4, 20, 8), torch.int64) for x in "qkv"}, "float64, float32, bfloat16 and float16"),
+        ({"mask": ringattn.Documents([3])}, "sum to 3, the sequence has 20"),
+        ({"mask": None}, "must be a ringattn mask"),
+        ({"mechanism": "softmax"}, "must be a ringattn mechanism"),
+        ({"schedule": "tree"}, "schedule must be"),
+        ({"kernel": "flash"}, "kernel must be"),
+    ],
+)
+def test_wrong_arguments_show_the_call(change: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {**dict(zip("qkv", _inputs(), strict=True)), "mask": ringattn.Causal(), **change}
+    with pytest.raises(InputError, match=words):
+        ringattn.attention(**given, sharding=_one())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ringattn.Sharding(8, ringattn.Mesh.local()).split(torch.zeros(3, 7), 1), "8 tokens of 8 along"),
+        (lambda: ringattn.Sharding(8, ringattn.Mesh.local()).join(torch.zeros(3, 7), 1), "the part of rank 0"),
+        (lambda: ringattn.Sharding(8, ringattn.Mesh.local()).split(torch.zeros(8), 1), "no dimension 1"),
+        (lambda: ringattn.Sharding(8, 4), "needs a Mesh"),  # type: ignore[arg-type]
+        (lambda: ringattn.Mesh.virtual(2, rank=2), "is 0 to 1; got 2"),
+        (lambda: ringattn.Softmax(scale=float("nan")), "must be finite"),
+        (lambda: ringattn.init(ring=3), "must divide the world of 1"),
+        (lambda: ringattn.init(ring=0), "at least one rank each"),
+        (lambda: ringattn.init(transport="mpi"), "'auto', 'local', 'gloo' or 'nccl'"),  # type: ignore[arg-type]
+        (lambda: ringattn.init(timeout=0), "a number of seconds"),
+        (lambda: ringattn.init(transport="gloo"), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
+    ],
+)
+def test_wrong_set_up_says_what_to_do(call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=words):
+        call()
+
+
+def test_ulysses_is_refused_with_what_to_use_instead() -> None:
+    with pytest.raises(UnsupportedError, match="Use ring=4, ulysses=1"):
+        ringattn.simulate(lambda mesh: None, ring=2, ulysses=2)
+
+
+# -- start-up on real ranks ----------------------------------------------------------------------------------------
+
+
+def _started(mesh: ringattn.Mesh) -> dict[str, Any]:
+    """Several meshes over the workers' default group, side by side."""
+    whole = ringattn.init()
+    pairs = ringattn.init(ring=2)
+    device_mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    of_torch = ringattn.Mesh.from_device_mesh(device_mesh["cp"])
+    outputs = []
+    for one in (whole, pairs, of_torch):
+        sharding = ringattn.Sharding(24, one, "zigzag")
+        full = [torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        out = ringattn.attention(*(sharding.split(x, 2) for x in full), ringattn.Causal(), sharding=sharding)
+        outputs.append(sharding.join(out, 2))
+    with pytest.raises(InputError, match="one mesh dimension; got 2"):
+        ringattn.Mesh.from_device_mesh(device_mesh)
+    with pytest.raises(InputError, match="must divide the world of 4"):
+        ringattn.init(ring=3)
+    with pytest.raises(InputError, match="runs on gloo; got transport='nccl'"):
+        ringattn.init(transport="nccl")
+    assert dist.is_initialized(), "the default group is the caller's"
+    return {
+        "coordinates": (whole.coordinates, pairs.coordinates, of_torch.rank),
+        "agreement": (whole.connected().agreement, ringattn.init(agreement=False).connected().agreement),
+        "close": all(torch.allclose(out, outputs[0], atol=1e-6) for out in outputs),
+    }
+
+
+def test_init_adopts_a_group_and_meshes_live_side_by_side(gloo: Workers) -> None:
+    for rank, found in enumerate(gloo.run(4, _started)):
+        assert found["close"]
+        assert found["agreement"] == (True, False)
+        assert found["coordinates"] == (
+            {"data": 0, "ring": rank, "ulysses": 0},
+            {"data": rank // 2, "ring": rank % 2, "ulysses": 0},
+            rank % 2,
+        )
