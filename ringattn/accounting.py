@@ -73,9 +73,7 @@ def traffic(plan: Plan) -> Traffic:
         if shape is None:
             return None
         gradient = shape.itemsize if plan.gradient_wire == "input" else shape.accumulator
-        return shape.row * (
-            rows(exchanges, side, "kv") * shape.itemsize + rows(exchanges, side, "dkv") * gradient
-        )
+        return shape.row * (rows(exchanges, side, "kv") * shape.itemsize + rows(exchanges, side, "dkv") * gradient)
 
     return Traffic(
         messages=sum(len(x.sends) for x in forward),

@@ -71,9 +71,7 @@ def attention_backward(
     """The gradients. ``present`` tells which extras have one; ``dextras`` holds those."""
     given = iter(dextras)
     all_extras = tuple(next(given) if there else None for there in present)
-    dq, dk, dv, dparams = engine.backward(
-        _call(plan), q, k, v, tuple(params), seed, tuple(saved), dout, all_extras
-    )
+    dq, dk, dv, dparams = engine.backward(_call(plan), q, k, v, tuple(params), seed, tuple(saved), dout, all_extras)
     return dq, dk, dv, list(dparams)
 
 

@@ -89,9 +89,7 @@ def backward(
         if step.tiles:
             into = (dq, *gradients.of(step.phase))
             k_rows, v_rows = keys.of(step.phase)
-            call.kernel.backward(
-                problem, q, k_rows, v_rows, saved, dout, dextras, step.tiles, into, dparams
-            )
+            call.kernel.backward(problem, q, k_rows, v_rows, saved, dout, dextras, step.tiles, into, dparams)
         if under_way:
             under_way.wait()
             gradients.add(receives)

@@ -1,14 +1,14 @@
 """The exceptions of ringattn.
 
-    RingAttentionError
-    ├── InputError (ValueError)            an argument is wrong; nothing was sent
-    ├── UnsupportedError (InputError)      a schedule, kernel or mechanism cannot do this; nothing was sent
-    ├── PlanError                          a plan failed verification
-    ├── AgreementError                     ranks of one call were called with different arguments
-    ├── TransportError                     an exchange failed
-    │   ├── DeadlockError                  no virtual rank can go on
-    │   └── InFlightError                  a buffer was written while an exchange still needed it
-    └── MissingDependencyError (ImportError)   an optional dependency is not installed
+RingAttentionError
+├── InputError (ValueError)            an argument is wrong; nothing was sent
+├── UnsupportedError (InputError)      a schedule, kernel or mechanism cannot do this; nothing was sent
+├── PlanError                          a plan failed verification
+├── AgreementError                     ranks of one call were called with different arguments
+├── TransportError                     an exchange failed
+│   ├── DeadlockError                  no virtual rank can go on
+│   └── InFlightError                  a buffer was written while an exchange still needed it
+└── MissingDependencyError (ImportError)   an optional dependency is not installed
 """
 
 from __future__ import annotations

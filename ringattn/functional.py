@@ -94,7 +94,17 @@ def attention(
     transport = sharding.mesh.connected()
     try:
         problem = _problem(q, k, v, mechanism, sharding, kv)
-        key = (mask, kv, mechanism, schedule, kernel, problem.batch, *_shapes(problem), problem.device, _wanted(q, k, v))
+        key = (
+            mask,
+            kv,
+            mechanism,
+            schedule,
+            kernel,
+            problem.batch,
+            *_shapes(problem),
+            problem.device,
+            _wanted(q, k, v),
+        )
         found = sharding.owned.get(key)
         if found is None:
             refusal = transport.refuses(q.device)
@@ -164,7 +174,7 @@ def _problem(
         raise InputError(f"q, k and v must have one dtype and device; got {said}.")
     if q.dtype not in _DTYPES:
         raise InputError(f"attention computes float64, float32, bfloat16 and float16; got {q.dtype}.")
-    batch, heads, length, dim = q.shape
+    batch, heads, _, dim = q.shape
     if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
         raise InputError(f"q, k, v must be [B, Hq, S, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]; got {call}.")
     if not min(heads, k.shape[1], dim, v.shape[3]):
@@ -180,5 +190,3 @@ def _problem(
     if not isinstance(mechanism, Mechanism):
         raise InputError(f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {mechanism!r}.")
     return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
-
-

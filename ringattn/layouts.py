@@ -107,9 +107,7 @@ def named(layout: Any, mask: Mask | None, length: int) -> Layout:
             return Striped()
         case "auto":
             return chosen(mask, length)
-    raise InputError(
-        f"layout must be a Layout or one of 'auto', 'contiguous', 'zigzag', 'striped'; got {layout!r}."
-    )
+    raise InputError(f"layout must be a Layout or one of 'auto', 'contiguous', 'zigzag', 'striped'; got {layout!r}.")
 
 
 def chosen(mask: Mask | None, length: int) -> Layout:

@@ -176,7 +176,7 @@ class Documents(Mask):
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         own, other = self._edges(self.lengths), self._edges(self.kv_lengths)
-        return np.searchsorted(own, q, side="right") == np.searchsorted(other, k, side="right")
+        return np.asarray(np.searchsorted(own, q, side="right") == np.searchsorted(other, k, side="right"))
 
     def local(self, positions: Positions) -> Positions:
         edges = self._edges(self.lengths)

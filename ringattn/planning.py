@@ -143,9 +143,7 @@ def _taken(schedule: Schedule | None, demand: Demand) -> tuple[Schedule, str]:
     return ring, f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only"
 
 
-def _build(
-    demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None
-) -> Plan:
+def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None) -> Plan:
     built = assemble(
         demand,
         rank,

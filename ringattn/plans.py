@@ -138,13 +138,15 @@ class Plan:
     @functools.cached_property
     def backward_steps(self) -> tuple[Step, ...]:
         """The backward pass: this plan transposed."""
-        homes: dict[int, Exchange] = {}
-        for table, side in ((self.home_sends, "sends"), (self.home_receives, "receives")):
-            for phase, rows in _groups(table[:, HOME_PHASE], table):
-                buffer = phase if side == "sends" else 0
-                items = _items(rows[:, HOME_PEER], rows[:, HOME_START : HOME_STOP + 1], "dkv", buffer)
-                exchange = homes.get(phase, Exchange(phase, (), ()))
-                homes[phase] = dataclasses.replace(exchange, **{side: items})
+
+        def items(table: Array, own: bool) -> dict[int, tuple[Item, ...]]:
+            return {
+                phase: _items(rows[:, HOME_PEER], rows[:, HOME_START : HOME_STOP + 1], "dkv", 0 if own else phase)
+                for phase, rows in _groups(table[:, HOME_PHASE], table)
+            }
+
+        sends, receives = items(self.home_sends, own=False), items(self.home_receives, own=True)
+        homes = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
         return self._steps(self._key_exchanges, homes)
 
     @functools.cached_property

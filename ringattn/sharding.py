@@ -133,7 +133,7 @@ class _Join(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         sharding: Sharding = ctx.sharding
         transport, me = sharding.mesh.connected(), sharding.mesh.sequence_rank
         _agree(sharding, "unjoin", grad)

@@ -79,7 +79,11 @@ def _divide(world: int, ring: int | None, ulysses: int) -> dict[str, int]:
             f"ring * ulysses must divide the world of {world} ranks; got ring={ring}, ulysses={ulysses}. "
             f"Start a multiple of {each} ranks, or change the axes."
         )
-    return {"ring": world // ulysses if ring is None else ring, "ulysses": ulysses, "data": world // each if ring else 1}
+    return {
+        "ring": world // ulysses if ring is None else ring,
+        "ulysses": ulysses,
+        "data": world // each if ring else 1,
+    }
 
 
 def _start_default_group(transport: str, limit: datetime.timedelta) -> None:

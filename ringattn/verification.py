@@ -96,6 +96,7 @@ def _asked(plan: Plan, queries: Array) -> Array:
     out[:, tiles.LOW], out[:, tiles.HIGH] = -bands.INF, bands.INF
     return out
 
+
 def _row_sums(rows: Array, weights: Weights, queries: int, stride: int) -> tuple[Weights, Array]:
     """For each local query, the summed weights and the number of the keys that these tiles compute."""
     # Prefix sums along the stride: prefix[p] = weights of positions p - s, p - 2s, …
@@ -149,8 +150,12 @@ def _verify_slots(plan: Plan) -> None:
             for phase in reading - {0}:
                 if content.get(plan.slots.get(phase, -1)) != phase:
                     raise PlanError(
-                        f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
+                        f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} "
+                        f"before they arrive."
                     )
+            leaving = {item.phase for item in exchange.sends if item.what == "dkv"} if exchange else set()
+            if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
+                raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
             if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading."

@@ -18,9 +18,10 @@ from ringattn.errors import InputError, UnsupportedError
 from tests.workers import Workers
 
 
-def _inputs(length: int = 20, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def _inputs(length: int = 20, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(2, h, length, 8, generator=g).to(dtype).requires_grad_() for h in (4, 2, 2)]
+    q, k, v = (torch.randn(2, h, length, 8, generator=g).to(dtype).requires_grad_() for h in (4, 2, 2))
+    return q, k, v
 
 
 def _one(length: int = 20) -> ringattn.Sharding:
@@ -29,9 +30,14 @@ def _one(length: int = 20) -> ringattn.Sharding:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    sharding, calls = _one(), []
-    op: Any = autograd.attention
-    monkeypatch.setattr(autograd, "attention", lambda *args: calls.append(args) or op(*args))
+    sharding, op = _one(), autograd.attention
+    calls: list[Any] = []
+
+    def spy(*args: Any) -> Any:
+        calls.append(args)
+        return op(*args)
+
+    monkeypatch.setattr(autograd, "attention", spy)
     ringattn.attention(*_inputs(dtype=dtype), ringattn.Causal(), sharding=sharding)
     torch.library.opcheck(op, calls[0])
 
@@ -50,10 +56,12 @@ def test_the_plan_lives_as_long_as_the_graph() -> None:
 
 def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    from ringattn import functional
 
-    plan = functional.plan
-    monkeypatch.setattr(functional, "plan", lambda *a, **kw: made.append(1) or plan(*a, **kw))
+    def spy(*args: Any, **options: Any) -> ringattn.Plan:
+        made.append(args)
+        return ringattn.plan(*args, **options)
+
+    monkeypatch.setattr("ringattn.functional.plan", spy)
     sharding = _one()
     for _ in range(3):
         ringattn.attention(*_inputs(), ringattn.Documents([5, 15]) & ringattn.Causal(), sharding=sharding)
@@ -65,11 +73,10 @@ def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -
 def test_strided_inputs_are_right() -> None:
     q, k, v = _inputs()
     expected = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one())
-    turned = [x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
-    assert all(x.stride(-1) != 1 for x in turned)
-    assert torch.equal(ringattn.attention(*turned, ringattn.Causal(), sharding=_one()), expected)
-    by_token = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    torch.testing.assert_close(ringattn.attention(*by_token, ringattn.Causal(), sharding=_one()), expected)
+    for a, b in ((2, 3), (1, 2)):
+        q, k, v = (x.detach().transpose(a, b).contiguous().transpose(a, b) for x in (q, k, v))
+        assert (q.stride(-1) == 1) == ((a, b) == (1, 2))
+        torch.testing.assert_close(ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one()), expected)
 
 
 def test_inputs_and_incoming_gradients_are_never_written() -> None:
@@ -185,8 +192,9 @@ def _started(mesh: ringattn.Mesh) -> dict[str, Any]:
     outputs = []
     for one in (whole, pairs, of_torch):
         sharding = ringattn.Sharding(24, one, "zigzag")
-        full = [torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-        out = ringattn.attention(*(sharding.split(x, 2) for x in full), ringattn.Causal(), sharding=sharding)
+        full = (torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        q, k, v = (sharding.split(x, 2) for x in full)
+        out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding)
         outputs.append(sharding.join(out, 2))
     with pytest.raises(InputError, match="one mesh dimension; got 2"):
         ringattn.Mesh.from_device_mesh(device_mesh)

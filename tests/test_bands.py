@@ -61,7 +61,10 @@ def test_set_operations(a: Regions, b: Regions) -> None:
         assert np.array_equal(bands.row_areas(got, SIDE), wanted.sum(axis=1))
 
 
-@given(a=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))), b=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))))
+@given(
+    a=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))),
+    b=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))),
+)
 def test_overlaps_finds_every_overlapping_pair(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> None:
     (a0, a1), (b0, b1) = (np.array([*sorted(pairs)], dtype=np.int64).reshape(-1, 2).T for pairs in (a, b))
     a1, b1 = a0 + a1 + 1, b0 + b1 + 1

@@ -89,11 +89,9 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
     if odd and what == "refused":
         q = q[:, :, :1]
     try:
-        out = ringattn.attention(
-            q, k, v, mask, sharding=sharding, schedule=schedule, mechanism=ringattn.Softmax(scale)
-        )
+        out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule, mechanism=ringattn.Softmax(scale))
         if what == "call":
-            _ = sharding.join(out, 2) if odd else out.sum().backward()  # type: ignore[func-returns-value]
+            _ = sharding.join(out, 2) if odd else out.sum().backward()
     except ringattn.RingAttentionError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

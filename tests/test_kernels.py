@@ -24,7 +24,7 @@ from tests.conformance import masks as any_mask
 CPU = torch.device("cpu")
 
 
-def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:  # type: ignore[type-arg]
+def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
     """How often each pair of buffer rows is computed."""
     out = np.zeros(shape, dtype=int)
     for b in batches:

@@ -14,7 +14,7 @@ import ringattn
 from ringattn import bands, layouts, masks, tiles
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
-from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
+from ringattn.masks import Causal, Documents, Full, Prefix, SinkTokens, Window
 from tests.conformance import LAYOUTS
 from tests.conformance import masks as any_mask
 

@@ -52,7 +52,9 @@ def test_merging_is_a_monoid(mechanism: Mechanism, seeds: tuple[int, int, int], 
 def test_blocks_merge_to_the_whole(mechanism: Mechanism, cut: int) -> None:
     problem = _problem(mechanism)
     g = torch.Generator().manual_seed(cut)
-    q, k, v = (torch.randn(2, h, n, d, generator=g, dtype=torch.float64) for h, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6)))
+    q, k, v = (
+        torch.randn(2, h, n, d, generator=g, dtype=torch.float64) for h, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6))
+    )
     allowed = torch.rand(5, 7, generator=g) < 0.5
     whole = mechanism.tile(problem, q, k, v, allowed)
     parts = [mechanism.tile(problem, q, k[:, :, s], v[:, :, s], allowed[:, s]) for s in (slice(cut), slice(cut, None))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ringattn.schedules.base import Schedule
 from tests.conformance import LAYOUTS, SCHEDULES
 from tests.conformance import masks as any_mask
 
-SHAPE = {"heads": (4, 2), "head_dims": (8, 8), "dtype": "float32"}
+SHAPE: dict[str, Any] = {"heads": (4, 2), "head_dims": (8, 8), "dtype": "float32"}
 
 
 def _plans(schedule: Schedule | str = "route", mask: ringattn.Mask | None = None, **more: object) -> list[Plan]:
@@ -38,7 +39,7 @@ def test_every_plan_is_right(
     data: st.DataObject, length: int, ranks: int, layout: str, schedule: Schedule | str
 ) -> None:
     mask = data.draw(any_mask(length))
-    plans = ringattn.plan_all(mask, length, layout, schedule, ring=ranks, **SHAPE)  # type: ignore[arg-type]
+    plans = ringattn.plan_all(mask, length, layout, schedule, ring=ranks, **SHAPE)
     ringattn.verify(plans)
     where = np.arange(length)
     assert sum(plan.area for plan in plans) == int(mask.dense(where, where).sum())
@@ -49,7 +50,7 @@ def test_every_plan_is_right(
     for rank, whole in enumerate(plans):
         # one rank plans for itself what the plan of all ranks gives it, and explains it
         sharding = ringattn.Sharding(length, ringattn.Mesh.virtual(ranks, rank=rank), layout, mask)
-        alone = ringattn.plan(mask, sharding, schedule, **SHAPE)  # type: ignore[arg-type]
+        alone = ringattn.plan(mask, sharding, schedule, **SHAPE)
         assert alone.hash == whole.hash
         assert pickle.loads(pickle.dumps(alone)).hash == alone.hash
         assert alone.explain().startswith(f"rank {rank} of {ranks}")
@@ -68,9 +69,7 @@ def test_route_receives_exactly_the_keys_its_mask_touches(
 
 
 @given(data=st.data(), length=st.integers(1, 200), ranks=st.integers(1, 8), layout=st.sampled_from(LAYOUTS))
-def test_nothing_beats_the_lower_bound(
-    data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout
-) -> None:
+def test_nothing_beats_the_lower_bound(data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout) -> None:
     mask = data.draw(any_mask(length))
     plans = ringattn.plan_all(mask, length, layout, "route", ring=ranks)
     balance = ringattn.balance(plans)
@@ -203,7 +202,7 @@ def test_a_cycle_is_a_deadlock() -> None:
         ringattn.verify(plans)
 
 
-def _swapped(sends: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _swapped(sends: np.ndarray) -> np.ndarray:
     out = sends.copy()
     out[:, SEND_PHASE] = 3 - out[:, SEND_PHASE]
     return out[np.argsort(out[:, SEND_PHASE], kind="stable")]
@@ -226,7 +225,7 @@ def test_verify_wants_every_rank() -> None:
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, heads=(4, 3)), "all given"),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "heads": (4, 3)}), "multiple of key heads"),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "dtype": "float7"}), "torch dtype"),
-        (lambda: ringattn.plan_all(ringattn.Causal(), 8)[0].memory(), "give heads, head_dims and dtype"),
+        (ringattn.plan_all(ringattn.Causal(), 8)[0].memory, "give heads, head_dims and dtype"),
         (lambda: ringattn.Ring(lookahead=2), "lookahead is 0 or 1"),
         (lambda: ringattn.Ring(gradient_wire="bf16"), "'float32' or 'input'"),  # type: ignore[arg-type]
     ],

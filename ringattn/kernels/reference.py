@@ -85,7 +85,9 @@ class Reference(Kernel):
                         continue
                     allowed = None
                     if least < low or most > high:
-                        offset = torch.arange(i, i_stop, device=device)[:, None] - torch.arange(j, j_stop, device=device)
+                        offset = torch.arange(i, i_stop, device=device)[:, None] - torch.arange(
+                            j, j_stop, device=device
+                        )
                         allowed = (low <= offset) & (offset <= high)
                     at = _slice(row[t.Q], row[t.Q_STEP], i, i_stop)
                     yield at, _slice(row[t.K], row[t.K_STEP], j, j_stop), allowed

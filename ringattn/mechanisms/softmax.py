@@ -40,7 +40,7 @@ class Softmax(Mechanism):
 
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""
-        return problem.dim**-0.5 if self.scale is None else self.scale
+        return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
 
     def empty(self, problem: Problem, length: int) -> State:
         lse = problem.rows(problem.heads, length, 1).squeeze(-1)
@@ -90,15 +90,13 @@ class Softmax(Mechanism):
         dv = (weights.transpose(-1, -2) @ grouped).sum(dim=2)
         return dq, dk, dv, ()
 
-    def _scores(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _scores(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """``[B, Hkv, Hq / Hkv, M, N]``; -inf where a pair is not allowed."""
         grouped = q.unflatten(1, (problem.kv_heads, -1)) * self.scale_for(problem)
-        scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
+        scores = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2))
         return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """lse with 0 for -inf: the scores it is taken from are all -inf, and exp(-inf - 0) is the 0 wanted."""
+    """Lse with 0 for -inf: the scores it is taken from are all -inf, and exp(-inf - 0) is the 0 wanted."""
     return torch.where(lse == -math.inf, 0.0, lse)

@@ -56,7 +56,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
             # Autograd's device threads would be shared by the ranks, and one waiting rank would stop them all.
             with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad_enabled):
                 results[rank] = fn(mesh, *args)
-        except BaseException as error:  # noqa: BLE001 (it is raised again in the caller's thread)
+        except BaseException as error:
             failure = error
         hub.finish(rank, failure)
 

@@ -24,6 +24,17 @@ DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]
 Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "sgd"]
+HELP = """Train a byte-level language model whose attention is sharded over ranks.
+
+\b
+Examples:
+  ringattn train                               16,384 tokens, four ranks
+  ringattn train --ranks 2 --length 4096 --steps 50 --folder runs/small
+  ringattn train --sample "def " --folder runs/small
+  ringattn train --data texts/ --width 256 --optimizer sgd --lr 0.3
+  ringattn train --steps 0 --check 3           four ranks and one, compared
+  torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2
+"""
 EXTRAS = ("matplotlib", "safetensors")  # what a run folder is written with
 
 
@@ -38,21 +49,7 @@ _data, _ranks, _model, _training, _record, _sampling = (
 
 @dataclass(frozen=True)
 class Config:
-    """Train a byte-level language model whose attention is sharded over ranks.
-
-    Examples:
-    ringattn train                                    16,384 tokens over four ranks of this machine
-
-    ringattn train --ranks 2 --length 4096 --steps 50 --folder runs/small
-
-    ringattn train --data my_texts/ --layers 6 --width 256 --heads 8 --optimizer sgd --lr 0.3
-
-    ringattn train --steps 0 --check 3                three SGD steps on four ranks and on one, compared
-
-    ringattn train --sample "def " --folder runs/small   text from the trained weights
-
-    torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2
-    """
+    """The options of a run. --help shows them from here."""
 
     data: Annotated[Path | None, _data("Text file or folder; default: Python's standard library.")] = None
     length: Annotated[int, _data("Tokens (bytes) of the context.", min=2)] = 16_384
@@ -172,9 +169,8 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
 
     command.__signature__ = inspect.signature(Config, eval_str=True)  # type: ignore[attr-defined]
     command.__annotations__ = inspect.get_annotations(Config, eval_str=True)
-    command.__doc__ = Config.__doc__
     app = typer.Typer(add_completion=False)
-    app.command()(command)
+    app.command(help=HELP)(command)
     # typer's parse errors are click's or, in newer versions, its own: a subclass it exports names it.
     parse_error = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
     try:
@@ -183,6 +179,8 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
         message = error.format_message()
     except (InputError, MissingDependencyError) as error:
         message = str(error)
+    except typer.Abort:  # typer's word for Ctrl-C
+        return 130
     rank = f"rank {os.environ['RANK']}: " if launched() else ""
     sys.stderr.write(f"{rank}error: {' '.join(message.split())}\n")
     return 2

@@ -14,7 +14,14 @@ from ringattn.mesh import Mesh
 
 @dataclass(frozen=True)
 class Cost:
-    """One rank's step. waited: the share of its seconds in which it waited for other ranks."""
+    """One rank's step.
+
+    Attributes:
+        seconds: from its start to its end.
+        sent_bytes: sent to the ranks of its sequence.
+        waited: the share of the seconds in which it waited for them.
+        peak_memory_bytes: most that the process has held so far.
+    """
 
     seconds: float
     sent_bytes: int

@@ -19,13 +19,9 @@ class Recorder:
     def __init__(self, folder: RunFolder | None, steps: int) -> None:
         self.folder = folder
         self._console = Console(quiet=folder is None)
-        columns = (
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=self._console, disable=folder is None)
+        text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
+        columns = (BarColumn(bar_width=6), MofNCompleteColumn(), text, left)
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> Recorder:
@@ -39,7 +35,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line above the bar, there also when the output is a file."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, step: int, tokens: int, cost: Cost, **measured: float) -> None:
         """A step is done: tokens of all ranks, the cost on this one."""
@@ -48,8 +44,8 @@ class Recorder:
         speed = tokens / cost.seconds
         self.folder.record(step=step, **measured, tokens_per_second=speed, **vars(cost))
         text = (
-            f"loss {measured['loss']:.3f}  {speed:,.0f} tokens/s  sent {readable(cost.sent_bytes)}/step  "
-            f"waiting {cost.waited:.0%}  memory {readable(cost.peak_memory_bytes)}"
+            f"loss {measured['loss']:.3f}, {speed:,.0f} tokens/s, {readable(cost.sent_bytes)}/step, "
+            f"waits {cost.waited:.0%}, {readable(cost.peak_memory_bytes)}"
         )
         self._bar.update(self._task, completed=step, description=text)
 

@@ -28,7 +28,7 @@ class Abandoned(BaseException):
 
 
 def _checksum(buffer: torch.Tensor) -> int:
-    return zlib.adler32(buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return zlib.adler32(buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _poison(buffer: torch.Tensor) -> None:
@@ -136,8 +136,10 @@ class Hub:
         while rank in waiting and rank not in path:
             path.append(rank)
             rank = waiting[rank].peer
-        end = f"cycle: {' -> '.join(map(str, [*path[path.index(rank) :], rank]))}" if rank in path else (
-            f"rank {path[-1]} waits for rank {rank}, which has finished"
+        end = (
+            f"cycle: {' -> '.join(map(str, [*path[path.index(rank) :], rank]))}"
+            if rank in path
+            else (f"rank {path[-1]} waits for rank {rank}, which has finished")
         )
         return "\n".join(["Deadlock: no virtual rank can go on.", *lines, f"  {end}"])
 

@@ -28,23 +28,28 @@ class TorchDistributed(Transport):
 
     def refuses(self, device: torch.device) -> str | None:
         if self.backend == "gloo" and device.type != "cpu":
-            return f"Gloo exchanges CPU tensors; got tensors on {device}. Use the nccl backend, or move them to the CPU."
+            return (
+                f"Gloo exchanges CPU tensors; got tensors on {device}. Use the nccl backend, or move them to the CPU."
+            )
         if self.backend == "nccl" and device.type != "cuda":
             return f"NCCL exchanges CUDA tensors; got tensors on {device}. Use the gloo backend, or move them to a GPU."
         return None
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
         # Receives first: on Gloo a send completes only when its receive is posted.
-        messages = [(dist.irecv, peer, buffer) for peer, buffer in receives]
-        messages += [(dist.isend, peer, buffer) for peer, buffer in sends]
-        operations = [dist.P2POp(op, buffer, group=self.group, group_peer=peer) for op, peer, buffer in messages]
+        messages = [*receives, *sends]
+        kinds = [dist.irecv] * len(receives) + [dist.isend] * len(sends)
+        operations = [
+            dist.P2POp(kind, buffer, group=self.group, group_peer=peer)
+            for kind, (peer, buffer) in zip(kinds, messages, strict=True)
+        ]
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
-            raise self._failure(label, [peer for _, peer, _ in messages], error) from error
+            raise self._failure(label, [peer for peer, _ in messages], error) from error
 
         def complete() -> None:
-            for work, (_, peer, _) in zip(works, messages, strict=False):
+            for work, (peer, _) in zip(works, messages, strict=False):
                 try:
                     work.wait()
                 except RuntimeError as error:
