@@ -1,5 +1,4 @@
-"""Train a language model on text longer than one device could attend to: attention sharded over ranks,
-exactly.
+"""Train a language model on long text, its attention sharded over ranks: exactly the model of one rank.
 
     python launch/train.py                                        four ranks on this machine, 16,384 tokens
     python launch/train.py --help                                 every option
@@ -43,9 +42,8 @@ def main(config: Config, arguments: Sequence[str]) -> int:
     """The exit code: 0, or 1 when --check finds a difference. Bad input has been refused before this."""
     if config.sample is not None:
         return sample(config)
-    train_files, held_out_files = read_corpus(
-        config.data
-    )  # reads before it connects: a missing file hangs nobody
+    # Data is read before anything is started or connected: if it is missing, nobody waits for this rank.
+    train_files, held_out_files = read_corpus(config.data)
     if config.world > 1 and not launched():
         return start_ranks(Path(__file__), config.world, arguments)
 
@@ -109,8 +107,9 @@ def gradients(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Co
 @torch.no_grad()
 def evaluate(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Config) -> float:
     """The mean loss over all labels, the same on every rank."""
-    losses = [shard_loss(model, pack, mesh, config) for pack in of_this_replica(packs, mesh)]
-    total = torch.stack(losses).sum().reshape(1) / count_labels(packs)
+    total = torch.zeros(1, device=next(model.parameters()).device)
+    for pack in of_this_replica(packs, mesh):
+        total += shard_loss(model, pack, mesh, config) / count_labels(packs)
     sum_over_ranks(total, mesh)
     return float(total)
 
@@ -136,11 +135,14 @@ def train(
     optimizer = build_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config=config))
     held_out_packs = [held_out.pack(i, config.length) for i in range(config.eval_packs)]
+    untrained = evaluate(model, held_out_packs, mesh, config)  # now every rank has seen that the folder is free
     folder = RunFolder(config.folder, dataclasses.asdict(config)) if mesh.rank == 0 else None
     meter = Meter(mesh, device)
 
     with Recorder(folder, config.steps) as recorder:
-        recorder.held_out(0, evaluate(model, held_out_packs, mesh, config), model)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        recorder.say(f"{mesh.axes} on {device.type}, {config.length:,} tokens, {size:,} parameters")
+        recorder.held_out(0, untrained, model)
         for step in range(1, config.steps + 1):
             meter.restart()
             loss = gradients(model, batch_of(corpus, step, config), mesh, config)
@@ -155,7 +157,8 @@ def train(
             if step % config.eval_every == 0 or step == config.steps:
                 recorder.held_out(step, evaluate(model, held_out_packs, mesh, config), model)
         if folder is not None:
-            recorder.say(f"run folder: {folder.path}")
+            recorder.say(f"Metrics, loss.png and weights are in {folder.path}; for text from these weights:")
+            recorder.say(f"    ringattn train --sample 'def ' --folder {folder.path}")
 
 
 def build_optimizer(model: Decoder, config: Config) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ class Recorder:
         self._console = Console(quiet=folder is None)
         text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
         columns = (BarColumn(bar_width=6), MofNCompleteColumn(), text, left)
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(*columns, console=self._console, disable=folder is None or not self._console.is_terminal)
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> Recorder:

@@ -96,6 +96,14 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
+def test_replicas_train_like_one_rank(texts: Path) -> None:
+    """Two sequences a step, one on each of two replicas: gradients are summed over the world."""
+    line = ("--data", str(texts), "--length", "40", "--steps", "0", "--check", "2", *MODEL)
+    done = command(*line, "--ranks", "2", "--replicas", "2", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    assert "on 2 ranks and on 1 are equal" in " ".join(done.stdout.split())
+
+
 def test_bad_input_ends_the_command_with_2() -> None:
     done = command("--length", "0")
     assert done.returncode == 2

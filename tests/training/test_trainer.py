@@ -98,6 +98,13 @@ def test_the_held_out_loss_is_that_of_one_rank(trainer: ModuleType, tiny: Config
     assert all(abs(got - alone) <= TOLERANCE * alone for got in ringattn.simulate(loss, ring=3).results)
 
 
+def test_bfloat16_is_close(trainer: ModuleType, tiny: Config) -> None:
+    [alone] = traces(trainer, tiny, 1)
+    for trace in traces(trainer, dataclasses.replace(tiny, dtype="bfloat16"), 2):
+        difference = compare(trace, alone)
+        assert 0 < difference.loss < 1e-2 and max(difference.gradients.values()) < 0.1
+
+
 def averages(model: torch.nn.Module, loss: torch.Tensor, mesh: ringattn.Mesh) -> torch.Tensor:
     """The classical mistake: gradients averaged over ranks."""
     for p in model.parameters():
