@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,11 +53,12 @@ class Tiles:
         """The number of allowed pairs."""
         return bands.area(self.regions)
 
-    def derive(self, function: Callable[[Tiles], T]) -> T:
-        """``function(tiles)``, computed once for these tiles: what a kernel works out before its first launch."""
-        if function not in self._derived:
-            self._derived[function] = function(self)
-        return self._derived[function]  # type: ignore[no-any-return]
+    def derive(self, function: Callable[..., T], *args: Hashable) -> T:
+        """``function(tiles, *args)``, worked out once: what a kernel needs to know before its first launch."""
+        key = (function, args)
+        if key not in self._derived:
+            self._derived[key] = function(self, *args)
+        return self._derived[key]  # type: ignore[no-any-return]
 
 
 def _classes(spans: Array, stride: int) -> tuple[Array, Array]:

@@ -43,9 +43,15 @@ def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
     ranks=st.integers(1, 5),
     q_layout=st.sampled_from(LAYOUTS),
     k_layout=st.sampled_from(LAYOUTS),
+    leaf=st.sampled_from((None, 1, 2, 4, 7)),
 )
 def test_lowering_computes_every_pair_once(
-    data: st.DataObject, length: int, ranks: int, q_layout: ringattn.Layout, k_layout: ringattn.Layout
+    data: st.DataObject,
+    length: int,
+    ranks: int,
+    q_layout: ringattn.Layout,
+    k_layout: ringattn.Layout,
+    leaf: int | None,
 ) -> None:
     mask = data.draw(any_mask(length))
     table = tiles.cut(mask.regions(length, length), q_layout.spans(length, ranks), k_layout.spans(length, ranks))
@@ -56,9 +62,9 @@ def test_lowering_computes_every_pair_once(
             for q, m, q_step, k, n, k_step, lo, hi, *_ in rows.tolist():
                 offset = np.arange(m)[:, None] - np.arange(n)[None, :]
                 wanted[np.ix_(q + np.arange(m) * q_step, k + np.arange(n) * k_step)] += (lo <= offset) & (offset <= hi)
-            batches = lower(Tiles(rows))
+            batches = lower(Tiles(rows), leaf)
             assert np.array_equal(_counted(batches, (length, length)), wanted)
-            assert all(b.m == b.n for b in batches if b.kind != FULL)
+            assert all(b.m == b.n <= (leaf or length) for b in batches if b.kind != FULL)
 
 
 def _tiles(mask: ringattn.Mask, length: int, layout: ringattn.Layout, ranks: int, q_rank: int, k_rank: int) -> Tiles:
@@ -76,6 +82,14 @@ def test_launches_are_few_and_alike() -> None:
     assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [Batch(FULL, 4096, 2048, 1, 1, 0, 0)]
     # a window of 1,024 over 8,192 rows is two launches
     assert [b.count for b in lower(_tiles(window, 8192, contiguous, 1, 0, 0))] == [8, 7]
+    # halved down to squares of 128, a causal square is a launch a level
+    halved = lower(_tiles(causal, 1024, contiguous, 1, 0, 0), 128)
+    assert sorted((b.kind, b.m, b.count) for b in halved) == [
+        (FULL, 128, 4),
+        (FULL, 256, 2),
+        (FULL, 512, 1),
+        (CAUSAL, 128, 8),
+    ]
     # equal documents are one
     packed = ringattn.Documents([64] * 32) & causal
     assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [Batch(CAUSAL, 64, 64, 1, 1, 0, 0, 32, 64, 64)]

@@ -2,8 +2,9 @@
 
 First, tiles that together form one band are joined: a zigzag rank's own keys are three tiles and one causal square.
 Then every band is cut into pieces that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of both
-sides reversed). Last, equal pieces that lie at equal distances become one batch: a window of 1,024 over 8,192 rows is
-two launches.
+sides reversed). A flash kernel computes whole blocks along a diagonal; where that costs more than launches do, large
+squares are halved until only small ones lie on it. Last, equal pieces that lie at equal distances become one batch: a
+window of 1,024 over 8,192 rows is two launches, and so is each halving.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class Batch:
     k_next: int = 0
 
 
-def lower(tiles: Tiles) -> list[Batch]:
-    """The batches of pieces that compute these tiles: every pair once, and no launch without a pair."""
+def lower(tiles: Tiles, leaf: int | None = None) -> list[Batch]:
+    """The batches of pieces that compute these tiles: every pair once, and no launch without a pair.
+
+    Args:
+        leaf: rows of the largest square left on a diagonal; None for any.
+    """
     rows = tiles.rows
     plain = (rows[:, t.Q_STEP] == 1) & (rows[:, t.K_STEP] == 1)
     boxes = _boxes(rows[plain])
@@ -50,7 +55,8 @@ def lower(tiles: Tiles) -> list[Batch]:
     strided = rows[~plain]
     parts = [_cut(joined[:, [Q0, K0]], _canonical(joined), steps[: len(joined)])]
     parts.append(_cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]))
-    return _batches(np.concatenate(parts))
+    pieces = np.concatenate(parts)
+    return _batches(pieces if leaf is None else _halved(pieces, leaf))
 
 
 def _boxes(rows: Array) -> Array:
@@ -137,6 +143,36 @@ def _cut(origin: Array, regions: Array, steps: Array) -> Array:
     add(FLIPPED, start, m - start, start - hi, m - start, every)
     add(FULL, start, m - start, m - hi, n - (m - hi), every)
     return np.concatenate(pieces)
+
+
+def _halved(pieces: Array, leaf: int) -> Array:
+    """Causal and flipped squares of more than ``leaf`` rows cut into two squares and the rectangle between them.
+
+    The first half is ``leaf`` times a power of two, so that the squares of one level are alike wherever they come from.
+    """
+    done = []
+    while len(pieces):
+        kind, m, _, q_step, k_step, q, k = pieces.T
+        large = (kind != FULL) & (m > leaf)
+        done.append(pieces[~large])
+        kind, m, q_step, k_step, q, k = (column[large] for column in (kind, m, q_step, k_step, q, k))
+        half = leaf << (np.ceil(np.log2(m / leaf)).astype(np.int64) - 1)
+        rest, causal = m - half, kind == CAUSAL
+        lower_q, lower_k = q + half * q_step, k + half * k_step
+        # below the diagonal of a causal square lie its last queries and first keys, of a flipped one the others
+        columns = (
+            (kind, half, half, q, k),
+            (kind, rest, rest, lower_q, lower_k),
+            (
+                np.full_like(kind, FULL),
+                np.where(causal, rest, half),
+                np.where(causal, half, rest),
+                np.where(causal, lower_q, q),
+                np.where(causal, k, lower_k),
+            ),
+        )
+        pieces = np.concatenate([np.stack([a, b, c, q_step, k_step, d, e], axis=1) for a, b, c, d, e in columns])
+    return np.concatenate(done) if done else pieces
 
 
 def _batches(pieces: Array) -> list[Batch]:

@@ -44,7 +44,7 @@ class Sdpa(Kernel):
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
     ) -> None:
-        for batch in tiles.derive(lower):
+        for batch in tiles.derive(lower, _leaf(problem)):
             for queries, keys in _places(batch, problem.batch):
                 inputs = (queries(q), keys(k), keys(v))
                 flipped = batch.kind == FLIPPED
@@ -69,7 +69,7 @@ class Sdpa(Kernel):
         dparams: State,
     ) -> None:
         dlse = dextras[0]
-        for batch in tiles.derive(lower):
+        for batch in tiles.derive(lower, _leaf(problem)):
             for queries, keys in _places(batch, problem.batch):
                 inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in saved), queries(dout)]
                 inputs += [] if dlse is None else [queries(dlse)]
@@ -168,6 +168,16 @@ def _flash_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
         dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, *state, scale=scale
     )
+
+
+def _leaf(problem: Problem) -> int | None:
+    """The largest square to leave on a diagonal.
+
+    The CPU kernels compute blocks of 256 by 512 pairs along it. In float32 squares of 128 save 5 % of a causal square
+    of 4,096 rows forward and 10 % backward, merges counted; in bfloat16 small launches cost more than they save.
+    """
+    wide = problem.dtype in (torch.float32, torch.float64)
+    return 128 if problem.device.type == "cpu" and wide else None
 
 
 def _scale(problem: Problem) -> float:
