@@ -27,6 +27,7 @@ class Worker:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.prepared: Callable[[], Any] = lambda: None
+        self.kept: dict[str, Any] = {}  # what calls make once and use again
 
     def timed(self, cpu: bool) -> float:
         """Seconds that one call of what was prepared takes, all ranks starting together.
@@ -52,6 +53,7 @@ class Team:
     """
 
     def __init__(self, size: int, threads: int = 1, timeout: float = 600.0) -> None:
+        self.size = size
         self._timeout = timeout  # seconds a call may take
         self._folder = tempfile.TemporaryDirectory(prefix="ringattn-team-")
         context = multiprocessing.get_context("spawn")

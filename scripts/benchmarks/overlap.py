@@ -1,0 +1,193 @@
+"""The share of communication that is hidden behind compute, with a look-ahead of 0 and of 1.
+
+A wrapper around the Gloo transport makes the link slow: an exchange completes no earlier than its received bytes take
+at the link's bandwidth, counted from when both ends had started it. The bandwidth is set so that the forward pass's
+link time is a given part of its compute time. A rank that waits for the link sleeps: 1 − slept / link time is the share
+that was hidden, over all ranks together, beside the times of the whole call with and without the link.
+There must not be more ranks than processors, or another rank's compute would fill the gaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import ringattn
+from ringattn import masks
+from ringattn.plans import Step
+from ringattn.transports.base import Message, Transport
+from scripts.benchmarks.teams import Team, Worker
+
+
+class SlowLink(Transport):
+    """A transport whose messages take `bandwidth` bytes a second at least."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner.rank, inner.size, inner.agreement)
+        self.bandwidth = float("inf")
+        self.slept = 0.0  # seconds spent waiting for the link, so far
+        self._inner, self._free = inner, 0.0  # the link carries one exchange after the other
+
+    def refuses(self, device: torch.device) -> str | None:
+        return self._inner.refuses(device)
+
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
+        peers = sorted({peer for peer, _ in (*sends, *receives)})
+        ours = torch.tensor([time.monotonic()], dtype=torch.float64)  # one clock for all processes of a machine
+        theirs = [torch.empty(1, dtype=torch.float64) for _ in peers]
+        complete = self._inner._start(
+            [*sends, *((peer, ours) for peer in peers)], [*receives, *zip(peers, theirs, strict=True)], label
+        )
+        seconds = sum(buffer.nbytes for _, buffer in receives) / self.bandwidth
+
+        def finish() -> None:
+            complete()
+            started = max(self._free, *(float(stamp) for stamp in (ours, *theirs)))
+            self._free = started + seconds
+            left = max(0.0, self._free - time.monotonic())
+            self.slept += left
+            time.sleep(left)
+
+        return finish
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    schedule: str
+    lookahead: int
+    backward: bool
+    length: int
+    heads: int
+    mask: str
+    bandwidth: float  # bytes a second
+
+    @property
+    def value(self) -> ringattn.Ring | ringattn.Route:
+        if self.schedule == "ring":
+            return ringattn.Ring(lookahead=self.lookahead)
+        return ringattn.Route(lookahead=self.lookahead)
+
+
+def prepare(worker: Worker, call: Call) -> tuple[int, int]:
+    """Received bytes of the call on this rank, and those of them that some compute could hide."""
+    if "mesh" not in worker.kept:
+        mesh = ringattn.init()
+        worker.kept["mesh"] = dataclasses.replace(mesh, transport=SlowLink(mesh.connected()))
+    mesh = worker.kept["mesh"]
+    mesh.transport.bandwidth = call.bandwidth
+    mask = masks.parse(call.mask)
+    sharding = ringattn.Sharding(call.length, mesh, mask=mask)
+    q, k, v, dout = (torch.randn(1, call.heads, sharding.count, 64) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_()
+    schedule = call.value
+    worker.kept["out"] = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule)
+
+    def forward() -> None:
+        worker.kept["out"] = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule)
+
+    def backward() -> None:
+        torch.autograd.grad(worker.kept["out"], (q, k, v), dout, retain_graph=True)
+
+    worker.prepared = backward if call.backward else forward
+    plan = ringattn.plan(mask, sharding, schedule=schedule)
+    return received(plan.backward_steps if call.backward else plan.steps, call)
+
+
+def slept(worker: Worker) -> float:
+    """Seconds this rank has waited for the link so far."""
+    return float(worker.kept["mesh"].transport.slept)
+
+
+def received(steps: Sequence[Step], call: Call) -> tuple[int, int]:
+    everything = hideable = 0
+    for step in steps:
+        if step.exchange:
+            size = sum(item.rows for item in step.exchange.receives) * call.heads * 128 * 4
+            everything += size
+            hideable += size if step.tiles else 0
+    return everything, hideable
+
+
+def report(team: Team, options: argparse.Namespace, console: Console) -> None:
+    table = Table(
+        title=f"{options.mask}, {options.length} tokens, {options.heads} heads of 64, float32, {options.ranks} Gloo "
+        f"ranks of one thread: link time {options.share:.0%} of the forward's compute, medians of {options.rounds}"
+    )
+    for title in ("schedule", "pass", "look-ahead"):
+        table.add_column(title)
+    for title in ("fast link", "slow link", "link time a rank", "hidden", "could be at most"):
+        table.add_column(title, justify="right")
+    bandwidths: dict[str, float] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for schedule in ("ring", "route"):
+            for backward in (False, True):
+                for lookahead in (0, 1):
+                    fast = Call(
+                        schedule, lookahead, backward, options.length, options.heads, options.mask, float("inf")
+                    )
+                    sizes = team.call(prepare, fast)
+                    team.time()
+                    if schedule not in bandwidths:
+                        bandwidths[schedule] = max(size for size, _ in sizes) / (options.share * team.time())
+                    slow = dataclasses.replace(fast, bandwidth=bandwidths[schedule])
+                    table.add_row(*measure(team, fast, slow, options.rounds, progress))
+    console.print(table)
+
+
+def measure(team: Team, fast: Call, slow: Call, rounds: int, progress: Progress) -> list[str]:
+    label = f"{fast.schedule} {'backward' if fast.backward else 'forward'}"
+    bar = progress.add_task(f"{label}, look-ahead {fast.lookahead}", total=rounds)
+    times: dict[Call, list[float]] = {fast: [], slow: []}
+    exposed: list[float] = []  # seconds, all ranks together
+    for _ in range(rounds):
+        for call in (fast, slow):
+            sizes = team.call(prepare, call)
+            before = team.call(slept)
+            times[call].append(team.time())
+            waited = sum(team.call(slept)) - sum(before)
+        exposed.append(waited)
+        progress.advance(bar)
+    progress.remove_task(bar)
+    everything, hideable = (sum(column) for column in zip(*sizes, strict=True))
+    link = everything / slow.bandwidth
+    hidden = 1 - statistics.median(exposed) / link if link else 1.0
+    share = hideable / everything if everything and fast.lookahead else 0.0
+    without, with_link = (statistics.median(times[call]) for call in (fast, slow))
+    seconds = [f"{value * 1e3:.0f} ms" for value in (without, with_link, link / team.size)]
+    return [*label.split(), str(fast.lookahead), *seconds, f"{hidden:.0%}", f"{share:.0%}"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench overlap", description=__doc__)
+    parser.add_argument("--length", type=int, default=8192, help="tokens (default 8192)")
+    parser.add_argument("--heads", type=int, default=4, help="heads of size 64 (default 4)")
+    parser.add_argument("--mask", default="causal")
+    parser.add_argument("--ranks", type=int, default=min(4, os.cpu_count() or 1), help="at most one a processor")
+    parser.add_argument("--share", type=float, default=0.4, help="link time over the forward's compute (default 0.4)")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.ranks < 2:
+        parser.error("one rank communicates with nobody; give --ranks 2 or more")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    with Team(options.ranks) as team:
+        report(team, options, Console(width=None if sys.stdout.isatty() else 160))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
