@@ -131,6 +131,7 @@ def batch_of(corpus: Corpus, step: int, config: Config) -> list[Pack]:
 def train(
     config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus
 ) -> None:
+    """An ordinary training loop; every rank runs it in step with the others."""
     model = Decoder(config.shape, config.seed).to(device)
     optimizer = build_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config=config))
@@ -141,14 +142,13 @@ def train(
 
     with Recorder(folder, config.steps) as recorder:
         size = sum(parameter.numel() for parameter in model.parameters())
-        recorder.say(f"{mesh.axes} on {device.type}, {config.length:,} tokens, {size:,} parameters")
+        recorder.say(f"{mesh.size} ranks on {device.type}, {config.length:,} tokens of context, {size:,} parameters")
         recorder.held_out(0, untrained, model)
         for step in range(1, config.steps + 1):
             meter.restart()
             loss = gradients(model, batch_of(corpus, step, config), mesh, config)
-            norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), config.clip
-            )  # of the sum, as on one rank
+            # After the sum every rank has the whole gradient: its norm needs no communication, and is not a part.
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
             scheduler.step()

@@ -18,7 +18,7 @@ import typer
 import ringattn
 from ringattn.errors import InputError, MissingDependencyError
 from ringattn.training.model import Shape
-from ringattn.training.run_folder import holds_a_run
+from ringattn.training.run_folder import WEIGHTS, holds_a_run
 
 DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]
@@ -69,7 +69,7 @@ class Config:
     heads: Annotated[int, _model("Query heads.", min=1)] = 4
     kv_heads: Annotated[int, _model("Key and value heads, shared by the query heads.", min=1)] = 2
 
-    steps: Annotated[int, _training("Optimizer steps.", min=0)] = 60
+    steps: Annotated[int, _training("Optimizer steps.", min=0)] = 80
     optimizer: Annotated[Optimizer, _training("Optimizer.")] = "adamw"
     lr: Annotated[float, _training("Peak learning rate; a cosine takes it to a tenth.", min=0)] = 0.006
     warmup: Annotated[int, _training("Steps of linear warm-up.", min=0)] = 10
@@ -99,19 +99,18 @@ class Config:
         """Raises InputError at the first thing that cannot work, before any process or connection is made."""
         if self.sample is not None:
             _need(self.sample != "", "--sample needs at least one character to go on from.")
-            _need(
-                self.folder is not None and holds_a_run(self.folder),
-                f"--sample needs the --folder to use; got {self.folder}.",
-            )
+            trained = self.folder is not None and (self.folder / WEIGHTS).exists()
+            _need(trained, f"--sample needs the --folder of a run with weights; got {self.folder}.")
             return
         self._validate_numbers()
         for name in EXTRAS:
             if importlib.util.find_spec(name) is None:
                 raise MissingDependencyError(f"Training needs {name}: pip install 'ringattn[train]'")
-        if self.folder is not None and holds_a_run(self.folder) and not self.overwrite:
-            raise InputError(
-                f"{self.folder} holds a run already. Choose another --folder, or replace it with --overwrite."
-            )
+        if self.folder is not None:
+            free = self.overwrite or not holds_a_run(self.folder)
+            _need(free, f"{self.folder} holds a run. Choose another --folder, or replace it with --overwrite.")
+            there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+            _need(there.is_dir() and os.access(there, os.W_OK), f"{there} is no folder that can be written to.")
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -128,25 +127,16 @@ class Config:
 
     def _validate_numbers(self) -> None:
         world, heads, kv_heads = self.world, self.heads, self.kv_heads
-        _need(
-            self.steps > 0 or self.check > 0, "--steps 0 leaves nothing to do; add --check N to check only."
-        )
+        _need(self.steps > 0 or self.check > 0, "--steps 0 leaves nothing to do; add --check N to compare.")
         _need(self.lr > 0, f"--lr must be above 0; got {self.lr}.")
         _need(self.clip > 0, f"--clip must be above 0; got {self.clip}.")
         _need(heads % kv_heads == 0, f"--kv-heads {kv_heads} does not divide --heads {heads}.")
-        _need(
-            self.width % (2 * heads) == 0,
-            f"--width {self.width} must be an even number times --heads {heads}.",
-        )
+        _need(self.width % (2 * heads) == 0, f"--width {self.width} must be even times --heads {heads}.")
         _need(self.ranks in (None, world), f"The launcher started {world} ranks; got --ranks {self.ranks}.")
         _need(world % self.replicas == 0, f"--replicas {self.replicas} does not divide the {world} ranks.")
-        _need(
-            self.batch % self.replicas == 0,
-            f"--replicas {self.replicas} does not divide --batch {self.batch}.",
-        )
-        _need(
-            self.check == 0 or self.dtype == "float32", f"--check compares float32; got --dtype {self.dtype}."
-        )
+        _need(self.batch % self.replicas == 0, f"--replicas {self.replicas} does not divide --batch {self.batch}.")
+        compared = self.check == 0 or self.dtype == "float32"
+        _need(compared, f"--check compares float32; got --dtype {self.dtype}.")
 
 
 def launched() -> bool:

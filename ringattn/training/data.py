@@ -79,9 +79,7 @@ def join_documents(documents: Sequence[bytes]) -> Pack:
     lengths = tuple(len(document) for document in documents)
     labels = torch.full_like(tokens, IGNORED)
     labels[:-1] = tokens[1:]
-    labels[torch.tensor(lengths).cumsum(0) - 1] = (
-        IGNORED  # what follows a document's last token is another document
-    )
+    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # after a document's last token comes another document
     return Pack(tokens, labels, lengths)
 
 
@@ -92,29 +90,35 @@ def read_corpus(path: Path | None) -> tuple[tuple[bytes, ...], tuple[bytes, ...]
     """
     if path is not None and not path.exists():
         raise InputError(f"There is no file or folder {path}; --data wants a text file or a folder of them.")
-    if path is not None and path.is_file():
-        return _cut_in_two(path.read_bytes(), path)
-    files = _library() if path is None else _text_files(path)
-    if not files:
-        raise InputError(f"{path} holds no text to train on; --data wants a text file or a folder of them.")
+    try:
+        if path is None:
+            files = _library()
+        elif path.is_file():
+            files = {path.name: path.read_bytes()}
+        else:
+            files = _text_files(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
     if len(files) == 1:
         [(name, text)] = files.items()
-        return _cut_in_two(text, Path(name))
+        return _cut_in_two(text, name)
+    if not files:
+        raise InputError(f"{path} holds no text to train on; --data wants a text file or a folder of them.")
     # By the hash of a name, not by a random draw: a file stays on its side whatever the seed.
     order = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     held = max(1, round(HELD_OUT * len(order)))
     return tuple(files[name] for name in order[held:]), tuple(files[name] for name in order[:held])
 
 
-def _cut_in_two(text: bytes, path: Path) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+def _cut_in_two(text: bytes, name: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
     """A single file: its end is held out."""
     cut = len(text) - max(2, round(HELD_OUT * len(text)))
     if not _is_text(text):
         raise InputError(
-            f"{path} is not text: it has a zero byte. --data wants a text file or a folder of them."
+            f"{name} is not text: it has a zero byte. --data wants a text file or a folder of them."
         )
     if cut < 2:
-        raise InputError(f"{path} has {len(text)} bytes; training and held-out text need at least 4.")
+        raise InputError(f"{name} has {len(text)} bytes; training and held-out text need at least 4.")
     return (text[:cut],), (text[cut:],)
 
 

@@ -22,7 +22,7 @@ class Recorder:
         text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
         columns = (BarColumn(bar_width=6), MofNCompleteColumn(), text, left)
         self._bar = Progress(*columns, console=self._console, disable=folder is None or not self._console.is_terminal)
-        self._task = self._bar.add_task("starting", total=steps)
+        self._task = self._bar.add_task("", total=steps)
 
     def __enter__(self) -> Recorder:
         self._bar.start()
@@ -56,7 +56,7 @@ class Recorder:
         self.folder.record(step=step, held_out_loss=loss)
         self.folder.save(dict(model.state_dict()))
         description: Any = self._bar.tasks[self._task].description
-        self.say(f"step {step:>4}  held-out loss {loss:.3f}  {description}")
+        self.say(f"step {step:>4}  held-out loss {loss:.3f}  {description}".rstrip())
 
 
 def readable(count: float) -> str:

@@ -79,6 +79,13 @@ def test_a_run_is_not_replaced_unasked(
     assert (folder / "metrics.jsonl").read_text() != before
 
 
+def test_a_folder_that_cannot_be_made(
+    trainer: ModuleType, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(trainer.main, ["--folder", str(texts / "long.txt" / "run")]) == 2
+    assert "no folder that can be written to" in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(
     trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,12 +103,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
-def test_replicas_train_like_one_rank(texts: Path) -> None:
+def test_replicas_train_like_one_rank(
+    trainer: ModuleType, texts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Two sequences a step, one on each of two replicas: gradients are summed over the world."""
-    line = ("--data", str(texts), "--length", "40", "--steps", "0", "--check", "2", *MODEL)
-    done = command(*line, "--ranks", "2", "--replicas", "2", "--batch", "2")
-    assert done.returncode == 0, done.stderr
-    assert "on 2 ranks and on 1 are equal" in " ".join(done.stdout.split())
+    line = ["--data", str(texts), "--length", "40", "--steps", "0", "--check", "2", *MODEL]
+    code = run_command(trainer.main, [*line, "--ranks", "2", "--replicas", "2", "--batch", "2"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert "on 2 ranks and on 1 are equal" in out
 
 
 def test_bad_input_ends_the_command_with_2() -> None:
@@ -110,7 +120,9 @@ def test_bad_input_ends_the_command_with_2() -> None:
     assert done.stderr.count("\n") == 1 and "--length" in done.stderr
 
 
-def test_two_ranks_train_check_and_sample(texts: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_check_and_sample(
+    trainer: ModuleType, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     options = ["--data", str(texts), "--length", "101", "--steps", "4", "--eval-every", "2", *MODEL]
     done = command(*options, "--ranks", "2", "--folder", str(folder), "--check", "2")
@@ -129,7 +141,7 @@ def test_two_ranks_train_check_and_sample(texts: Path, tmp_path: Path) -> None:
         "config.json", "metrics.jsonl", "loss.png", "model.safetensors",
     }  # fmt: skip
 
-    sampling = ("--sample", "abc", "--folder", str(folder), "--sample-bytes", "9")
-    first, again = command(*sampling), command(*sampling)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("abc") and first.stdout == again.stdout
+    sampling = ["--sample", "abc", "--folder", str(folder), "--sample-bytes", "9"]
+    assert run_command(trainer.main, sampling) == run_command(trainer.main, sampling) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("abc") and text[: len(text) // 2] * 2 == text
