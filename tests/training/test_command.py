@@ -104,9 +104,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_replicas_train_like_one_rank(
-    trainer: ModuleType, texts: Path, capfd: pytest.CaptureFixture[str]
+    trainer: ModuleType, texts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two sequences a step, one on each of two replicas: gradients are summed over the world."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     line = ["--data", str(texts), "--length", "40", "--steps", "0", "--check", "2", *MODEL]
     code = run_command(trainer.main, [*line, "--ranks", "2", "--replicas", "2", "--batch", "2"])
     out, err = capfd.readouterr()
