@@ -7,10 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ringattn.cli.plan import plan
-from ringattn.cli.simulate import simulate
-from ringattn.cli.train import PASS_ON, train
-from ringattn.cli.verify import verify
+from ringattn.cli import plan, simulate, train, verify
 from ringattn.errors import InputError, MissingDependencyError
 
 
@@ -34,10 +31,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command()(simulate)
-app.command()(plan)
-app.command()(verify)
-app.command(context_settings=PASS_ON)(train)
+app.command()(simulate.simulate)
+app.command()(plan.plan)
+app.command()(verify.verify)
+app.command(context_settings=train.PASS_ON)(train.train)
 
 
 def main() -> None:

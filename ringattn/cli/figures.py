@@ -145,9 +145,13 @@ def _origins(plan: Plan, phase: int) -> tuple[int, ...]:
 
 
 def _draw_matrix(axes: Axes, plans: Sequence[Plan], length: int, colours: Pixels) -> None:
+    from matplotlib.ticker import EngFormatter
+
     axes.set_title("who computes which pair", fontsize=12, color=INK)
     axes.set_xlabel("key position")
     axes.set_ylabel("query position")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(EngFormatter(sep=""))
     if length:
         image = matrix(plans, length, colours)
         axes.imshow(image, extent=(0, length, length, 0), interpolation="nearest", aspect="equal")
@@ -177,7 +181,7 @@ def _draw_timelines(axes: Axes, plans: Sequence[Plan], colours: Pixels) -> None:
     for segment in timelines(plans, cost):
         _draw_segment(axes, segment, colours)
     axes.set_title(
-        "when, forward: computing above, receiving below, idle hatched\n"
+        "when, forward: computing above, receiving below, idle in pink\n"
         "(as if receiving took half as long as computing)",
         fontsize=12,
         color=INK,
@@ -195,17 +199,20 @@ def _draw_timelines(axes: Axes, plans: Sequence[Plan], colours: Pixels) -> None:
 def _draw_segment(axes: Axes, segment: Segment, colours: Pixels) -> None:
     """Keys of several ranks at once are bands above each other; an exchange that only sends is an outline."""
     width, lane, compute = segment.stop - segment.start, segment.rank, segment.kind == "compute"
+    thin = len(colours) > NAMED_RANKS
     if segment.kind == "wait":
-        axes.barh(lane - 0.14, width, 0.46, segment.start, color=WAIT, hatch="///", edgecolor=PAPER, linewidth=0)
+        hatch = None if thin else "///"
+        axes.barh(lane - 0.14, width, 0.46, segment.start, color=WAIT, hatch=hatch, edgecolor=PAPER, linewidth=0)
         return
     centre, height = (lane - 0.14, 0.46) if compute else (lane + 0.25, 0.22)
+    edge = 0.0 if thin else 0.8
     if not segment.peers:
         axes.barh(centre, width, height, segment.start, color=PAPER, edgecolor=colours[lane], linewidth=1.2)
     for nth, peer in enumerate(segment.peers):
         each = height / len(segment.peers)
         bottom = centre - height / 2 + (nth + 0.5) * each
-        axes.barh(bottom, width, each, segment.start, color=colours[peer], edgecolor=PAPER, linewidth=0.8)
-    if len(colours) > NAMED_RANKS or len(segment.peers) > 3 or width < 0.07 * axes.dataLim.x1:
+        axes.barh(bottom, width, each, segment.start, color=colours[peer], edgecolor=PAPER, linewidth=edge)
+    if thin or len(segment.peers) > 3 or width < 0.07 * axes.dataLim.x1:
         return
     names = ", ".join(map(str, segment.peers))
     if compute:

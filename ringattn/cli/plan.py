@@ -75,8 +75,11 @@ def plan(
     if draw is not None:
         from ringattn.cli.figures import draw_plans
 
-        with options.working("drawing"):
-            draw_plans(plans, length, draw)
+        try:
+            with options.working("drawing"):
+                draw_plans(plans, length, draw)
+        except OSError as error:
+            raise InputError(f"--draw cannot write {draw}: {error.strerror}.") from error
         typer.echo(f"drawn into {draw}", err=True)
 
 
@@ -146,6 +149,6 @@ def _show(plans: list[Plan], mask: Mask, length: int) -> None:
         least = ringattn.lower_bound(mask, length, len(plans))
         console.print(
             f"all ranks together receive {received} key positions: {received / everything:.1%} of what handing "
-            f"everything round would take; no balanced layout can take less than {least / everything:.1%}",
+            f"everything round would take; a layout balanced to 2 % needs at least {least / everything:.1%}",
             highlight=False,
         )

@@ -124,13 +124,13 @@ def _everywhere(
     mesh: Mesh, problem: Problem, layout: str, schedule: str, inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The whole out, dq, dk, dv on every rank."""
-    device = _device(mesh)
+    device = _device()
     part = attend(mesh, problem, layout, schedule, inputs, device)
     sharding = ringattn.Sharding(problem.length, mesh, layout=layout, mask=problem.mask)
     return [sharding.join(x.to(device), 2).cpu() for x in part.tensors]
 
 
-def _device(mesh: Mesh) -> str:
+def _device() -> str:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return "cpu"
@@ -146,7 +146,7 @@ def _probe(problem: Problem) -> tuple[int, dict[str, Any]]:
     token = int(starts[1] if len(starts) > 1 else problem.length) // 2
     rows = allowed[:, token].copy()
     rows[token] = True
-    keys = allowed[rows].any(axis=0)
+    keys = np.logical_or.reduce(allowed[rows], axis=0)
     keys[token] = True
     return token, {"out": rows, "dq": rows, "dk": keys, "dv": keys}
 

@@ -1,0 +1,177 @@
+"""The commands as people call them: what they print, what they refuse, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ringattn
+from ringattn.cli import app, parity
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_lists_the_commands_and_each_has_examples() -> None:
+    shown = run("--help")
+    assert shown.exit_code == 0
+    for command in ("simulate", "plan", "verify", "train"):
+        assert command in shown.output
+    for command in ("simulate", "plan", "verify"):
+        text = run(command, "--help")
+        assert text.exit_code == 0
+        assert f"ringattn {command}" in text.output
+
+
+def test_simulate_prints_every_schedule_within_its_bounds() -> None:
+    shown = run("simulate", "--ring", "3", "--length", "129", "--dim", "8", "--backward")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("within bounds") == 2
+    assert "ring" in shown.output
+    assert "route" in shown.output
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_simulate_tells_machines_errors_limits_and_bytes(dtype: str) -> None:
+    shown = run(
+        *("simulate", "--ring", "7", "--length", "299", "--heads", "8", "--kv-heads", "2", "--dim", "16"),
+        *("--value-dim", "8", "--mask", "documents:150,1,148&causal", "--layout", "zigzag", "--dtype", dtype),
+        *("--backward", "--json"),
+    )
+    assert shown.exit_code == 0, shown.output
+    value = json.loads(shown.stdout)
+    assert value["within"]
+    assert [x["schedule"] for x in value["schedules"]] == ["ring", "route"]
+    for outcome in value["schedules"]:
+        assert set(outcome["errors"]) == {"out", "dq", "dk", "dv"}
+        assert all(0 < error <= outcome["limits"][name] for name, error in outcome["errors"].items())
+        assert outcome["received_bytes"] == outcome["planned_bytes"] > 0
+
+
+@pytest.mark.parametrize("shape", [("0", "4"), ("3", "5"), ("1", "1")])
+def test_simulate_takes_any_length_and_number_of_ranks(shape: tuple[str, str]) -> None:
+    assert run("simulate", "--length", shape[0], "--ring", shape[1], "--backward").exit_code == 0
+
+
+def test_simulate_ends_with_1_when_the_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = parity.attend
+
+    def wrong(*arguments: Any) -> parity.Part:
+        part = right(*arguments)
+        part.tensors[0].mul_(1.0001)
+        return part
+
+    monkeypatch.setattr("ringattn.cli.simulate.attend", wrong)
+    shown = run("simulate", "--length", "65", "--dim", "8")
+    assert shown.exit_code == 1
+    assert "OUT OF BOUNDS" in shown.output
+
+
+def test_plan_prints_a_line_a_rank_and_explains_one() -> None:
+    shown = run("plan", "--ring", "5", "--length", "2999", "--mask", "documents:1500,1,1498&causal", "--rank", "2")
+    assert shown.exit_code == 0, shown.output
+    assert "rank 2 of 5" in shown.output
+    assert "auto took" in shown.output
+    value = json.loads(run("plan", "--ring", "5", "--length", "100", "--json").stdout)
+    assert sum(rank["tokens"] for rank in value["ranks"]) == 100
+    assert sum(rank["area"] for rank in value["ranks"]) == 5050
+
+
+def test_plan_draws_a_picture(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "plan.png"
+    shown = run("plan", "--ring", "3", "--length", "300", "--draw", str(target))
+    assert shown.exit_code == 0, shown.output
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_ends_with_1_when_the_plans_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(plans: Sequence[ringattn.Plan]) -> None:
+        raise ringattn.PlanError("rank 1 sends what nobody receives")
+
+    monkeypatch.setattr("ringattn.verify", broken)
+    shown = run("plan")
+    assert shown.exit_code == 1
+    assert "rank 1 sends what nobody receives" in shown.output
+
+
+def test_verify_on_one_process_needs_no_launcher() -> None:
+    shown = run("verify", "--length", "61", "--mask", "documents:30,1,30&causal", "--dim", "8")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("passed") == 6
+
+
+def test_verify_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that ignores the documents gives numbers, and the probe says that they moved."""
+    honest: Callable[..., torch.Tensor] = ringattn.attention
+
+    def leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: ringattn.Mask, **others: Any) -> torch.Tensor:
+        return honest(q, k, v, ringattn.Causal(), **others)
+
+    monkeypatch.setattr("ringattn.attention", leaking)
+    shown = run("verify", "--length", "61", "--mask", "documents:30,31&causal", "--dim", "8", "--json")
+    assert shown.exit_code == 1
+    finding = json.loads(shown.stdout)["findings"][0]
+    assert not finding["accurate"]
+    assert finding["leaks"]["out"] == list(range(30, 61))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "--mask", "diagonal"),
+        ("simulate", "--mask", "documents:3,4", "--length", "8"),
+        ("simulate", "--layout", "spiral"),
+        ("simulate", "--schedule", "bus"),
+        ("simulate", "--heads", "3", "--kv-heads", "2"),
+        ("simulate", "--dtype", "int8"),
+        ("plan", "--rank", "9"),
+        ("plan", "--draw", "plan.jpg"),
+        ("plan", "--draw", "/dev/null/plan.png"),
+        ("verify", "--length", "0"),
+        ("verify", "--mask", "documents:3"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(arguments: tuple[str, ...]) -> None:
+    shown = run(*arguments)
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith(f"ringattn {arguments[0]}: ")
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    shown = run("plan", "--draw", "plan.png")
+    assert shown.exit_code == 2
+    assert "ringattn[plot]" in shown.stderr
+
+
+@pytest.mark.timeout(180)
+def test_verify_on_two_launched_ranks() -> None:
+    # one machine: torchrun's own rendezvous finds a free port
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "ringattn.cli", "verify", "--length", "61", "--mask", "documents:30,1,30&causal", "--dim", "8"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 ranks" in done.stdout
+    assert done.stdout.count("passed") == 6
