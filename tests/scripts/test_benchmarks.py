@@ -63,7 +63,7 @@ def test_memory_reads_counters_that_equal_the_plan(team: Team) -> None:
 def test_a_call_over_a_slow_link_lasts_as_long_as_the_link_needs(team: Team, lookahead: int) -> None:
     fast = overlap.Call("ring", lookahead, False, 256, 2, "causal", float("inf"))
     sizes = team.call(overlap.prepare, fast)
-    assert all(0 < size for size, _ in sizes)
+    assert all(size > 0 for size, _ in sizes)
     slow = dataclasses.replace(fast, bandwidth=max(size for size, _ in sizes) / 0.5)  # half a second
     team.call(overlap.prepare, slow)
     before = sum(team.call(overlap.slept))
