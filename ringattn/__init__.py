@@ -13,7 +13,7 @@ from ringattn.errors import (
     TransportError,
     UnsupportedError,
 )
-from ringattn.functional import attention
+from ringattn.functional import attention, explain
 from ringattn.layouts import Contiguous, Layout, Striped, Zigzag
 from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
 from ringattn.mechanisms.softmax import Softmax
@@ -60,6 +60,7 @@ __all__ = [
     "Zigzag",
     "attention",
     "balance",
+    "explain",
     "init",
     "lower_bound",
     "plan",

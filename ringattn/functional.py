@@ -1,4 +1,4 @@
-"""The front door: `attention` checks its arguments, finds or makes the plan, and runs it."""
+"""The front door: `attention` checks its arguments, finds or makes the plan, and runs it; `explain` only tells."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ringattn.masks import Mask
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.planning import plan
+from ringattn.plans import Plan
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
 
@@ -124,6 +125,41 @@ def attention(
     return (out, extras[mechanism.extras.index("lse")]) if return_lse else out
 
 
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    sharding: Sharding,
+    kv_sharding: Sharding | None = None,
+    mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
+    schedule: Schedule | str = "auto",
+    kernel: Kernel | str = "auto",
+) -> str:
+    """What `attention` would do with the same arguments, in words: this rank's plan, and the kernel and why.
+
+    Sends nothing, and needs no transport.
+    """
+    kv = sharding if kv_sharding is None else kv_sharding
+    problem = _problem(q, k, v, mechanism, sharding, kv)
+    taken, reason = chosen(kernel, problem)
+    return f"{_planned(problem, mask, sharding, kv, schedule).explain()}\n  kernel {taken}: {reason}"
+
+
+def _planned(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding, schedule: Schedule | str) -> Plan:
+    return plan(
+        mask,
+        sharding,
+        schedule,
+        kv,
+        heads=(problem.heads, problem.kv_heads),
+        head_dims=(problem.dim, problem.value_dim),
+        dtype=problem.dtype,
+        batch=problem.batch,
+    )
+
+
 def _prepared(
     problem: Problem,
     mask: Mask,
@@ -135,8 +171,7 @@ def _prepared(
 ) -> tuple[Call, int]:
     """The call and its handle: planned, verified, and everything that can be known before the tensors."""
     heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
-    shape = {"heads": heads, "head_dims": dims, "dtype": problem.dtype, "batch": problem.batch}
-    own = plan(mask, sharding, schedule, kv, **shape)  # type: ignore[arg-type]
+    own = _planned(problem, mask, sharding, kv, schedule)
     own.verify()
     fields = {
         "shapes": f"{problem.batch} x {heads} heads of {dims}, {sharding.length} queries, {kv.length} keys",

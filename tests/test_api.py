@@ -70,6 +70,17 @@ def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 2
 
 
+def test_explain_says_what_attention_would_do_and_why() -> None:
+    q, k, v = _inputs()
+    mesh = ringattn.Mesh.virtual(2)  # no transport: nothing is sent
+    part = ringattn.Sharding(40, mesh, "zigzag")
+    said = ringattn.explain(q, k, v, ringattn.Causal(), sharding=part)
+    assert said.startswith("rank 0 of 2, ring: causal, 40 tokens zigzag, 2 ranks")
+    assert said.endswith("kernel Sdpa(): auto took sdpa: PyTorch's flash kernels can do it")
+    narrow = ringattn.explain(q, k, v[..., :5], ringattn.Causal(), sharding=part, schedule="ring")
+    assert "auto took the reference kernel: sdpa needs value heads as wide as query heads; got D=8, Dv=5" in narrow
+
+
 def test_strided_inputs_are_right() -> None:
     q, k, v = _inputs()
     expected = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one())
