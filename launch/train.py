@@ -35,7 +35,7 @@ from ringattn.training.reduce import sum_gradients, sum_over_ranks
 from ringattn.training.run_folder import RunFolder, load
 from ringattn.training.sampling import generate
 
-CHECK_RATE = 0.1  # moves the parameters by a few per cent a step
+CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 
 
 def main(config: Config, arguments: Sequence[str]) -> int:
@@ -71,9 +71,8 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
 
 def shard_loss(model: Decoder, pack: Pack, mesh: ringattn.Mesh, config: Config) -> Tensor:
     """The sum of the token losses of this rank's part of the pack; 0 where it has no labels or no tokens."""
-    # (2) Each rank takes its part of the tokens, and the labels that go with them. Which part, the sharding
-    # knows: the labels were shifted in the full pack, and positions are those in the full sequence (or in its
-    # documents).
+    # (2) Each rank takes its part of the tokens and of their labels; the sharding knows which. Labels have been
+    # shifted in the full pack, and positions are those in the full sequence, or in its documents.
     sharding = ringattn.Sharding(config.length, mesh, layout=config.layout, mask=pack.mask)
     positions = sharding.positions
     if config.positions == "document":
@@ -176,8 +175,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus) -> int:
-    """Repeats the first steps, under SGD, on all ranks and on one, and compares loss, gradients and
-    parameters.
+    """Repeats the first steps on all ranks and on one; compares losses, gradients and parameters.
 
     Adam would hide a wrong scale of the gradients: it divides by their size. Plain SGD shows it.
     """
