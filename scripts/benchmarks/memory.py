@@ -54,12 +54,15 @@ def measure(_: Worker, call: Call) -> Usage:
     shape = {"heads": (call.heads, call.kv_heads), "head_dims": (call.dim, call.dim), "dtype": call.dtype}
     plan = ringattn.plan(mask, sharding, schedule=call.schedule, **shape)  # type: ignore[arg-type]
 
+    # as projections give them: [B, S, H, D], of which attention sees a transposed view. Gradients then come back in
+    # the layout of the leaves, and torch keeps them as they are instead of copying them.
     def random(heads: int) -> torch.Tensor:
-        return torch.randn(1, heads, sharding.count, call.dim, dtype=call.dtype)
+        return torch.randn(1, sharding.count, heads, call.dim, dtype=call.dtype)
 
-    q, k, v = (random(heads).requires_grad_() for heads in (call.heads, call.kv_heads, call.kv_heads))
+    leaves = [random(heads).requires_grad_() for heads in (call.heads, call.kv_heads, call.kv_heads)]
+    q, k, v = (x.transpose(1, 2) for x in leaves)
     out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=call.schedule)
-    out.backward(random(call.heads))
+    out.backward(random(call.heads).transpose(1, 2))
     counters, traffic = mesh.connected().counters, plan.traffic()
     return Usage(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
