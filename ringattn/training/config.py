@@ -66,10 +66,10 @@ class Config:
 
     layers: Annotated[int, _model("Decoder blocks.", min=1)] = 2
     width: Annotated[int, _model("Features per token.", min=1)] = 128
-    heads: Annotated[int, _model("Query heads.", min=1)] = 2
-    kv_heads: Annotated[int, _model("Key and value heads, shared by the query heads.", min=1)] = 1
+    heads: Annotated[int, _model("Query heads.", min=1)] = 4
+    kv_heads: Annotated[int, _model("Key and value heads, shared by the query heads.", min=1)] = 2
 
-    steps: Annotated[int, _training("Optimizer steps.", min=0)] = 100
+    steps: Annotated[int, _training("Optimizer steps.", min=0)] = 80
     optimizer: Annotated[Optimizer, _training("Optimizer.")] = "adamw"
     lr: Annotated[float, _training("Peak learning rate; a cosine takes it to a tenth.", min=0)] = 0.006
     warmup: Annotated[int, _training("Steps of linear warm-up.", min=0)] = 10
