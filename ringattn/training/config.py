@@ -79,7 +79,7 @@ class Config:
     overwrite: Annotated[bool, _record("Replace a run that is in the folder already.")] = False
     eval_every: Annotated[int, _record("Steps from one held-out loss to the next.", min=1)] = 20
     eval_packs: Annotated[int, _record("Sequences of the held-out loss.", min=1)] = 2
-    check: Annotated[int, _record("Repeat N SGD steps on all ranks and on one; compare.", min=0)] = 0
+    check: Annotated[int, _record("Then N SGD steps on all ranks and on one; exit 1 if unlike.", min=0)] = 0
 
     sample: Annotated[str | None, _sampling("Train nothing: print what follows this text by --folder.")] = None
     sample_bytes: Annotated[int, _sampling("Bytes to print.", min=1)] = 400

@@ -114,9 +114,7 @@ def _cut_in_two(text: bytes, name: str) -> tuple[tuple[bytes, ...], tuple[bytes,
     """A single file: its end is held out."""
     cut = len(text) - max(2, round(HELD_OUT * len(text)))
     if not _is_text(text):
-        raise InputError(
-            f"{name} is not text: it has a zero byte. --data wants a text file or a folder of them."
-        )
+        raise InputError(f"{name} is not text: it has a zero byte. --data wants a text file or a folder of them.")
     if cut < 2:
         raise InputError(f"{name} has {len(text)} bytes; training and held-out text need at least 4.")
     return (text[:cut],), (text[cut:],)

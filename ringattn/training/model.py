@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Attend = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # q [B, Hq, S, D], k and v [B, Hkv, S, D] -> [B, Hq, S, D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, Hq, S, D], k and v [B, Hkv, S, D] -> [B, Hq, S, D]
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [S, D / 2]
 
 VOCABULARY = 256  # bytes
@@ -142,9 +140,7 @@ def rope(positions: Tensor, head_dim: int) -> Rotation:
     The angles are formed in float64: at position 1,000,000 a float32 angle is off by 0.03 radians already,
     and two ranks must agree on where a token stands.
     """
-    frequencies = ROPE_BASE ** (
-        -torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    )
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
     angles = positions.double().outer(frequencies)
     return angles.cos().float(), angles.sin().float()
 

@@ -45,8 +45,7 @@ class Difference:
         width = max(map(len, self.gradients))
         lines = [f"{'':{width}}  gradient  parameter"]
         lines += [
-            f"{name:{width}}  {self.gradients[name]:8.1e}  {self.parameters[name]:9.1e}"
-            for name in self.gradients
+            f"{name:{width}}  {self.gradients[name]:8.1e}  {self.parameters[name]:9.1e}" for name in self.gradients
         ]
         lines += [f"{'loss':{width}}  {self.loss:8.1e}"]
         return "\n".join(lines)
@@ -55,12 +54,8 @@ class Difference:
 def compare(run: Trace, reference: Trace) -> Difference:
     return Difference(
         loss=_largest(run.losses, reference.losses),
-        gradients={
-            name: _largest(run.gradients[name], reference.gradients[name]) for name in reference.gradients
-        },
-        parameters={
-            name: _largest([run.parameters[name]], [reference.parameters[name]]) for name in run.parameters
-        },
+        gradients={name: _largest(run.gradients[name], reference.gradients[name]) for name in reference.gradients},
+        parameters={name: _largest([run.parameters[name]], [reference.parameters[name]]) for name in run.parameters},
     )
 
 

@@ -27,9 +27,7 @@ def sum_gradients(model: nn.Module, loss: Tensor, mesh: Mesh) -> Tensor:
 
 def sum_over_ranks(x: Tensor, mesh: Mesh) -> None:
     """Replaces x, one flat tensor, by the sum over all ranks of the mesh, the same bits on each of them."""
-    if (
-        mesh.axes["data"] > 1
-    ):  # the mesh's transport joins the ranks of one sequence; replicas meet in the world
+    if mesh.axes["data"] > 1:  # the mesh's transport joins the ranks of one sequence; replicas meet in the world
         torch.distributed.all_reduce(x)
     elif mesh.size > 1:
         _all_reduce(x, mesh.connected())

@@ -126,7 +126,7 @@ def test_the_check_sees_a_wrong_gradient_scale(
     assert min(difference.gradients.values()) > 0.4
 
 
-def test_the_check_sees_labels_that_cross_documents(
+def test_the_check_sees_attention_across_documents(
     trainer: ModuleType, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [alone] = traces(trainer, tiny, 1)
