@@ -127,9 +127,7 @@ def batch_of(corpus: Corpus, step: int, config: Config) -> list[Pack]:
     return [corpus.pack(step * config.batch + i, config.length) for i in range(config.batch)]
 
 
-def train(
-    config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus
-) -> None:
+def train(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus) -> None:
     """An ordinary training loop; every rank runs it in step with the others."""
     model = Decoder(config.shape, config.seed).to(device)
     optimizer = build_optimizer(model, config)

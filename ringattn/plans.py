@@ -147,7 +147,22 @@ class Plan:
 
         sends, receives = items(self.home_sends, own=False), items(self.home_receives, own=True)
         homes = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
-        return self._steps(self._key_exchanges, homes)
+        return self._with_own_tiles_last(self._steps(self._key_exchanges, homes))
+
+    def _with_own_tiles_last(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """Keeps some of this rank's own tiles for the last step: the last gradients go home behind them.
+
+        Own keys need no exchange, so any step can compute them.
+        """
+        own = next((i for i, step in enumerate(steps) if step.tiles and step.phase == 0), None)
+        last = steps[-1] if steps else None
+        if not self.lookahead or own is None or last is None or last.tiles or self.area < 2:
+            return steps
+        first, second = self.tiles[0].halves
+        out = list(steps)
+        out[own] = dataclasses.replace(steps[own], tiles=first)
+        out[-1] = Step(last.exchange, 0, second)
+        return tuple(out)
 
     @functools.cached_property
     def _key_exchanges(self) -> dict[int, Exchange]:

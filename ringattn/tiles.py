@@ -53,6 +53,30 @@ class Tiles:
         """The number of allowed pairs."""
         return bands.area(self.regions)
 
+    @functools.cached_property
+    def halves(self) -> tuple[Tiles, Tiles]:
+        """The same pairs in two parts of some area each: the first tiles and the last, or one tile's queries cut."""
+        if len(self) > 1:
+            done = np.cumsum(bands.areas(self.regions))
+            at = min(int(np.searchsorted(done, done[-1] / 2)) + 1, len(self) - 1)
+            return Tiles(self.rows[:at]), Tiles(self.rows[at:])
+        low, high = self.regions.copy(), self.regions.copy()
+        low[:, Q1] = high[:, Q0] = self.rows[:, M] // 2
+        return self._part(low), self._part(high)
+
+    def _part(self, boxes: Regions) -> Tiles:
+        """The tiles cut to these boxes, one for each tile."""
+        boxes, kept = bands.tighten(boxes)
+        rows = self.rows[kept].copy()
+        q, k = boxes[:, Q0], boxes[:, K0]
+        rows[:, M], rows[:, N] = boxes[:, Q1] - q, boxes[:, K1] - k
+        rows[:, LOW], rows[:, HIGH] = boxes[:, LO] - q + k, boxes[:, HI] - q + k
+        rows[:, Q] += q * rows[:, Q_STEP]
+        rows[:, K] += k * rows[:, K_STEP]
+        rows[:, Q_POSITION] += q * rows[:, Q_STRIDE]
+        rows[:, K_POSITION] += k * rows[:, K_STRIDE]
+        return Tiles(rows)
+
     def derive(self, function: Callable[..., T], *args: Hashable) -> T:
         """``function(tiles, *args)``, worked out once: what a kernel needs to know before its first launch."""
         key = (function, args)

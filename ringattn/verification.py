@@ -19,16 +19,17 @@ import numpy.typing as npt
 from ringattn import bands, layouts, tiles
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
 from ringattn.errors import PlanError
-from ringattn.plans import HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan
+from ringattn.plans import HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
 
 Weights = npt.NDArray[np.uint64]
 
 
 def verify_rank(plan: Plan) -> None:
     """Checks one rank's plan. Raises PlanError."""
-    _verify_sources(plan)
-    _verify_slots(plan)
-    _verify_coverage(plan)
+    for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
+        _verify_sources(plan, name, steps)
+        _verify_slots(plan, name, steps)
+        _verify_coverage(plan, name, steps)
 
 
 def verify(plans: Sequence[Plan]) -> None:
@@ -64,23 +65,24 @@ def _length(spans: Array) -> int:
     return int(spans[:, layouts.COUNT].sum())
 
 
-def _verify_coverage(plan: Plan) -> None:
+def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     """Every query of this rank computes exactly its allowed keys."""
+    rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
     queries = layouts.positions(plan.q_spans, plan.rank)
     weights = _weights(_length(plan.k_spans))
     wanted, allowed = _row_sums(_asked(plan, queries), weights, len(queries), 1)
     done = np.zeros(len(queries), dtype=np.uint64)
     count = np.zeros(len(queries), dtype=np.int64)
-    strides = plan.tile_rows[:, tiles.K_STRIDE]
+    strides = rows[:, tiles.K_STRIDE]
     for stride in np.unique(strides).tolist():
-        part_sums, part_counts = _row_sums(plan.tile_rows[strides == stride], weights, len(queries), stride)
+        part_sums, part_counts = _row_sums(rows[strides == stride], weights, len(queries), stride)
         done += part_sums
         count += part_counts
     wrong = np.flatnonzero(done != wanted)
     if len(wrong):
         row = int(wrong[0])
         raise PlanError(
-            f"Rank {plan.rank} computes the wrong pairs for {len(wrong)} of its queries. First, the query at "
+            f"Rank {plan.rank}, {name}, computes the wrong pairs for {len(wrong)} of its queries. First, the query at "
             f"position {queries[row]}: its tiles compute {count[row]} pairs, its mask allows {allowed[row]}."
         )
 
@@ -115,52 +117,58 @@ def _row_sums(rows: Array, weights: Weights, queries: int, stride: int) -> tuple
     return out, np.bincount(query, weights=stop - first, minlength=queries).astype(np.int64)
 
 
-def _verify_sources(plan: Plan) -> None:
+def _verify_sources(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     """Tiles name the positions that their queries and keys really have, and lie inside their buffers."""
     queries = layouts.positions(plan.q_spans, plan.rank)
-    for phase, step_tiles in plan.tiles.items():
-        keys = plan.held_positions(phase)
-        rows = step_tiles.rows
-        for positions, (at, count, step, position, stride), side in (
-            (queries, (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE), "queries"),
-            (keys, (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE), "keys"),
+    for step in steps:
+        if not step.tiles:
+            continue
+        rows = step.tiles.rows
+        for side, held, columns in (
+            ("queries", queries, (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE)),
+            (
+                "keys",
+                plan.held_positions(step.phase),
+                (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE),
+            ),
         ):
-            tile, nth = bands.expand(rows[:, count])
-            where = rows[tile, at] + nth * rows[tile, step]
-            outside = (where < 0) | (where >= len(positions))
-            wrong = outside.copy()
-            wrong[~outside] = positions[where[~outside]] != (rows[tile, position] + nth * rows[tile, stride])[~outside]
-            if wrong.any():
-                bad = int(tile[np.flatnonzero(wrong)[0]])
+            bad = _misplaced(held, *rows[:, columns].T)
+            if bad is not None:
                 raise PlanError(
-                    f"Rank {plan.rank}, phase {phase}: tile {bad} takes {side} that its buffer of "
-                    f"{len(positions)} rows does not hold at that place."
+                    f"Rank {plan.rank}, {name}, phase {step.phase}: tile {bad} takes {side} that its buffer of "
+                    f"{len(held)} rows does not hold at that place."
                 )
 
 
-def _verify_slots(plan: Plan) -> None:
+def _misplaced(held: Array, first: Array, count: Array, step: Array, position: Array, stride: Array) -> int | None:
+    """The first tile whose rows of a buffer do not hold the positions it says; None when all do."""
+    tile, nth = bands.expand(count)
+    row = first[tile] + nth * step[tile]
+    inside = (row >= 0) & (row < len(held))
+    right = inside.copy()
+    right[inside] = held[row[inside]] == (position[tile] + nth * stride[tile])[inside]
+    return None if right.all() else int(tile[np.flatnonzero(~right)[0]])
+
+
+def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     """Walks the steps: keys have arrived before they are used or relayed, and no buffer is overwritten too early."""
-    for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
-        content: dict[int, int] = {}
-        for step in steps:
-            exchange = step.exchange
-            arriving = {item.phase for item in exchange.receives if item.what == "kv"} if exchange else set()
-            relayed = {item.phase for item in exchange.sends if item.what == "kv"} if exchange else set()
-            reading = ({step.phase} if step.tiles else set()) | relayed
-            for phase in reading - {0}:
-                if content.get(plan.slots.get(phase, -1)) != phase:
-                    raise PlanError(
-                        f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} "
-                        f"before they arrive."
-                    )
-            leaving = {item.phase for item in exchange.sends if item.what == "dkv"} if exchange else set()
-            if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
-                raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
-            if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
+    content: dict[int, int] = {}
+    for step in steps:
+        exchange = step.exchange
+        arriving = {item.phase for item in exchange.receives if item.what == "kv"} if exchange else set()
+        relayed = {item.phase for item in exchange.sends if item.what == "kv"} if exchange else set()
+        reading = ({step.phase} if step.tiles else set()) | relayed
+        for phase in reading - {0}:
+            if content.get(plan.slots.get(phase, -1)) != phase:
                 raise PlanError(
-                    f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading."
+                    f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
                 )
-            content.update({plan.slots[phase]: phase for phase in arriving})
+        leaving = {item.phase for item in exchange.sends if item.what == "dkv"} if exchange else set()
+        if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
+            raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
+        if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
+            raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading.")
+        content.update({plan.slots[phase]: phase for phase in arriving})
 
 
 # -- all ranks ------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ MAY: dict[str, set[str]] = {
     "kernels.lowering": {"bands", "tiles"},
     "kernels.choice": {"errors", "mechanisms.base", "kernels.base", "kernels.reference", "kernels.sdpa"},
     # a kernel serves one mechanism, and may be lowered to
-    "kernels": {"tiles", "mechanisms.base", "mechanisms.softmax", "kernels.base", "kernels.lowering"},
+    "kernels": {"bands", "tiles", "mechanisms.base", "mechanisms.softmax", "kernels.base", "kernels.lowering"},
     "engine": PLANS | {"agreement", "kernels.base", "mechanisms.base", "transports.base"},
     "autograd": {"engine", "errors"},
     "functional": PLANS

@@ -43,7 +43,8 @@ def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
     ranks=st.integers(1, 5),
     q_layout=st.sampled_from(LAYOUTS),
     k_layout=st.sampled_from(LAYOUTS),
-    leaf=st.sampled_from((None, 1, 2, 4, 7)),
+    leaf=st.sampled_from((bands.INF, 1, 2, 4, 7)),
+    most=st.sampled_from((bands.INF, 3, 8)),
 )
 def test_lowering_computes_every_pair_once(
     data: st.DataObject,
@@ -51,7 +52,8 @@ def test_lowering_computes_every_pair_once(
     ranks: int,
     q_layout: ringattn.Layout,
     k_layout: ringattn.Layout,
-    leaf: int | None,
+    leaf: int,
+    most: int,
 ) -> None:
     mask = data.draw(any_mask(length))
     table = tiles.cut(mask.regions(length, length), q_layout.spans(length, ranks), k_layout.spans(length, ranks))
@@ -62,9 +64,10 @@ def test_lowering_computes_every_pair_once(
             for q, m, q_step, k, n, k_step, lo, hi, *_ in rows.tolist():
                 offset = np.arange(m)[:, None] - np.arange(n)[None, :]
                 wanted[np.ix_(q + np.arange(m) * q_step, k + np.arange(n) * k_step)] += (lo <= offset) & (offset <= hi)
-            batches = lower(Tiles(rows), leaf)
+            batches = lower(Tiles(rows), leaf, most)
             assert np.array_equal(_counted(batches, (length, length)), wanted)
-            assert all(b.m == b.n <= (leaf or length) for b in batches if b.kind != FULL)
+            assert all(b.m == b.n <= leaf for b in batches if b.kind != FULL)
+            assert all(max(b.m, b.n) * b.count <= most for b in batches)
 
 
 def _tiles(mask: ringattn.Mask, length: int, layout: ringattn.Layout, ranks: int, q_rank: int, k_rank: int) -> Tiles:

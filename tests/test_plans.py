@@ -146,12 +146,12 @@ def _keys_of_another_phase(plan: Plan) -> Plan:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (_without_tile, "computes the wrong pairs"),
-        (_without_phase, "computes the wrong pairs"),
-        (_doubled_tile, "computes the wrong pairs"),
-        (_changed(tiles.LOW, 1), "computes the wrong pairs"),
-        (_changed(tiles.HIGH, -1), "computes the wrong pairs"),
-        (_changed(tiles.M, -1), "computes the wrong pairs"),
+        (_without_tile, "forward, computes the wrong pairs"),
+        (_without_phase, "forward, computes the wrong pairs"),
+        (_doubled_tile, "forward, computes the wrong pairs"),
+        (_changed(tiles.LOW, 1), "forward, computes the wrong pairs"),
+        (_changed(tiles.HIGH, -1), "forward, computes the wrong pairs"),
+        (_changed(tiles.M, -1), "forward, computes the wrong pairs"),
         (_changed(tiles.K, 1), "does not hold at that place"),
         (_changed(tiles.Q_POSITION, 1), "does not hold at that place"),
         (_keys_of_another_phase, "does not hold at that place"),
@@ -206,6 +206,22 @@ def _swapped(sends: np.ndarray) -> np.ndarray:
     out = sends.copy()
     out[:, SEND_PHASE] = 3 - out[:, SEND_PHASE]
     return out[np.argsort(out[:, SEND_PHASE], kind="stable")]
+
+
+def test_the_last_gradients_hide_behind_own_tiles() -> None:
+    for schedule in ("ring", "route"):
+        for plan in _plans(schedule, ringattn.Full()):
+            assert all(step.tiles for step in plan.backward_steps[:-2]) and plan.backward_steps[-1].tiles
+            assert plan.backward_steps[-1].exchange and plan.backward_steps[-1].phase == 0
+
+
+def test_a_fault_in_the_backward_steps_is_a_fault() -> None:
+    plan = _plans("ring", ringattn.Full())[1]
+    broken = dataclasses.replace(plan)
+    last = plan.backward_steps[-1]
+    broken.__dict__["backward_steps"] = (*plan.backward_steps[:-1], dataclasses.replace(last, tiles=None))
+    with pytest.raises(PlanError, match="backward, computes the wrong pairs"):
+        broken.verify()
 
 
 def test_verify_wants_every_rank() -> None:

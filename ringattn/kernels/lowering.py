@@ -4,7 +4,8 @@ First, tiles that together form one band are joined: a zigzag rank's own keys ar
 Then every band is cut into pieces that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of both
 sides reversed). A flash kernel computes whole blocks along a diagonal; where that costs more than launches do, large
 squares are halved until only small ones lie on it. Last, equal pieces that lie at equal distances become one batch: a
-window of 1,024 over 8,192 rows is two launches, and so is each halving.
+window of 1,024 over 8,192 rows is two launches, and each halving is one. What a launch returns is memory on top of the
+plan's buffers, so where launches are cheap their rows are limited.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from ringattn import bands
 from ringattn import tiles as t
-from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
+from ringattn.bands import HI, INF, K0, K1, LO, Q0, Q1, Array
 from ringattn.tiles import Tiles
 
 FULL, CAUSAL, FLIPPED = range(3)
@@ -41,11 +42,12 @@ class Batch:
     k_next: int = 0
 
 
-def lower(tiles: Tiles, leaf: int | None = None) -> list[Batch]:
+def lower(tiles: Tiles, leaf: int = INF, most: int = INF) -> list[Batch]:
     """The batches of pieces that compute these tiles: every pair once, and no launch without a pair.
 
     Args:
-        leaf: rows of the largest square left on a diagonal; None for any.
+        leaf: rows of the largest square left on a diagonal.
+        most: queries, and keys, of one launch at most.
     """
     rows = tiles.rows
     plain = (rows[:, t.Q_STEP] == 1) & (rows[:, t.K_STEP] == 1)
@@ -55,8 +57,7 @@ def lower(tiles: Tiles, leaf: int | None = None) -> list[Batch]:
     strided = rows[~plain]
     parts = [_cut(joined[:, [Q0, K0]], _canonical(joined), steps[: len(joined)])]
     parts.append(_cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]))
-    pieces = np.concatenate(parts)
-    return _batches(pieces if leaf is None else _halved(pieces, leaf))
+    return _batches(_limited(_halved(np.concatenate(parts), min(leaf, most)), most), most)
 
 
 def _boxes(rows: Array) -> Array:
@@ -175,10 +176,23 @@ def _halved(pieces: Array, leaf: int) -> Array:
     return np.concatenate(done) if done else pieces
 
 
-def _batches(pieces: Array) -> list[Batch]:
+def _limited(pieces: Array, most: int) -> Array:
+    """Rectangles of more than ``most`` queries or keys cut into even parts."""
+    kind, m, n, q_step, k_step, q, k = pieces.T
+    by_m, by_n = -(-m // most), -(-n // most)
+    piece, nth = bands.expand(by_m * by_n)
+    i, j = nth // by_n[piece], nth % by_n[piece]
+    (i0, i1), (j0, j1) = (
+        (x * side[piece] // parts[piece], (x + 1) * side[piece] // parts[piece])
+        for x, side, parts in ((i, m, by_m), (j, n, by_n))
+    )
+    at = q[piece] + i0 * q_step[piece], k[piece] + j0 * k_step[piece]
+    return np.stack([kind[piece], i1 - i0, j1 - j0, q_step[piece], k_step[piece], *at], axis=1)
+
+
+def _batches(pieces: Array, most: int) -> list[Batch]:
     """Equal pieces joined into batches where they lie at equal distances and do not overlap."""
     pieces = pieces[np.lexsort(pieces.T[::-1])]
-    # Full squares of one row and causal ones of one row are the same; so are wider equal ones, but for their kind.
     batches: list[Batch] = []
     for kind, m, n, q_step, k_step, q, k in pieces.tolist():
         last = batches[-1] if batches else None
@@ -186,7 +200,8 @@ def _batches(pieces: Array) -> list[Batch]:
             q_next = q - (last.q + last.q_next * (last.count - 1))
             k_next = k - (last.k + last.k_next * (last.count - 1))
             apart = q_next >= (m - 1) * q_step + 1 and k_next >= (n - 1) * k_step + 1
-            if apart and (last.count == 1 or (q_next, k_next) == (last.q_next, last.k_next)):
+            small = (last.count + 1) * max(m, n) <= most
+            if apart and small and (last.count == 1 or (q_next, k_next) == (last.q_next, last.k_next)):
                 batches[-1] = dataclasses.replace(last, count=last.count + 1, q_next=q_next, k_next=k_next)
                 continue
         batches.append(Batch(kind, m, n, q_step, k_step, q, k))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import FLIPPED, FULL, Batch, lower
 from ringattn.mechanisms.base import Problem, State
@@ -44,7 +45,7 @@ class Sdpa(Kernel):
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
     ) -> None:
-        for batch in tiles.derive(lower, _leaf(problem)):
+        for batch in tiles.derive(lower, *_limits(problem)):
             for queries, keys in _places(batch, problem.batch):
                 inputs = (queries(q), keys(k), keys(v))
                 flipped = batch.kind == FLIPPED
@@ -69,7 +70,7 @@ class Sdpa(Kernel):
         dparams: State,
     ) -> None:
         dlse = dextras[0]
-        for batch in tiles.derive(lower, _leaf(problem)):
+        for batch in tiles.derive(lower, *_limits(problem)):
             for queries, keys in _places(batch, problem.batch):
                 inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in saved), queries(dout)]
                 inputs += [] if dlse is None else [queries(dlse)]
@@ -170,14 +171,16 @@ def _flash_backward(
     )
 
 
-def _leaf(problem: Problem) -> int | None:
-    """The largest square to leave on a diagonal.
+def _limits(problem: Problem) -> tuple[int, int]:
+    """The largest square to leave on a diagonal, and the most rows of one launch.
 
-    The CPU kernels compute blocks of 256 by 512 pairs along it. In float32 squares of 128 save 5 % of a causal square
-    of 4,096 rows forward and 10 % backward, merges counted; in bfloat16 small launches cost more than they save.
+    The CPU kernels compute blocks of 256 by 512 pairs along a diagonal. In float32 squares of 128 save 5 % of a causal
+    square of 4,096 rows forward and 10 % backward, merges counted; in bfloat16 small launches cost more than they save.
+    A launch of 4,096 rows is as fast as a larger one and returns a bounded part of the result.
     """
-    wide = problem.dtype in (torch.float32, torch.float64)
-    return 128 if problem.device.type == "cpu" and wide else None
+    if problem.device.type != "cpu":
+        return INF, INF
+    return 128 if problem.dtype in (torch.float32, torch.float64) else INF, 4096
 
 
 def _scale(problem: Problem) -> float:

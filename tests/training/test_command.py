@@ -79,9 +79,7 @@ def test_a_run_is_not_replaced_unasked(
     assert (folder / "metrics.jsonl").read_text() != before
 
 
-def test_a_folder_that_cannot_be_made(
-    trainer: ModuleType, texts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_made(trainer: ModuleType, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(trainer.main, ["--folder", str(texts / "long.txt" / "run")]) == 2
     assert "no folder that can be written to" in capsys.readouterr().err
 
