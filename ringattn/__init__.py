@@ -14,7 +14,7 @@ from ringattn.errors import (
     UnsupportedError,
 )
 from ringattn.functional import attention, explain
-from ringattn.layouts import Contiguous, Layout, Striped, Zigzag
+from ringattn.layouts import Balanced, Contiguous, Explicit, Layout, Striped, Zigzag
 from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
@@ -30,10 +30,12 @@ from ringattn.verification import verify
 __all__ = [
     "AgreementError",
     "Balance",
+    "Balanced",
     "Causal",
     "Contiguous",
     "DeadlockError",
     "Documents",
+    "Explicit",
     "Full",
     "InFlightError",
     "InputError",

@@ -14,7 +14,7 @@ import ringattn
 from ringattn import bands, layouts, masks, tiles
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
-from ringattn.masks import Causal, Documents, Full, Prefix, SinkTokens, Window
+from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
 from tests.conformance import LAYOUTS
 from tests.conformance import masks as any_mask
 
@@ -98,16 +98,82 @@ def test_layouts_share_every_position_out_once_and_evenly(length: int, size: int
     assert counts.max() - counts.min() <= 1
 
 
-def test_auto_layout_is_zigzag_for_one_causal_sequence_only() -> None:
+def test_auto_layout_is_the_simplest_that_balances() -> None:
+    packed = Documents([4, 6]) & Causal()
     for mask, wanted in (
         (Causal(), "zigzag"),
         (Causal() & Full(), "zigzag"),
         (Documents([10]) & Causal(), "zigzag"),
-        (Documents([4, 6]) & Causal(), "contiguous"),
+        (packed, f"balanced({packed})"),
         (Window(3), "contiguous"),
+        (Full(), "contiguous"),
         (None, "contiguous"),
     ):
         assert str(ringattn.Sharding(10, ringattn.Mesh.virtual(2), "auto", mask).layout) == wanted
+
+
+@given(data=st.data(), length=st.integers(0, 300), size=st.integers(1, 20), many=st.booleans())
+def test_balanced_shares_tokens_evenly_whatever_the_mask(
+    data: st.DataObject, length: int, size: int, many: bool
+) -> None:
+    wanted = [data.draw(any_mask(length)) for _ in range(1 + many)]
+    spans = ringattn.Balanced(wanted).spans(length, size)
+    held = [layouts.positions(spans, rank) for rank in range(size)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(length))
+    assert all(np.array_equal(part, np.sort(part)) for part in held)
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+PACKED = Documents([9000, 1, 30, 20000, 5, 700, 35800])
+
+
+@pytest.mark.parametrize("ranks", [2, 7, 64])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        [PACKED & Causal()],
+        [PACKED],
+        [PACKED & Causal() & Window(500)],
+        [Causal()],
+        [Window(1024)],
+        [Prefix(20000) | Causal()],
+        [Window(1024), Causal()],
+        [Window(2048) | SinkTokens(64), Full()],
+    ],
+    ids=lambda masks: " + ".join(map(str, masks)),
+)
+def test_balanced_balances_area(wanted: list[Mask], ranks: int) -> None:
+    length = 65536
+    layout = ringattn.Balanced(wanted)
+    areas = np.sum(
+        [[p.area for p in ringattn.plan_all(mask, length, layout, "route", ring=ranks)] for mask in wanted], 0
+    )
+    assert areas.max() / areas.mean() <= 1.002
+
+
+def test_balanced_reduces_to_what_is_simple() -> None:
+    for size, length in ((4, 4096), (3, 3000)):
+        zigzag, contiguous = ringattn.Zigzag(), ringattn.Contiguous()
+        assert np.array_equal(ringattn.Balanced(Causal()).spans(length, size), zigzag.spans(length, size))
+        assert np.array_equal(ringattn.Balanced(Full()).spans(length, size), contiguous.spans(length, size))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ringattn.Balanced([]), "at least one mask"),
+        (lambda: ringattn.Balanced(["causal"]), "must be a ringattn mask"),  # type: ignore[list-item]
+        (lambda: layouts.named("balanced", None, 8), "needs to know what to balance"),
+        (lambda: ringattn.Explicit([[(3, 2)]]), "ascending and not empty"),
+        (lambda: ringattn.Explicit([[(4, 8), (0, 4)]]), "ascending and not empty"),
+        (lambda: ringattn.Explicit([[(0, 8)]]).spans(8, 2), "1 ranks; the mesh has 2"),
+        (lambda: ringattn.Explicit([[(0, 5)], [(4, 8)]]).spans(8, 2), "each of the 8 positions to one rank"),
+        (lambda: ringattn.Explicit([[(0, 4)], [(4, 7)]]).spans(8, 2), "each of the 8 positions to one rank"),
+    ],
+)
+def test_bad_layouts_say_what_is_needed(make: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()  # type: ignore[operator]
 
 
 @given(

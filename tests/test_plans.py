@@ -232,7 +232,10 @@ def test_verify_wants_every_rank() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ringattn.plan_all(ringattn.Causal(), 8, "spiral"), "'auto', 'contiguous', 'zigzag', 'striped'"),
+        (
+            lambda: ringattn.plan_all(ringattn.Causal(), 8, "spiral"),
+            "'auto', 'balanced', 'contiguous', 'zigzag', 'striped'",
+        ),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, schedule="rnig"), "'auto', 'ring', 'route'"),
         (lambda: ringattn.plan_all(ringattn.Causal(), -1), "a number of tokens"),
         (lambda: ringattn.plan_all("causal", 8), "mask must be a ringattn mask"),  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ MaskText = Annotated[
     ),
 ]
 LayoutName = Annotated[
-    str, typer.Option("--layout", help="Who holds which tokens: auto, contiguous, zigzag or striped.")
+    str, typer.Option("--layout", help="Who holds which tokens: auto, balanced, contiguous, zigzag or striped.")
 ]
 ScheduleName = Annotated[
     str | None,
