@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.workers import Workers
 
 # One seed of hypothesis for every run: a suite that passed passes again; the long runs draw their own.
-settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+# How fast examples are drawn depends on the machine, and says nothing about the code.
+slow = [HealthCheck.too_slow]
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True, suppress_health_check=slow)
 settings.load_profile("suite")
 
 # Small tensors gain nothing from a second thread, and matrix products of another number of threads round otherwise:
