@@ -7,12 +7,13 @@ the same size and so can always be exchanged; each rank sees all of them and rai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 
 import torch
 
-from ringattn.errors import AgreementError
+from ringattn.errors import AgreementError, TransportError
 from ringattn.transports.base import Transport
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients")
@@ -69,9 +70,13 @@ def check(transport: Transport, fields: Mapping[str, str], device: torch.device)
 
 
 def refuse(transport: Transport, device: torch.device) -> None:
-    """Tells every other rank, which is about to compare digests, that this one will not take part in the call."""
+    """Tells every other rank, which is about to compare digests, that this one will not take part in the call.
+
+    Where they cannot be told, the error that made this rank refuse is still the one to raise.
+    """
     if transport.agreement and transport.size > 1:
-        _exchanged(transport, digest({"call": _REFUSED}), device, _REFUSED)
+        with contextlib.suppress(TransportError):
+            _exchanged(transport, digest({"call": _REFUSED}), device, _REFUSED)
 
 
 def _exchanged(transport: Transport, own: bytes, device: torch.device, call: str) -> list[bytes]:
