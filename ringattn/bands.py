@@ -141,7 +141,7 @@ def difference(a: Regions, b: Regions) -> Regions:
     if len(b) > 8:
         middle = int(np.median(b[:, Q0]))
         above, below = b[:, Q0] < middle, b[:, Q1] > middle
-        if not (above.all() and below.all()):
+        if not above.all() and not below.all():  # both sides get fewer rows: this ends
             top = difference(rows_between(a, -INF, middle), rows_between(b[above], -INF, middle))
             return np.concatenate([top, difference(rows_between(a, middle, INF), rows_between(b[below], middle, INF))])
     for row in b:

@@ -19,7 +19,7 @@ from ringattn import agreement
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem, State
 from ringattn.plans import Exchange, Item, Plan
-from ringattn.transports.base import Handle, Transport
+from ringattn.transports.base import Handle, Message, Transport
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,11 +54,10 @@ def forward(
     state = problem.mechanism.empty(problem, q.shape[2])
     keys = _Keys(call, k, v)
     for step in call.plan.steps:
-        under_way = keys.start(step.exchange, "attention, forward", [], []) if step.exchange else None
+        under_way = _start(call, step.exchange, "forward", keys)
         if step.tiles:
             call.kernel.forward(problem, q, *keys.of(step.phase), step.tiles, state)
-        if under_way:
-            under_way.wait()
+        under_way.wait()
     return problem.mechanism.finish(problem, state)
 
 
@@ -81,21 +80,24 @@ def backward(
     gradients = _Gradients(call, k.shape[2])
     dparams = tuple(torch.zeros_like(p, dtype=problem.accumulator) for p in params)
     for step in call.plan.backward_steps:
-        under_way = None
-        if step.exchange:
-            sends, receives = gradients.sends(step.exchange), gradients.receives(step.exchange)
-            messages = [(item.peer, x) for item, x in sends], [(item.peer, x) for item, x in receives]
-            under_way = keys.start(step.exchange, "attention, backward", *messages)
+        under_way = _start(call, step.exchange, "backward", keys, gradients)
         if step.tiles:
             into = (dq, *gradients.of(step.phase))
-            k_rows, v_rows = keys.of(step.phase)
-            call.kernel.backward(problem, q, k_rows, v_rows, saved, dout, dextras, step.tiles, into, dparams)
-        if under_way:
-            under_way.wait()
-            gradients.add(receives)
+            call.kernel.backward(problem, q, *keys.of(step.phase), saved, dout, dextras, step.tiles, into, dparams)
+        under_way.wait()
+        gradients.add_arrived(step.exchange)
     dk, dv = gradients.of(0)
     totals = tuple(total.to(p.dtype) for total, p in zip(dparams, params, strict=True))
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals
+
+
+def _start(call: Call, exchange: Exchange, name: str, *buffers: _Keys | _Gradients) -> Handle:
+    """Starts an exchange of what these buffers have for it. Keys come first, on every rank alike."""
+    return call.transport.exchange(
+        [message for part in buffers for message in part.sends(exchange)],
+        [message for part in buffers for message in part.receives(exchange)],
+        label=f"attention {name}, phase {exchange.phase}",
+    )
 
 
 class _Keys:
@@ -108,15 +110,19 @@ class _Keys:
         """``[B, Hkv, rows, D]`` and ``[B, Hkv, rows, Dv]``: views of where the phase's rows lie."""
         return self._own if phase == 0 else _halves(self._rows(phase), self._call.problem)
 
-    def start(self, exchange: Exchange, label: str, more_sends: list, more_receives: list) -> Handle:  # type: ignore[type-arg]
-        """Starts the exchange of keys, together with further messages."""
-        plan = self._call.plan
-        items = [item for item in exchange.sends if item.what == "kv"]
+    def sends(self, exchange: Exchange) -> list[Message]:
+        """The keys and values that leave in this exchange."""
         staging = _Staging(self._call, "key staging", self._call.problem.dtype)
-        sends = [(item.peer, self._packed(item, staging) if plan.packed(item) else self._run(item)) for item in items]
-        receives = [(item.peer, self._run(item)) for item in exchange.receives if item.what == "kv"]
-        label = f"{label}, phase {exchange.phase}"
-        return self._call.transport.exchange([*sends, *more_sends], [*receives, *more_receives], label=label)
+        packed = self._call.plan.packed
+        return [
+            (item.peer, self._packed(item, staging) if packed(item) else self._run(item))
+            for item in exchange.sends
+            if item.what == "kv"
+        ]
+
+    def receives(self, exchange: Exchange) -> list[Message]:
+        """Where those that arrive in it go."""
+        return [(item.peer, self._run(item)) for item in exchange.receives if item.what == "kv"]
 
     def _rows(self, phase: int) -> torch.Tensor:
         name = f"keys {self._call.plan.slots[phase]}"
@@ -147,35 +153,40 @@ class _Gradients:
             return self._own[0], self._own[1]
         return _halves(self._rows(phase).zero_(), self._call.problem)
 
-    def sends(self, exchange: Exchange) -> list[tuple[Item, torch.Tensor]]:
-        """What goes home in this exchange."""
-        plan, staging = self._call.plan, _Staging(self._call, "home staging", self._wire)
-        out = []
-        for item in exchange.sends:
-            if item.what != "dkv":
-                continue
-            rows = self._rows(item.phase)
-            if plan.packed(item):
-                sent = staging.take(item.rows)
-                _gather(rows.movedim(0, 2), item, sent.movedim(0, 2))
-            else:
-                sent = rows[int(item.spans[0, 0]) : int(item.spans[-1, 1])]
-            out.append((item, sent))
-        return out
+    def sends(self, exchange: Exchange) -> list[Message]:
+        """The gradients that go home in this exchange."""
+        staging = _Staging(self._call, "home staging", self._wire)
+        packed = self._call.plan.packed
+        return [
+            (item.peer, self._packed(item, staging) if packed(item) else self._run(item))
+            for item in exchange.sends
+            if item.what == "dkv"
+        ]
 
-    def receives(self, exchange: Exchange) -> list[tuple[Item, torch.Tensor]]:
-        """Where what comes home in this exchange arrives."""
-        staging = _Staging(self._call, "home arrivals", self._wire)
-        return [(item, staging.take(item.rows)) for item in exchange.receives if item.what == "dkv"]
+    def receives(self, exchange: Exchange) -> list[Message]:
+        """Where those that come home in it arrive."""
+        return [(item.peer, rows) for item, rows in self._arrivals(exchange)]
 
-    def add(self, arrived: list[tuple[Item, torch.Tensor]]) -> None:
+    def add_arrived(self, exchange: Exchange) -> None:
         """Adds what came home to this rank's own gradients, in the order of the exchange's items."""
-        for item, rows in arrived:
+        for item, rows in self._arrivals(exchange):
             for total, part in zip(self._own, _halves(rows, self._call.problem), strict=True):
                 at = 0
                 for start, stop in item.spans.tolist():
                     total[:, :, start:stop].add_(part[:, :, at : at + stop - start])
                     at += stop - start
+
+    def _arrivals(self, exchange: Exchange) -> list[tuple[Item, torch.Tensor]]:
+        staging = _Staging(self._call, "home arrivals", self._wire)
+        return [(item, staging.take(item.rows)) for item in exchange.receives if item.what == "dkv"]
+
+    def _run(self, item: Item) -> torch.Tensor:
+        return self._rows(item.phase)[int(item.spans[0, 0]) : int(item.spans[-1, 1])]
+
+    def _packed(self, item: Item, staging: _Staging) -> torch.Tensor:
+        out = staging.take(item.rows)
+        _gather(self._rows(item.phase).movedim(0, 2), item, out.movedim(0, 2))
+        return out
 
     def _rows(self, phase: int) -> torch.Tensor:
         name = f"gradients {self._call.plan.slots[phase]}"

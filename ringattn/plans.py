@@ -23,7 +23,7 @@ from ringattn import accounting, layouts, tiles
 from ringattn.accounting import Memory, Shape, Traffic
 from ringattn.bands import Array, Regions
 from ringattn.demand import Demand
-from ringattn.tiles import K_RANK, Q_RANK, Tiles
+from ringattn.tiles import K_RANK, NO_TILES, Q_RANK, Tiles
 
 GradientWire = Literal["float32", "input"]
 
@@ -59,17 +59,23 @@ class Exchange:
     """What a rank sends and receives at once: one message a peer, for the keys and for the gradients each."""
 
     phase: int
-    sends: tuple[Item, ...]
-    receives: tuple[Item, ...]
+    sends: tuple[Item, ...] = ()
+    receives: tuple[Item, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sends or self.receives)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The exchange is started, the tiles are computed over the buffer of ``phase``, the exchange is waited for."""
+    """The exchange is started, the tiles are computed over the buffer of ``phase``, the exchange is waited for.
 
-    exchange: Exchange | None
+    Either may be empty, and then is false.
+    """
+
+    exchange: Exchange
     phase: int
-    tiles: Tiles | None
+    tiles: Tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,12 +176,12 @@ class Plan:
         for phase, rows in _groups(self.sends[:, SEND_PHASE], self.sends):
             # A rank sends from one buffer in a phase: its own, or the one it relays.
             items = _items(rows[:, SEND_PEER], rows[:, SEND_START : SEND_STOP + 1], "kv", int(rows[0, SEND_SOURCE]))
-            exchanges[phase] = Exchange(phase, items, ())
+            exchanges[phase] = Exchange(phase, sends=items)
         for phase, rows in _groups(self.holds[:, HOLD_PHASE], self.holds):
             offset = rows[:, HOLD_OFFSET]
             spans = np.stack([offset, offset + rows[:, HOLD_STOP] - rows[:, HOLD_START]], axis=1)
             items = _items(rows[:, HOLD_SENDER], spans, "kv", phase)
-            exchange = exchanges.get(phase, Exchange(phase, (), ()))
+            exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
 
@@ -184,17 +190,17 @@ class Plan:
         lag = 1 + self.lookahead
         exchanges = dict(keys)
         for phase, home in homes.items():
-            both = exchanges.get(phase + lag, Exchange(phase + lag, (), ()))
+            both = exchanges.get(phase + lag, Exchange(phase + lag))
             exchanges[phase + lag] = Exchange(phase + lag, both.sends + home.sends, both.receives + home.receives)
         steps = []
         for phase in sorted({*self.tiles, *(x - self.lookahead for x in exchanges)}):
-            exchange, step_tiles = exchanges.get(phase + self.lookahead), self.tiles.get(phase)
+            at = phase + self.lookahead
+            exchange, step_tiles = exchanges.get(at, Exchange(at)), self.tiles.get(phase, NO_TILES)
             if self.lookahead:
                 steps.append(Step(exchange, phase, step_tiles))
             else:
-                steps += [Step(exchange, phase, None)] if exchange else []
-                steps += [Step(None, phase, step_tiles)] if step_tiles else []
-        return tuple(steps)
+                steps += [Step(exchange, phase, NO_TILES), Step(Exchange(at), phase, step_tiles)]
+        return tuple(step for step in steps if step.exchange or step.tiles)
 
     @functools.cached_property
     def slots(self) -> dict[int, int]:

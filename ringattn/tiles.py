@@ -85,6 +85,9 @@ class Tiles:
         return self._derived[key]  # type: ignore[no-any-return]
 
 
+NO_TILES = Tiles(np.empty((0, WIDTH), dtype=np.int64))
+
+
 def _classes(spans: Array, stride: int) -> tuple[Array, Array]:
     """Spans of one common stride: each span split into residue classes. Returns them and their local steps."""
     steps = stride // spans[:, layouts.STRIDE]

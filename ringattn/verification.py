@@ -155,15 +155,15 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     content: dict[int, int] = {}
     for step in steps:
         exchange = step.exchange
-        arriving = {item.phase for item in exchange.receives if item.what == "kv"} if exchange else set()
-        relayed = {item.phase for item in exchange.sends if item.what == "kv"} if exchange else set()
+        arriving = {item.phase for item in exchange.receives if item.what == "kv"}
+        relayed = {item.phase for item in exchange.sends if item.what == "kv"}
         reading = ({step.phase} if step.tiles else set()) | relayed
         for phase in reading - {0}:
             if content.get(plan.slots.get(phase, -1)) != phase:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
                 )
-        leaving = {item.phase for item in exchange.sends if item.what == "dkv"} if exchange else set()
+        leaving = {item.phase for item in exchange.sends if item.what == "dkv"}
         if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
         if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:

@@ -82,6 +82,13 @@ def test_many_regions_are_removed_in_order_n_log_n() -> None:
     assert bands.area(bands.difference(whole, documents)) == (7 * count) ** 2 - 7 * count
 
 
+def test_many_regions_over_the_same_queries_are_removed() -> None:
+    stripes = bands.regions([(0, SIDE, k, k + 1, -bands.INF, bands.INF) for k in range(0, SIDE, 2)])
+    stripes = np.concatenate([stripes, bands.regions([(q, SIDE, 2 * q + 1, 2 * q + 2, -9, 9) for q in range(5)])])
+    assert len(stripes) > 8
+    assert np.array_equal(dense(bands.complement(stripes, SIDE, SIDE)), ~dense(stripes))
+
+
 @pytest.mark.parametrize("row", [(0, 0, 0, 5, -9, 9), (0, 5, 3, 3, -9, 9), (0, 5, 0, 5, 2, 1), (0, 2, 5, 9, 0, 9)])
 def test_empty_regions_vanish(row: tuple[int, ...]) -> None:
     assert len(bands.regions([row])) == 0

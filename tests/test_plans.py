@@ -219,7 +219,7 @@ def test_a_fault_in_the_backward_steps_is_a_fault() -> None:
     plan = _plans("ring", ringattn.Full())[1]
     broken = dataclasses.replace(plan)
     last = plan.backward_steps[-1]
-    broken.__dict__["backward_steps"] = (*plan.backward_steps[:-1], dataclasses.replace(last, tiles=None))
+    broken.__dict__["backward_steps"] = (*plan.backward_steps[:-1], dataclasses.replace(last, tiles=tiles.NO_TILES))
     with pytest.raises(PlanError, match="backward, computes the wrong pairs"):
         broken.verify()
 

@@ -109,7 +109,7 @@ def timelines(plans: Sequence[Plan], pairs_per_position: float) -> list[Segment]
     takes `pairs_per_position` units for each key position. Steps of one phase depend on earlier phases only.
     """
     clock = dict.fromkeys(range(len(plans)), 0.0)
-    steps = [(step.phase, step.exchange is None, plan, step) for plan in plans for step in plan.steps]
+    steps = [(step.phase, not step.exchange, plan, step) for plan in plans for step in plan.steps]
     segments: list[Segment] = []
     for key in sorted({(phase, late) for phase, late, _, _ in steps}):
         now = {plan.rank: (plan, step) for phase, late, plan, step in steps if (phase, late) == key}
