@@ -50,9 +50,12 @@ def main(config: Config, arguments: Sequence[str]) -> int:
     corpus, held_out = Corpus(train_files, config.seed), Corpus(held_out_files, 0)
     mesh, device = connect(config)
     try:
-        if config.steps:
-            train(config, mesh, device, corpus, held_out)
-        return check(config, mesh, device, corpus) if config.check else 0
+        folder = train(config, mesh, device, corpus, held_out) if config.steps else None
+        code = check(config, mesh, device, corpus) if config.check else 0
+        if folder is not None:
+            print(f"Metrics, loss.png and weights are in {folder.path}; for text from these weights:")
+            print(f"    ringattn train --sample 'def ' --folder {folder.path}")
+        return code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -127,8 +130,10 @@ def batch_of(corpus: Corpus, step: int, config: Config) -> list[Pack]:
     return [corpus.pack(step * config.batch + i, config.length) for i in range(config.batch)]
 
 
-def train(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus) -> None:
-    """An ordinary training loop; every rank runs it in step with the others."""
+def train(
+    config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus
+) -> RunFolder | None:
+    """An ordinary training loop; every rank runs it in step with the others. Returns rank 0's run folder."""
     model = Decoder(config.shape, config.seed).to(device)
     optimizer = build_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config=config))
@@ -153,9 +158,7 @@ def train(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Cor
             recorder.step(step, config.batch * config.length, meter.lap(), **measured)
             if step % config.eval_every == 0 or step == config.steps:
                 recorder.held_out(step, evaluate(model, held_out_packs, mesh, config), model)
-        if folder is not None:
-            recorder.say(f"Metrics, loss.png and weights are in {folder.path}; for text from these weights:")
-            recorder.say(f"    ringattn train --sample 'def ' --folder {folder.path}")
+    return folder
 
 
 def build_optimizer(model: Decoder, config: Config) -> torch.optim.Optimizer:

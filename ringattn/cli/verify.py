@@ -19,7 +19,7 @@ from ringattn.cli.parity import NAMES, Problem, attend, errors, limits
 from ringattn.errors import InputError
 from ringattn.mesh import Mesh
 
-LAYOUTS = ("contiguous", "zigzag", "striped")
+LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 DENSE_LIMIT = 20_000  # tokens: the leak probe looks at the mask as a matrix
 
 

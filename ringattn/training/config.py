@@ -59,7 +59,7 @@ class Config:
 
     ranks: Annotated[int | None, _ranks("Processes to start here; default 4, or as launched.", min=1)] = None
     replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
-    layout: Annotated[str, _ranks("Who holds which tokens: auto, contiguous, zigzag, striped.")] = "auto"
+    layout: Annotated[str, _ranks("Who holds which tokens: auto, balanced, contiguous, zigzag, striped.")] = "auto"
     schedule: Annotated[str, _ranks("What moves when: auto, ring, route.")] = "auto"
     kernel: Annotated[str, _ranks("How attention is computed: auto, sdpa, reference.")] = "auto"
     dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"
