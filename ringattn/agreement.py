@@ -49,6 +49,8 @@ def check(transport: Transport, fields: Mapping[str, str], device: torch.device)
     if not transport.agreement or transport.size == 1:
         return
     words = _exchanged(transport, digest(fields), device, fields.get("call", "call"))
+    if len(set(words)) > 1:
+        transport.forget_calls()
     refused = [rank for rank, word in enumerate(words) if _shown(word[:8]) == _REFUSED]
     if refused:
         who = ", ".join(map(str, refused))
@@ -77,6 +79,7 @@ def refuse(transport: Transport, device: torch.device) -> None:
     if transport.agreement and transport.size > 1:
         with contextlib.suppress(TransportError):
             _exchanged(transport, digest({"call": _REFUSED}), device, _REFUSED)
+            transport.forget_calls()
 
 
 def _exchanged(transport: Transport, own: bytes, device: torch.device, call: str) -> list[bytes]:

@@ -1,8 +1,8 @@
 """The torch op around the engine: ``ringattn::attention`` and its backward.
 
-The op takes its plan as an integer, a handle to a `Call`: so it can be traced, compiled and checkpointed, and another
-plan does not mean another graph. The calls are owned by their `Sharding`; the table below only finds them, and is the
-one piece of module state in the package.
+The op takes its plan as an integer, a handle to a `Call`, so that another plan does not mean another graph, and the
+call's own number, by which ranks notice that they run backward in another order. The calls are owned by their
+`Sharding`; the table below only finds them, and is the one piece of module state in the package.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def _call(plan: int) -> Call:
 
 @torch.library.custom_op("ringattn::attention", mutates_args=())
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output and the mechanism's extras."""
-    out, extras = engine.forward(_call(plan), q, k, v, tuple(params), seed)
+    out, extras = engine.forward(_call(plan), q, k, v, tuple(params), seed, number)
     return out, list(extras)
 
 
 @attention.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     problem = _call(plan).with_params(tuple(params), seed)
     out, extras = problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]))
@@ -67,11 +67,14 @@ def attention_backward(
     present: list[bool],
     plan: int,
     seed: int,
+    number: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients. ``present`` tells which extras have one; ``dextras`` holds those."""
     given = iter(dextras)
     all_extras = tuple(next(given) if there else None for there in present)
-    dq, dk, dv, dparams = engine.backward(_call(plan), q, k, v, tuple(params), seed, tuple(saved), dout, all_extras)
+    dq, dk, dv, dparams = engine.backward(
+        _call(plan), q, k, v, tuple(params), seed, number, tuple(saved), dout, all_extras
+    )
     return dq, dk, dv, list(dparams)
 
 
@@ -87,6 +90,7 @@ def _(
     present: list[bool],
     plan: int,
     seed: int,
+    number: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     problem = _call(plan).problem
     dq, dk, dv = (problem.rows(x.shape[1], x.shape[2], x.shape[3]).to(x.dtype) for x in (q, k, v))
@@ -94,10 +98,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    q, k, v, params, plan, seed = inputs
+    q, k, v, params, plan, seed, number = inputs
     out, extras = output
     ctx.save_for_backward(q, k, v, out, *params, *extras)
-    ctx.params, ctx.plan, ctx.seed = len(params), plan, seed
+    ctx.params, ctx.plan, ctx.seed, ctx.number = len(params), plan, seed, number
     ctx.call = _CALLS.get(plan)  # keeps the call alive as long as the graph, whatever becomes of its sharding
     ctx.set_materialize_grads(False)
 
@@ -117,8 +121,9 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dextras: list[torch.Tensor | 
         [d is not None for d in given],
         ctx.plan,
         ctx.seed,
+        ctx.number,
     )
-    return dq, dk, dv, dparams, None, None
+    return dq, dk, dv, dparams, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

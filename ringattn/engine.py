@@ -46,10 +46,10 @@ class Call:
 
 
 def forward(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: State, seed: int
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: State, seed: int, number: int
 ) -> tuple[torch.Tensor, State]:
-    """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras."""
-    call.agree("forward")
+    """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
+    call.agree(f"fwd {number}")
     problem = call.with_params(params, seed)
     state = problem.mechanism.empty(problem, q.shape[2])
     keys = _Keys(call, k, v)
@@ -68,12 +68,13 @@ def backward(
     v: torch.Tensor,
     params: State,
     seed: int,
+    number: int,
     saved: State,
     dout: torch.Tensor,
     dextras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
-    """The gradients of q, k, v and the params. ``saved`` is the output and the extras."""
-    call.agree("backward")
+    """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
+    call.agree(f"bwd {number}")
     problem = call.with_params(params, seed)
     keys = _Keys(call, k, v)
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)

@@ -92,7 +92,11 @@ def attention(
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
     kv = sharding if kv_sharding is None else kv_sharding
+    for owner in (sharding, kv):
+        if not isinstance(owner, Sharding):
+            raise InputError(f"attention needs a ringattn.Sharding; got {owner!r}.")
     transport = sharding.mesh.connected()
+    call_number = transport.next_call()
     try:
         problem = _problem(q, k, v, mechanism, sharding, kv)
         key = (
@@ -115,13 +119,13 @@ def attention(
             sharding.owned[key] = found
         if return_lse and "lse" not in mechanism.extras:
             raise UnsupportedError(f"{mechanism} has no log-sum-exp to return; leave return_lse out.")
-    except InputError:
+    except Exception:
         # The other ranks are about to compare digests and would wait for ours.
         agreement.refuse(transport, q.device)
         raise
     _, number = found
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, extras = autograd.attention(q, k, v, list(mechanism.params), number, 0)
+    out, extras = autograd.attention(q, k, v, list(mechanism.params), number, 0, call_number)
     return (out, extras[mechanism.extras.index("lse")]) if return_lse else out
 
 
@@ -212,8 +216,8 @@ def _problem(
     batch, heads, _, dim = q.shape
     if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
         raise InputError(f"q, k, v must be [B, Hq, S, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]; got {call}.")
-    if not min(heads, k.shape[1], dim, v.shape[3]):
-        raise InputError(f"Heads and their dims must not be empty; got {call}.")
+    if not min(batch, heads, k.shape[1], dim, v.shape[3]):
+        raise InputError(f"The batch, the heads and their dims must not be empty; got {call}.")
     if heads % k.shape[1]:
         raise InputError(f"Query heads must be a multiple of key heads; got {heads} and {k.shape[1]}.")
     for x, owner, what in ((q, sharding, "queries"), (k, kv, "keys")):

@@ -15,6 +15,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -179,7 +180,7 @@ class Explicit(Layout):
     runs: tuple[tuple[tuple[int, int], ...], ...]
 
     def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
-        given = tuple(tuple((int(start), int(stop)) for start, stop in rank) for rank in runs)
+        given = tuple(tuple((operator.index(start), operator.index(stop)) for start, stop in rank) for rank in runs)
         if any(b <= a for rank in given for a, b in rank) or any(
             left[1] > right[0] for rank in given for left, right in itertools.pairwise(rank)
         ):

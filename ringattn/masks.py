@@ -85,8 +85,8 @@ def checked(value: object) -> Mask:
 
 
 def _count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise InputError(f"{name} is a number of tokens, 0 or more; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < INF:
+        raise InputError(f"{name} is a number of tokens, from 0 to below 2^40; got {value!r}.")
     return int(value)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from ringattn import accounting, layouts, tiles
+from ringattn import accounting, bands, layouts, tiles
 from ringattn.accounting import Memory, Shape, Traffic
 from ringattn.bands import Array, Regions
 from ringattn.demand import Demand
@@ -330,9 +330,7 @@ def assemble(
     table = demand.rows(rank)
     tile_phases = phases[rank, table[:, K_RANK]]
     order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
-    table, tile_phases = table[order], tile_phases[order]
-    rows = table[:, 2:].copy()
-    rows[:, tiles.K] = buffers.row(tile_phases, table[:, K_RANK], rows[:, tiles.K])
+    rows, tile_phases = _held(table[order, 2:], tile_phases[order], table[order, K_RANK], buffers)
 
     used = demand.used_by(rank)
     used = used[used[:, K_RANK] != rank]
@@ -364,6 +362,33 @@ def assemble(
         gradient_wire=gradient_wire,
         shape=shape,
     )
+
+
+def _held(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple[Array, Array]:
+    """Tiles, and their phases, with their keys in rows of the buffers, which leave out what nobody needs.
+
+    Keys taken with a step (of shardings of unequal strides) may so come to lie at uneven distances: such a tile is
+    taken apart into its columns.
+    """
+    tile, nth = bands.expand(rows[:, tiles.N])
+    stepped = (rows[:, tiles.K_STEP] > 1) & (rows[:, tiles.N] > 1)
+    tile, nth = tile[stepped[tile]], nth[stepped[tile]]
+    at = buffers.row(phases[tile], owners[tile], rows[tile, tiles.K] + nth * rows[tile, tiles.K_STEP])
+    out = rows.copy()
+    out[:, tiles.K] = buffers.row(phases, owners, rows[:, tiles.K])
+    out[tile[nth == 1], tiles.K_STEP] = at[nth == 1] - at[nth == 0]
+    uneven = np.zeros(len(rows), dtype=bool)
+    uneven[tile[at != out[tile, tiles.K] + nth * out[tile, tiles.K_STEP]]] = True
+    if not uneven.any():
+        return out, phases
+    columns = uneven[tile]
+    apart, parent = Tiles(out[tile[columns]]).columns(nth[columns], at[columns])
+    out, phases = (
+        np.concatenate([out[~uneven], apart]),
+        np.concatenate([phases[~uneven], phases[tile[columns]][parent]]),
+    )
+    order = np.argsort(phases, kind="stable")
+    return out[order], phases[order]
 
 
 def _sorted(*columns: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ringattn import agreement, layouts
-from ringattn.bands import Array
+from ringattn.bands import INF, Array
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
@@ -40,11 +40,12 @@ class Sharding:
         Args:
             length: tokens, 0 or more.
             mesh: from `ringattn.init`, `ringattn.simulate` or ``Mesh.from_device_mesh``.
-            layout: a layout, its name, or ``auto``: zigzag when ``mask`` is one causal sequence, else contiguous.
-            mask: what ``auto`` chooses by.
+            layout: a layout, its name, or ``auto``: zigzag for one causal sequence, contiguous for a full or
+                windowed one and without a mask, balanced otherwise.
+            mask: what ``auto`` and ``balanced`` go by.
         """
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise InputError(f"A sequence's length is a number of tokens, 0 or more; got {length!r}.")
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < INF:
+            raise InputError(f"A sequence's length is a number of tokens, from 0 to below 2^40; got {length!r}.")
         if not isinstance(mesh, Mesh):
             raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {mesh!r}.")
         for name, value in (("length", length), ("mesh", mesh), ("layout", layouts.named(layout, mask, length))):
@@ -98,12 +99,13 @@ class Sharding:
             AgreementError: the ranks' parts differ in shape or dtype.
         """
         transport = self.mesh.connected()
+        number = transport.next_call()
         try:
             self._check_dim(x, dim, self.count, f"join takes the part of rank {self.mesh.sequence_rank}")
         except InputError:
             agreement.refuse(transport, x.device)
             raise
-        return _Join.apply(x.movedim(dim, 0), self).movedim(0, dim)  # type: ignore[no-untyped-call, no-any-return]
+        return _Join.apply(x.movedim(dim, 0), self, number).movedim(0, dim)  # type: ignore[no-untyped-call, no-any-return]
 
     def _check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
         if not -x.dim() <= dim < x.dim():
@@ -118,10 +120,10 @@ class _Join(torch.autograd.Function):
     """The full tensor along dim 0; backward the reduce-scatter that is its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sharding: Sharding) -> torch.Tensor:
-        ctx.sharding = sharding
+    def forward(ctx: Any, x: torch.Tensor, sharding: Sharding, number: int) -> torch.Tensor:
+        ctx.sharding, ctx.number = sharding, number
         transport, me, rest = sharding.mesh.connected(), sharding.mesh.sequence_rank, x.shape[1:]
-        _agree(sharding, "join", x)
+        _agree(sharding, f"join {number}", x)
         own = x.contiguous()
         parts = [own if rank == me else own.new_empty(n, *rest) for rank, n in enumerate(sharding.counts)]
         peers = [rank for rank in range(len(parts)) if rank != me]
@@ -133,10 +135,10 @@ class _Join(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         sharding: Sharding = ctx.sharding
         transport, me = sharding.mesh.connected(), sharding.mesh.sequence_rank
-        _agree(sharding, "unjoin", grad)
+        _agree(sharding, f"unj {ctx.number}", grad)
         positions = [sharding.positions_of(rank).to(grad.device) for rank in range(len(sharding.counts))]
         outgoing = [grad.index_select(0, where) for where in positions]
         incoming = [outgoing[me] if rank == me else torch.empty_like(outgoing[me]) for rank in range(len(positions))]
@@ -149,7 +151,7 @@ class _Join(torch.autograd.Function):
         total = incoming[0].to(wide, copy=True)
         for part in incoming[1:]:
             total += part
-        return total.to(grad.dtype), None
+        return total.to(grad.dtype), None, None
 
 
 def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:

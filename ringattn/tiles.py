@@ -62,11 +62,19 @@ class Tiles:
             return Tiles(self.rows[:at]), Tiles(self.rows[at:])
         low, high = self.regions.copy(), self.regions.copy()
         low[:, Q1] = high[:, Q0] = self.rows[:, M] // 2
-        return self._part(low), self._part(high)
+        return self._part(*bands.tighten(low)), self._part(*bands.tighten(high))
 
-    def _part(self, boxes: Regions) -> Tiles:
-        """The tiles cut to these boxes, one for each tile."""
+    def columns(self, nth: Array, k: Array) -> tuple[Array, Array]:
+        """One column of each tile, its nth key, which lies in buffer row k: the rows, and the tiles they are of."""
+        boxes = self.regions.copy()
+        boxes[:, K0], boxes[:, K1] = nth, nth + 1
         boxes, kept = bands.tighten(boxes)
+        rows = self._part(boxes, kept).rows
+        rows[:, K] = k[kept]
+        return rows, kept
+
+    def _part(self, boxes: Regions, kept: Array) -> Tiles:
+        """These tiles cut to their canonical boxes."""
         rows = self.rows[kept].copy()
         q, k = boxes[:, Q0], boxes[:, K0]
         rows[:, M], rows[:, N] = boxes[:, Q1] - q, boxes[:, K1] - k

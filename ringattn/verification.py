@@ -26,6 +26,8 @@ Weights = npt.NDArray[np.uint64]
 
 def verify_rank(plan: Plan) -> None:
     """Checks one rank's plan. Raises PlanError."""
+    if not {*plan.home_sends[:, 0].tolist(), *plan.tile_phases.tolist()} <= {0, *plan.slots}:
+        raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps)
         _verify_slots(plan, name, steps)
@@ -40,7 +42,11 @@ def verify(plans: Sequence[Plan]) -> None:
     """
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
+    first = plans[0]
     for plan in plans:
+        asked = (plan.regions, first.regions), (plan.q_spans, first.q_spans), (plan.k_spans, first.k_spans)
+        if plan.gradient_wire != first.gradient_wire or not all(np.array_equal(a, b) for a, b in asked):
+            raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding or gradient dtype.")
         verify_rank(plan)
     _verify_homing(plans)
     for name, exchanges in (
@@ -223,6 +229,11 @@ def _origin_rows(plan: Plan) -> Array:
 
 def _positions(plan: Plan, item: Item) -> Array:
     held = plan.held_positions(item.phase)
+    if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > len(held):
+        raise PlanError(
+            f"Rank {plan.rank}: a message with rank {item.peer} takes rows {item.spans.tolist()} of a buffer of "
+            f"{len(held)} rows."
+        )
     return np.concatenate([np.empty(0, dtype=np.int64), *(held[start:stop] for start, stop in item.spans)])
 
 

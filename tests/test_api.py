@@ -171,7 +171,7 @@ def test_wrong_arguments_show_the_call(change: dict[str, Any], words: str) -> No
         (lambda: ringattn.Sharding(8, ringattn.Mesh.local()).split(torch.zeros(8), 1), "no dimension 1"),
         (lambda: ringattn.Sharding(8, 4), "needs a Mesh"),  # type: ignore[arg-type]
         (lambda: ringattn.Mesh.virtual(2, rank=2), "is 0 to 1; got 2"),
-        (lambda: ringattn.Softmax(scale=float("nan")), "must be finite"),
+        (lambda: ringattn.Softmax(scale=float("nan")), "must be a finite number"),
         (lambda: ringattn.init(ring=3), "must divide the world of 1"),
         (lambda: ringattn.init(ring=0), "at least one rank each"),
         (lambda: ringattn.init(transport="mpi"), "'auto', 'local', 'gloo' or 'nccl'"),  # type: ignore[arg-type]

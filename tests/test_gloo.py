@@ -110,6 +110,24 @@ def test_ranks_that_disagree_all_learn_who_differs_in_what(gloo: Workers, what: 
         assert all("; rank 1: " in said for said in run)
 
 
+def _another_order(mesh: ringattn.Mesh) -> str:
+    """Two equal calls; rank 1 runs their backward passes in another order than the others."""
+    sharding = ringattn.Sharding(24, mesh)
+    xs = [torch.randn(1, 2, sharding.count, 8, requires_grad=True) for _ in range(2)]
+    outs = [ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding) for x in xs]
+    try:
+        for out in outs if mesh.rank == 1 else outs[::-1]:
+            out.sum().backward()
+    except ringattn.AgreementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_backward_in_another_order_is_a_disagreement(gloo: Workers) -> None:
+    for run in (gloo.run(3, _another_order), ringattn.simulate(_another_order, ring=3).results):
+        assert all("they differ in call (rank 0, 2: bwd " in said for said in run), run
+
+
 def _join(mesh: ringattn.Mesh, length: int) -> bool:
     sharding = ringattn.Sharding(length, mesh, "zigzag")
     full = torch.randn(3, length, 2, generator=torch.Generator().manual_seed(0))

@@ -115,6 +115,8 @@ def _problem(**changes: object) -> Problem:
         ({"device": torch.device("cuda")}, "takes bfloat16 and float16; got torch.float32"),
         ({"device": torch.device("cuda"), "dtype": torch.float16, "dim": 12, "value_dim": 12}, "got D=12"),
         ({"device": torch.device("meta")}, "CPUs and CUDA"),
+        ({"mechanism": Softmax(scale=-1.0)}, "a scale above 0; got -1.0"),
+        ({"mechanism": Softmax(scale=0.0)}, "a scale above 0; got 0.0"),
     ],
 )
 def test_sdpa_refuses_in_words_and_auto_says_why(changes: dict[str, object], words: str) -> None:

@@ -168,6 +168,17 @@ def _cut_rows(name: str) -> Fault:
     return lambda plan: dataclasses.replace(plan, **{name: getattr(plan, name)[1:]})
 
 
+def _longer(name: str, column: int) -> Fault:
+    """The last row of a table ends seven rows later."""
+
+    def plant(plan: Plan) -> Plan:
+        table = getattr(plan, name).copy()
+        table[-1, column] += 7
+        return dataclasses.replace(plan, **{name: table})
+
+    return plant
+
+
 def _late(plan: Plan) -> Plan:
     """The first exchange moved behind all others, its tiles left where they were."""
     holds = plan.holds.copy()
@@ -182,7 +193,11 @@ def _late(plan: Plan) -> Plan:
         (_cut_rows("sends"), "messages to rank|are not the|the wrong rows|that are not"),
         (_cut_rows("home_sends"), "does not send home the gradient"),
         (_cut_rows("home_receives"), "A gradient does not reach its owner"),
-        (_late, "does not hold at that place|before they arrive"),
+        (_late, "a phase whose keys it never held"),
+        (_longer("holds", 4), "takes rows|that are not|does not hold"),
+        (_longer("sends", 4), "takes rows|that are not"),
+        (lambda plan: dataclasses.replace(plan, gradient_wire="input"), "planned for another"),
+        (lambda plan: dataclasses.replace(plan, home_sends=plan.home_sends + np.array([9, 0, 0, 0])), "never held"),
     ],
 )
 def test_faults_between_ranks(fault: Fault, words: str) -> None:

@@ -37,7 +37,7 @@ ScheduleName = Annotated[
     typer.Option("--schedule", help="What moves when: ring, route or auto; all of them unless given."),
 ]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 SCHEDULES = ("ring", "route")

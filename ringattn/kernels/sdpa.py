@@ -30,6 +30,9 @@ class Sdpa(Kernel):
     def refuses(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Softmax):
             return f"sdpa computes Softmax; got {problem.mechanism}"
+        if _scale(problem) <= 0:
+            # the CPU kernel scales after it masks: -inf * 0 is nan, and -inf * -1 is inf
+            return f"sdpa needs a scale above 0; got {_scale(problem)}"
         if problem.dim != problem.value_dim:
             return f"sdpa needs value heads as wide as query heads; got D={problem.dim}, Dv={problem.value_dim}"
         if problem.device.type == "cpu":

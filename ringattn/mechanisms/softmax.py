@@ -35,8 +35,8 @@ class Softmax(Mechanism):
     extras = ("lse",)
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise InputError(f"Softmax's scale must be finite; got {self.scale}.")
+        if self.scale is not None and not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
+            raise InputError(f"Softmax's scale must be a finite number; got {self.scale!r}.")
 
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""

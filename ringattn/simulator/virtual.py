@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ringattn.errors import TransportError
+from ringattn.errors import DeadlockError, TransportError
 from ringattn.mesh import Mesh
 from ringattn.transports.base import Counters
 from ringattn.transports.simulator import Abandoned, Hub, Simulator
@@ -67,7 +67,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
     for thread in threads:
         thread.join()
     if hub.failure is not None and not isinstance(hub.failure, Abandoned):
-        if hasattr(hub.failure, "add_note"):  # Python 3.11 and later
+        if hasattr(hub.failure, "add_note") and not isinstance(hub.failure, DeadlockError):  # Python 3.11 and later
             hub.failure.add_note(f"raised on virtual rank {hub.failed_rank} of {hub.size}")
         raise hub.failure
     left = hub.unreceived()

@@ -91,6 +91,16 @@ class Transport(ABC):
         self.agreement = agreement
         self.counters = Counters()
         self.buffers = Buffers()
+        self._calls = 0
+
+    def next_call(self) -> int:
+        """A number for a call. Ranks make the same calls in the same order, so the same call has the same number."""
+        self._calls += 1
+        return self._calls
+
+    def forget_calls(self) -> None:
+        """Starts numbering again, after a disagreement that every rank has seen: their numbers may differ by now."""
+        self._calls = 0
 
     @abstractmethod
     def refuses(self, device: torch.device) -> str | None:
