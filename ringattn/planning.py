@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ringattn.accounting import Shape
+from ringattn.assembly import assemble
 from ringattn.demand import Demand
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
 from ringattn.mesh import Mesh
-from ringattn.plans import Plan, assemble
+from ringattn.plans import Plan
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route

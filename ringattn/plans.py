@@ -19,11 +19,10 @@ from typing import Literal
 
 import numpy as np
 
-from ringattn import accounting, bands, layouts, tiles
+from ringattn import accounting, layouts
 from ringattn.accounting import Memory, Shape, Traffic
 from ringattn.bands import Array, Regions
-from ringattn.demand import Demand
-from ringattn.tiles import K_RANK, NO_TILES, Q_RANK, Tiles
+from ringattn.tiles import NO_TILES, Tiles
 
 GradientWire = Literal["float32", "input"]
 
@@ -291,134 +290,3 @@ def _groups(keys: Array, rows: Array) -> list[tuple[int, Array]]:
 
 def _items(peers: Array, spans: Array, what: Literal["kv", "dkv"], phase: int) -> tuple[Item, ...]:
     return tuple(Item(peer, what, phase, part) for peer, part in _groups(peers, spans))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Moves:
-    """What a schedule decides for one rank, in rows of the origin's shard.
-
-    Attributes:
-        holds: ``(phase, sender, origin, start, stop)``.
-        sends: ``(phase, peer, source phase, origin, start, stop)``.
-    """
-
-    holds: Array
-    sends: Array
-
-
-def assemble(
-    demand: Demand,
-    rank: int,
-    phases: Array,
-    moves: Moves,
-    *,
-    description: str,
-    lookahead: int,
-    gradient_wire: GradientWire,
-    shape: Shape | None,
-) -> Plan:
-    """The plan of a rank, from what its schedule moves.
-
-    Args:
-        phases: ``[size, size]``, the phase in which rank i's queries meet rank j's keys.
-    """
-    order = np.lexsort((moves.holds[:, 3], moves.holds[:, 2], moves.holds[:, 1], moves.holds[:, 0]))
-    holds = np.concatenate([moves.holds[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
-    holds[:, HOLD_OFFSET] = _offsets(holds[:, HOLD_PHASE], holds[:, HOLD_STOP] - holds[:, HOLD_START])
-    buffers = _Buffers(holds, rank)
-
-    table = demand.rows(rank)
-    tile_phases = phases[rank, table[:, K_RANK]]
-    order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
-    rows, tile_phases = _held(table[order, 2:], tile_phases[order], table[order, K_RANK], buffers)
-
-    used = demand.used_by(rank)
-    used = used[used[:, K_RANK] != rank]
-    used_phase, owner = phases[rank, used[:, K_RANK]], used[:, K_RANK]
-    start = buffers.row(used_phase, owner, used[:, 2])
-    home_sends = _sorted(used_phase, owner, start, start + used[:, 3] - used[:, 2])
-    lent = demand.used_of(rank)
-    lent = lent[lent[:, Q_RANK] != rank]
-    home_receives = _sorted(phases[lent[:, Q_RANK], rank], lent[:, Q_RANK], lent[:, 2], lent[:, 3])
-
-    phase, peer, source, origin, start, stop = moves.sends.T
-    at = buffers.row(source, origin, start)
-    order = np.lexsort((start, origin, peer, phase))
-    sends = np.stack([phase, peer, source, at, at + stop - start], axis=1)[order]
-    return Plan(
-        rank=rank,
-        size=demand.size,
-        regions=demand.regions,
-        q_spans=demand.q_spans,
-        k_spans=demand.k_spans,
-        description=description,
-        tile_phases=tile_phases,
-        tile_rows=rows,
-        holds=holds,
-        sends=sends,
-        home_sends=home_sends,
-        home_receives=home_receives,
-        lookahead=lookahead,
-        gradient_wire=gradient_wire,
-        shape=shape,
-    )
-
-
-def _held(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple[Array, Array]:
-    """Tiles, and their phases, with their keys in rows of the buffers, which leave out what nobody needs.
-
-    Keys taken with a step (of shardings of unequal strides) may so come to lie at uneven distances: such a tile is
-    taken apart into its columns.
-    """
-    tile, nth = bands.expand(rows[:, tiles.N])
-    stepped = (rows[:, tiles.K_STEP] > 1) & (rows[:, tiles.N] > 1)
-    tile, nth = tile[stepped[tile]], nth[stepped[tile]]
-    at = buffers.row(phases[tile], owners[tile], rows[tile, tiles.K] + nth * rows[tile, tiles.K_STEP])
-    out = rows.copy()
-    out[:, tiles.K] = buffers.row(phases, owners, rows[:, tiles.K])
-    out[tile[nth == 1], tiles.K_STEP] = at[nth == 1] - at[nth == 0]
-    uneven = np.zeros(len(rows), dtype=bool)
-    uneven[tile[at != out[tile, tiles.K] + nth * out[tile, tiles.K_STEP]]] = True
-    if not uneven.any():
-        return out, phases
-    columns = uneven[tile]
-    apart, parent = Tiles(out[tile[columns]]).columns(nth[columns], at[columns])
-    out, phases = (
-        np.concatenate([out[~uneven], apart]),
-        np.concatenate([phases[~uneven], phases[tile[columns]][parent]]),
-    )
-    order = np.argsort(phases, kind="stable")
-    return out[order], phases[order]
-
-
-def _sorted(*columns: Array) -> Array:
-    rows = np.stack(columns, axis=1)
-    return rows[np.lexsort(columns[::-1])]
-
-
-def _offsets(phases: Array, counts: Array) -> Array:
-    """Where each run of rows begins within its phase's buffer."""
-    before = np.cumsum(counts) - counts
-    first = np.searchsorted(phases, phases, side="left")
-    return before - before[first] if len(before) else before
-
-
-class _Buffers:
-    """Finds the buffer row of an origin's row: the last hold that begins at or before it."""
-
-    def __init__(self, holds: Array, rank: int) -> None:
-        self._rank = rank
-        self._lift = int(holds[:, HOLD_STOP].max(initial=0)) + 1
-        self._ranks = int(holds[:, HOLD_ORIGIN].max(initial=0)) + 1
-        self._keys = self._key(holds[:, HOLD_PHASE], holds[:, HOLD_ORIGIN], holds[:, HOLD_START])
-        self._order = np.argsort(self._keys)
-        self._shift = holds[:, HOLD_OFFSET] - holds[:, HOLD_START]
-
-    def _key(self, phase: Array, origin: Array, start: Array) -> Array:
-        return (phase * self._ranks + origin) * self._lift + start
-
-    def row(self, phase: Array, origin: Array, start: Array) -> Array:
-        if not len(self._keys):
-            return start
-        found = np.searchsorted(self._keys, self._key(phase, origin, start), side="right", sorter=self._order) - 1
-        return start + np.where(origin == self._rank, 0, self._shift[self._order[found]])

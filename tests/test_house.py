@@ -25,16 +25,17 @@ MAY: dict[str, set[str]] = {
     "tiles": {"bands", "layouts"},
     "demand": {"bands", "layouts", "tiles"},
     "accounting": VALUES | {"plans"},  # plans for its types only
-    "plans": VALUES | {"demand", "accounting", "verification"},  # verification where plan.verify() is called
+    "plans": VALUES | {"accounting", "verification"},  # verification where plan.verify() is called
     "verification": PLANS,
+    "assembly": PLANS,
     "transports.base": {"errors"},
     "transports": {"errors", "transports.base"},
     "agreement": {"errors", "transports.base"},
     "mesh": {"errors", "transports.base", "transports.local", "transports.torch_distributed"},
     "sharding": {"errors", "bands", "layouts", "masks", "mesh", "agreement"},
-    "schedules.base": PLANS,
-    "schedules": PLANS | {"schedules.base"},
-    "planning": PLANS | MESH | {"schedules.base", "schedules.ring", "schedules.route"},
+    "schedules.base": PLANS | {"assembly"},
+    "schedules": PLANS | {"assembly", "schedules.base"},
+    "planning": PLANS | MESH | {"assembly", "schedules.base", "schedules.ring", "schedules.route"},
     "mechanisms.base": {"errors"},
     "mechanisms": {"errors", "mechanisms.base"},
     "kernels.base": {"mechanisms.base", "tiles"},

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 
+from ringattn.assembly import Moves
 from ringattn.bands import Array
 from ringattn.demand import Demand
 from ringattn.errors import InputError
-from ringattn.plans import GradientWire, Moves
+from ringattn.plans import GradientWire
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import dataclasses
 
 import numpy as np
 
+from ringattn.assembly import Moves
 from ringattn.bands import Array
 from ringattn.demand import Demand
-from ringattn.plans import Moves
 from ringattn.schedules.base import Schedule
 from ringattn.tiles import K_RANK, Q_RANK
 
