@@ -51,13 +51,14 @@ def lower(tiles: Tiles, leaf: int = INF, most: int = INF) -> list[Batch]:
     """
     rows = tiles.rows
     plain = (rows[:, t.Q_STEP] == 1) & (rows[:, t.K_STEP] == 1)
-    boxes = _boxes(rows[plain])
-    steps = np.ones((len(boxes), 2), dtype=np.int64)
-    joined = coalesce(boxes)
-    strided = rows[~plain]
-    parts = [_cut(joined[:, [Q0, K0]], _canonical(joined), steps[: len(joined)])]
-    parts.append(_cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]))
-    return _batches(_limited(_halved(np.concatenate(parts), min(leaf, most)), most), most)
+    joined, strided = coalesce(_boxes(rows[plain])), rows[~plain]
+    pieces = np.concatenate(
+        [
+            _cut(joined[:, [Q0, K0]], _canonical(joined), np.ones((len(joined), 2), dtype=np.int64)),
+            _cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]),
+        ]
+    )
+    return _batches(_limited(_halved(pieces, min(leaf, most)), most), most)
 
 
 def _boxes(rows: Array) -> Array:
