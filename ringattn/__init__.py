@@ -16,12 +16,15 @@ from ringattn.errors import (
 from ringattn.functional import attention, explain
 from ringattn.layouts import Balanced, Contiguous, Explicit, Layout, Striped, Zigzag
 from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
+from ringattn.mechanisms.hard import Hard
+from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.planning import plan, plan_all
 from ringattn.plans import Plan
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
+from ringattn.schedules.scan import Scan
 from ringattn.sharding import Sharding
 from ringattn.simulator import Simulation, simulate
 from ringattn.startup import init
@@ -37,9 +40,11 @@ __all__ = [
     "Documents",
     "Explicit",
     "Full",
+    "Hard",
     "InFlightError",
     "InputError",
     "Layout",
+    "Linear",
     "Mask",
     "Memory",
     "Mesh",
@@ -50,6 +55,7 @@ __all__ = [
     "Ring",
     "RingAttentionError",
     "Route",
+    "Scan",
     "Sharding",
     "Simulation",
     "SinkTokens",

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The heads of a call: what turns rows into bytes."""
+    """The heads of a call: what turns rows into bytes.
+
+    Attributes:
+        summary: numbers in the summary of one key head, for mechanisms that have summaries.
+    """
 
     batch: int
     heads: int
@@ -28,16 +32,28 @@ class Shape:
     value_dim: int
     dtype: str
     itemsize: int
+    summary: int | None = None
 
     @property
     def accumulator(self) -> int:
         """Bytes of an accumulated number: float64 for float64 inputs, else float32."""
         return max(self.itemsize, 4)
 
-    @property
-    def row(self) -> int:
-        """Numbers in one row of keys and values, all key heads."""
-        return self.batch * self.kv_heads * (self.dim + self.value_dim)
+    def row(self, plan: Plan) -> int:
+        """Numbers in one row of the plan's cargo, all key heads."""
+        if plan.cargo == "keys":
+            return self.batch * self.kv_heads * (self.dim + self.value_dim)
+        if self.summary is None:
+            raise InputError("The bytes of a plan that exchanges summaries depend on the mechanism; give it to plan.")
+        return self.batch * self.kv_heads * self.summary
+
+    def cargo_itemsize(self, plan: Plan) -> int:
+        """Bytes of one number of the plan's cargo: summaries are accumulated."""
+        return self.itemsize if plan.cargo == "keys" else self.accumulator
+
+    def home_itemsize(self, plan: Plan) -> int:
+        """Bytes of one number of the cargo's gradients, as they travel."""
+        return self.itemsize if plan.gradient_wire == "input" else self.accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Traffic:
 
     Attributes:
         messages, sent_tokens, received_tokens, sent_bytes, received_bytes: the forward pass.
+        sent_summaries, received_summaries: the same where sums over keys travel in place of keys.
         backward_messages, backward_sent_bytes, backward_received_bytes: the backward pass, which moves keys and
             values once more, and their gradients home.
     """
@@ -53,6 +70,8 @@ class Traffic:
     messages: int
     sent_tokens: int
     received_tokens: int
+    sent_summaries: int
+    received_summaries: int
     sent_bytes: int | None
     received_bytes: int | None
     backward_messages: int
@@ -66,19 +85,23 @@ def traffic(plan: Plan) -> Traffic:
     backward = [step.exchange for step in plan.backward_steps if step.exchange]
     shape = plan.shape
 
-    def rows(exchanges: list[Exchange], side: str, what: str) -> int:
-        return sum(item.rows for x in exchanges for item in getattr(x, side) if item.what == what)
+    def rows(exchanges: list[Exchange], side: str, gradient: bool) -> int:
+        return sum(item.rows for x in exchanges for item in getattr(x, side) if item.gradient == gradient)
 
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None:
             return None
-        gradient = shape.itemsize if plan.gradient_wire == "input" else shape.accumulator
-        return shape.row * (rows(exchanges, side, "kv") * shape.itemsize + rows(exchanges, side, "dkv") * gradient)
+        out, home = shape.cargo_itemsize(plan), shape.home_itemsize(plan)
+        return shape.row(plan) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
 
+    sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
+    tokens = plan.cargo == "keys"
     return Traffic(
         messages=sum(len(x.sends) for x in forward),
-        sent_tokens=rows(forward, "sends", "kv"),
-        received_tokens=rows(forward, "receives", "kv"),
+        sent_tokens=sent if tokens else 0,
+        received_tokens=received if tokens else 0,
+        sent_summaries=0 if tokens else sent,
+        received_summaries=0 if tokens else received,
         sent_bytes=size(forward, "sends"),
         received_bytes=size(forward, "receives"),
         backward_messages=sum(len(x.sends) for x in backward),
@@ -122,16 +145,18 @@ def memory(plan: Plan) -> Memory:
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
     for name, rows in plan.buffer_rows.items():
-        wire = narrow if plan.gradient_wire == "input" else wide
-        size = narrow if name.startswith("key") else wide if name.startswith("gradients") else wire
-        buffers[name] = rows * shape.row * size
+        cargo, home = shape.cargo_itemsize(plan), shape.home_itemsize(plan)
+        size = cargo if name.startswith("key") else wide if name.startswith("gradients") else home
+        buffers[name] = rows * shape.row(plan) * size
     return Memory(buffers)
 
 
 def _kernel_rows(plan: Plan, shape: Shape) -> int:
     """Numbers in the results of the largest backward launch: dq of its queries, dk and dv of its keys."""
     most = 0
-    for step_tiles in plan.tiles.values():
+    for phase, step_tiles in plan.tiles.items():
+        if phase and plan.cargo == "summaries":
+            continue  # a launch is over keys
         rows = step_tiles.rows
         q = int((rows[:, tiles.Q] + rows[:, tiles.M]).max() - rows[:, tiles.Q].min())
         k = int((rows[:, tiles.K] + rows[:, tiles.N]).max() - rows[:, tiles.K].min())
@@ -142,11 +167,15 @@ def _kernel_rows(plan: Plan, shape: Shape) -> int:
 def explain(plan: Plan) -> str:
     """A plan in words: what it is, and a line a step."""
     moved = traffic(plan)
+    received, sent = (
+        (f"{moved.received_tokens} key positions", str(moved.sent_tokens))
+        if plan.cargo == "keys"
+        else (f"{moved.received_summaries} sums over keys", str(moved.sent_summaries))
+    )
     lines = [
         f"rank {plan.rank} of {plan.size}, {plan.description}",
         f"  {plan.tokens} queries, {plan.key_tokens} keys, {plan.area} allowed pairs, plan {plan.hash}",
-        f"  receives {moved.received_tokens} key positions in {len(plan.held_rows) - 1} phases, "
-        f"sends {moved.sent_tokens} in {moved.messages} messages",
+        f"  receives {received} in {len(plan.held_rows) - 1} phases, sends {sent} in {moved.messages} messages",
     ]
     lines += [f"  {plan.reason}"] if plan.reason else []
     if plan.shape is not None:
@@ -160,7 +189,7 @@ def explain(plan: Plan) -> str:
             parts += [f"send {item.rows} rows to rank {item.peer}" for item in step.exchange.sends]
             parts += [f"receive {item.rows} rows from rank {item.peer}" for item in step.exchange.receives]
         if step.tiles:
-            where = "its own keys" if step.phase == 0 else f"the keys of phase {step.phase}"
+            where = "its own keys" if step.phase == 0 else f"the {plan.cargo} of phase {step.phase}"
             parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, over {where}")
         lines.append(f"  phase {step.phase}: " + "; ".join(parts))
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Agreement: every rank of a call compares a digest of it with every other before any payload moves.
 
 Ranks that were called with different arguments would hang, or silently read each other's bytes as something else
-(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 64 bytes, eight a field, always has
+(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 72 bytes, eight a field, always has
 the same size and so can always be exchanged; each rank sees all of them and raises the same error.
 """
 
@@ -16,7 +16,7 @@ import torch
 from ringattn.errors import AgreementError, TransportError
 from ringattn.transports.base import Transport
 
-FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients")
+FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients", "seed")
 """What is compared, eight bytes each: short text as it is, longer text as a hash."""
 
 _REFUSED = "refused"
@@ -33,7 +33,7 @@ def _shown(word: bytes) -> str:
 
 
 def digest(fields: Mapping[str, str]) -> bytes:
-    """The 64 bytes of a call. Fields that a call does not have are empty."""
+    """The 72 bytes of a call. Fields that a call does not have are empty."""
     unknown = set(fields) - set(FIELDS)
     if unknown:
         raise KeyError(f"no such field of a digest: {unknown}")

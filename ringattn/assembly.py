@@ -20,8 +20,10 @@ from ringattn.plans import (
     HOLD_PHASE,
     HOLD_START,
     HOLD_STOP,
+    CargoName,
     GradientWire,
     Plan,
+    hold_rows,
 )
 from ringattn.tiles import K_RANK, Q_RANK, Tiles
 
@@ -29,6 +31,8 @@ from ringattn.tiles import K_RANK, Q_RANK, Tiles
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
     """What a schedule decides for one rank, in rows of the origin's shard.
+
+    Where the schedule's cargo is summaries, a row of these tables is one of them.
 
     Attributes:
         holds: ``(phase, sender, origin, start, stop)``.
@@ -46,6 +50,7 @@ def assemble(
     moves: Moves,
     *,
     description: str,
+    cargo: CargoName,
     lookahead: int,
     gradient_wire: GradientWire,
     shape: Shape | None,
@@ -57,22 +62,21 @@ def assemble(
     """
     order = np.lexsort((moves.holds[:, 3], moves.holds[:, 2], moves.holds[:, 1], moves.holds[:, 0]))
     holds = np.concatenate([moves.holds[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
-    holds[:, HOLD_OFFSET] = _offsets(holds[:, HOLD_PHASE], holds[:, HOLD_STOP] - holds[:, HOLD_START])
+    holds[:, HOLD_OFFSET] = _offsets(holds[:, HOLD_PHASE], hold_rows(cargo, holds))
     buffers = _Buffers(holds, rank)
 
     table = demand.rows(rank)
     tile_phases = phases[rank, table[:, K_RANK]]
     order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
-    rows, tile_phases = _held(table[order, 2:], tile_phases[order], table[order, K_RANK], buffers)
-
-    used = demand.used_by(rank)
-    used = used[used[:, K_RANK] != rank]
-    used_phase, owner = phases[rank, used[:, K_RANK]], used[:, K_RANK]
-    start = buffers.row(used_phase, owner, used[:, 2])
-    home_sends = _sorted(used_phase, owner, start, start + used[:, 3] - used[:, 2])
-    lent = demand.used_of(rank)
-    lent = lent[lent[:, Q_RANK] != rank]
-    home_receives = _sorted(phases[lent[:, Q_RANK], rank], lent[:, Q_RANK], lent[:, 2], lent[:, 3])
+    rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
+    if cargo == "keys":
+        rows, tile_phases = _held(rows, tile_phases, owners, buffers)
+        home_sends, home_receives = _key_homes(demand, rank, phases, buffers)
+    else:
+        rows, tile_phases = _summed_up(rows, tile_phases, owners, holds, rank)
+        offset = holds[:, HOLD_OFFSET]
+        home_sends = _sorted(holds[:, HOLD_PHASE], holds[:, HOLD_ORIGIN], offset, offset + 1)
+        home_receives = _sorted(*moves.sends[:, [0, 1, 4, 5]].T)
 
     phase, peer, source, origin, start, stop = moves.sends.T
     at = buffers.row(source, origin, start)
@@ -85,6 +89,7 @@ def assemble(
         q_spans=demand.q_spans,
         k_spans=demand.k_spans,
         description=description,
+        cargo=cargo,
         tile_phases=tile_phases,
         tile_rows=rows,
         holds=holds,
@@ -95,6 +100,44 @@ def assemble(
         gradient_wire=gradient_wire,
         shape=shape,
     )
+
+
+def _key_homes(demand: Demand, rank: int, phases: Array, buffers: _Buffers) -> tuple[Array, Array]:
+    """Where the gradients of the keys a rank has used go, and which ones of its own come home."""
+    used = demand.used_by(rank)
+    used = used[used[:, K_RANK] != rank]
+    phase, owner = phases[rank, used[:, K_RANK]], used[:, K_RANK]
+    start = buffers.row(phase, owner, used[:, 2])
+    lent = demand.used_of(rank)
+    lent = lent[lent[:, Q_RANK] != rank]
+    return (
+        _sorted(phase, owner, start, start + used[:, 3] - used[:, 2]),
+        _sorted(phases[lent[:, Q_RANK], rank], lent[:, Q_RANK], lent[:, 2], lent[:, 3]),
+    )
+
+
+def _summed_up(rows: Array, phases: Array, owners: Array, holds: Array, rank: int) -> tuple[Array, Array]:
+    """Tiles, and their phases, with every tile of another rank's keys cut into the summaries that make it up."""
+    foreign = owners != rank
+    tile, hold = bands.overlaps(
+        *_lifted(owners[foreign], rows[foreign, tiles.K], rows[foreign, tiles.K] + rows[foreign, tiles.N]),
+        *_lifted(holds[:, HOLD_ORIGIN], holds[:, HOLD_START], holds[:, HOLD_STOP]),
+    )
+    order = np.lexsort((hold, tile))
+    tile, hold = tile[order], hold[order]
+    out = rows[foreign][tile]
+    out[:, tiles.K_POSITION] += (holds[hold, HOLD_START] - out[:, tiles.K]) * out[:, tiles.K_STRIDE]
+    out[:, tiles.K] = holds[hold, HOLD_OFFSET]
+    out[:, tiles.N] = holds[hold, HOLD_STOP] - holds[hold, HOLD_START]
+    out[:, tiles.LOW], out[:, tiles.HIGH] = 1 - out[:, tiles.N], out[:, tiles.M] - 1
+    out, phases = np.concatenate([rows[~foreign], out]), np.concatenate([phases[~foreign], phases[foreign][tile]])
+    order = np.argsort(phases, kind="stable")
+    return out[order], phases[order]
+
+
+def _lifted(owners: Array, start: Array, stop: Array) -> tuple[Array, Array]:
+    """Row ranges of many ranks as ranges of one axis, the ranks' apart."""
+    return owners * bands.INF + start, owners * bands.INF + stop
 
 
 def _held(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ringattn import engine
-from ringattn.engine import Call
+from ringattn.call import Call
 from ringattn.errors import InputError
 
 _CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
@@ -42,7 +42,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output and the mechanism's extras."""
-    out, extras = engine.forward(_call(plan), q, k, v, tuple(params), seed, number)
+    out, extras = engine.forward(_call(plan), q, k, v, params, seed, number)
     return out, list(extras)
 
 
@@ -50,7 +50,7 @@ def attention(
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    problem = _call(plan).with_params(tuple(params), seed)
+    problem = _call(plan).with_params(params, seed)
     out, extras = problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]))
     return out, list(extras)
 
@@ -72,10 +72,7 @@ def attention_backward(
     """The gradients. ``present`` tells which extras have one; ``dextras`` holds those."""
     given = iter(dextras)
     all_extras = tuple(next(given) if there else None for there in present)
-    dq, dk, dv, dparams = engine.backward(
-        _call(plan), q, k, v, tuple(params), seed, number, tuple(saved), dout, all_extras
-    )
-    return dq, dk, dv, list(dparams)
+    return engine.backward(_call(plan), q, k, v, params, seed, number, tuple(saved), dout, all_extras)
 
 
 @attention_backward.register_fake

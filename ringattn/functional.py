@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from ringattn import agreement, autograd
-from ringattn.engine import Call
+from ringattn.call import Call
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
@@ -99,23 +99,14 @@ def attention(
     call_number = transport.next_call()
     try:
         problem = _problem(q, k, v, mechanism, sharding, kv)
-        key = (
-            mask,
-            kv,
-            mechanism,
-            schedule,
-            kernel,
-            problem.batch,
-            *_shapes(problem),
-            problem.device,
-            _wanted(q, k, v),
-        )
+        wanted = _wanted(q, k, v, mechanism)
+        key = (mask, kv, schedule, kernel, str(mechanism), problem.batch, *_shapes(problem), problem.device, wanted)
         found = sharding.owned.get(key)
         if found is None:
             refusal = transport.refuses(q.device)
             if refusal is not None:
                 raise UnsupportedError(refusal)
-            found = _prepared(problem, mask, sharding, kv, schedule, kernel, _wanted(q, k, v))
+            found = _prepared(problem, mask, sharding, kv, schedule, kernel, wanted)
             sharding.owned[key] = found
         if return_lse and "lse" not in mechanism.extras:
             raise UnsupportedError(f"{mechanism} has no log-sum-exp to return; leave return_lse out.")
@@ -125,7 +116,8 @@ def attention(
         raise
     _, number = found
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, extras = autograd.attention(q, k, v, list(mechanism.params), number, 0, call_number)
+    params = list(mechanism.params.values())
+    out, extras = autograd.attention(q, k, v, params, number, mechanism.new_seed(), call_number)
     return (out, extras[mechanism.extras.index("lse")]) if return_lse else out
 
 
@@ -161,6 +153,7 @@ def _planned(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding, sch
         head_dims=(problem.dim, problem.value_dim),
         dtype=problem.dtype,
         batch=problem.batch,
+        mechanism=problem.mechanism,
     )
 
 
@@ -190,11 +183,12 @@ def _prepared(
     return call, autograd.handle(call)
 
 
-def _wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """Which inputs need gradients, as in ``qkv``."""
+def _wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mechanism: Mechanism) -> str:
+    """Which inputs need gradients, as in ``q k v`` or ``q k v sinks``."""
     if not torch.is_grad_enabled():
         return "none"
-    return "".join(name for name, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad) or "none"
+    named = {"q": q, "k": k, "v": v, **mechanism.params}
+    return " ".join(name for name, x in named.items() if x.requires_grad) or "none"
 
 
 def _shapes(problem: Problem) -> tuple[object, ...]:
@@ -228,4 +222,6 @@ def _problem(
             )
     if not isinstance(mechanism, Mechanism):
         raise InputError(f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {mechanism!r}.")
-    return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
+    problem = Problem(mechanism.bare, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
+    mechanism.check(problem, sharding.count, kv.length)
+    return problem

@@ -10,14 +10,16 @@ import torch
 from ringattn.accounting import Shape
 from ringattn.assembly import assemble
 from ringattn.demand import Demand
-from ringattn.errors import InputError
+from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
+from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
 from ringattn.plans import Plan
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
+from ringattn.schedules.scan import Scan
 from ringattn.sharding import Sharding
 
 
@@ -30,9 +32,11 @@ def named_schedule(schedule: Any) -> Schedule | None:
             return Ring()
         case "route":
             return Route()
+        case "scan":
+            return Scan()
         case "auto":
             return None
-    raise InputError(f"schedule must be a Schedule or one of 'auto', 'ring', 'route'; got {schedule!r}.")
+    raise InputError(f"schedule must be a Schedule or one of 'auto', 'ring', 'route', 'scan'; got {schedule!r}.")
 
 
 def plan(
@@ -45,6 +49,7 @@ def plan(
     head_dims: tuple[int, int] | None = None,
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
+    mechanism: Mechanism | None = None,
 ) -> Plan:
     """This rank's plan.
 
@@ -57,14 +62,17 @@ def plan(
         head_dims: dims of a query-key head and of a value head, (D, Dv).
         dtype: the inputs' dtype.
         batch: sequences at once.
+        mechanism: what will attend. ``auto`` takes `Scan` where the mechanism's keys can be summed up; None stands
+            for one that needs the keys.
 
     Raises:
         InputError: the mask does not fit the lengths, or the shardings are not of one mesh.
+        UnsupportedError: the schedule asked for cannot serve the mechanism, or the mask and sharding.
     """
     demand = _demand(mask, sharding, kv_sharding or sharding)
     words = _words(mask, sharding, kv_sharding or sharding)
-    shape = _shape(heads, head_dims, dtype, batch)
-    taken, reason = _taken(named_schedule(schedule), demand)
+    taken, reason = _taken(named_schedule(schedule), demand, mechanism)
+    shape = _shape(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
 
 
@@ -81,6 +89,7 @@ def plan_all(
     head_dims: tuple[int, int] | None = None,
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
+    mechanism: Mechanism | None = None,
 ) -> list[Plan]:
     """Every rank's plan, without any process. Arguments as for `plan`.
 
@@ -92,8 +101,8 @@ def plan_all(
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     demand = _demand(mask, sharding, kv_sharding)
-    words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch)
-    taken, reason = _taken(named_schedule(schedule), demand)
+    words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch, mechanism)
+    taken, reason = _taken(named_schedule(schedule), demand, mechanism)
     _ = demand.whole  # one cut for all ranks
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
@@ -115,7 +124,11 @@ def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
 
 
 def _shape(
-    heads: tuple[int, int] | None, head_dims: tuple[int, int] | None, dtype: torch.dtype | str | None, batch: int
+    heads: tuple[int, int] | None,
+    head_dims: tuple[int, int] | None,
+    dtype: torch.dtype | str | None,
+    batch: int,
+    mechanism: Mechanism | None,
 ) -> Shape | None:
     given = [value is not None for value in (heads, head_dims, dtype)]
     if not any(given):
@@ -130,18 +143,36 @@ def _shape(
             f"Query heads must be a multiple of key heads, and all sizes at least 1; got heads={heads}, "
             f"head_dims={head_dims}, batch={batch}."
         )
-    return Shape(batch, *heads, *head_dims, str(kind).removeprefix("torch."), kind.itemsize)
+    summary = mechanism.summary_size(*head_dims) if isinstance(mechanism, Summarising) else None
+    return Shape(batch, *heads, *head_dims, str(kind).removeprefix("torch."), kind.itemsize, summary)
 
 
-def _taken(schedule: Schedule | None, demand: Demand) -> tuple[Schedule, str]:
+def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None) -> tuple[Schedule, str]:
     """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive."""
     if schedule is not None:
+        if schedule.cargo == "summaries" and mechanism is not None and not isinstance(mechanism, Summarising):
+            raise UnsupportedError(
+                f"{schedule} exchanges sums over keys, and {mechanism} needs the keys themselves. Use ring, route or "
+                f"auto, or a mechanism whose keys can be summed up, such as Linear."
+            )
+        refusal = schedule.refuses(demand)
+        if refusal is not None:
+            raise UnsupportedError(f"{refusal}.")
         return schedule, ""
+    why = ""
+    if isinstance(mechanism, Summarising):
+        refusal = Scan().refuses(demand)
+        if refusal is None:
+            return Scan(), "auto took scan: sums over keys travel, and keys and values stay where they are"
+        why = f"; not scan: {refusal}"
     ring, route = Ring(), Route()
     by_ring, by_route = ring.received_tokens(demand), route.received_tokens(demand)
     if by_route < by_ring:
-        return route, f"auto took route: all ranks together receive {by_route} key positions, {by_ring} by ring"
-    return ring, f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only"
+        return route, f"auto took route: all ranks together receive {by_route} key positions, {by_ring} by ring{why}"
+    return (
+        ring,
+        f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only{why}",
+    )
 
 
 def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None) -> Plan:
@@ -151,6 +182,7 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
         demand.derive(_phases, schedule),
         schedule.moves(demand, rank),
         description=f"{schedule}: {words}",
+        cargo=schedule.cargo,
         lookahead=schedule.lookahead,
         gradient_wire=schedule.gradient_wire,
         shape=shape,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from ringattn.bands import Array, Regions
 from ringattn.tiles import NO_TILES, Tiles
 
 GradientWire = Literal["float32", "input"]
+CargoName = Literal["keys", "summaries"]
+"""What travels: keys with their values, or sums over them (see `mechanisms.base.Summarising`)."""
+
+T = TypeVar("T")
 
 HOLD_PHASE, HOLD_SENDER, HOLD_ORIGIN, HOLD_START, HOLD_STOP, HOLD_OFFSET = range(6)
 SEND_PHASE, SEND_PEER, SEND_SOURCE, SEND_START, SEND_STOP = range(5)
@@ -37,20 +41,34 @@ class Item:
 
     Attributes:
         peer: the other rank.
-        what: ``kv`` for keys and values, ``dkv`` for their gradients.
+        cargo: what travels, or whose gradients do.
+        gradient: whether gradients travel.
         phase: the buffer: 0 for this rank's own rows, p for those of phase p.
-        spans: half-open row ranges ``[n, 2]`` of that buffer, in the order they travel.
+        spans: half-open row ranges ``[n, 2]`` of that buffer, in the order they travel. Of this rank's own rows,
+            a summary travels for each range.
     """
 
     peer: int
-    what: Literal["kv", "dkv"]
+    cargo: CargoName
+    gradient: bool
     phase: int
     spans: Array
 
     @functools.cached_property
     def rows(self) -> int:
         """Rows that travel."""
+        if self.cargo == "summaries":
+            return len(self.spans)
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+    def run_of(self, rows: T) -> T:
+        """The item's part of a buffer in which its ranges lie behind one another."""
+        return rows[int(self.spans[0, 0]) : int(self.spans[-1, 1])]  # type: ignore[index, no-any-return]
+
+    @property
+    def words(self) -> str:
+        """What travels, such as ``12 rows of keys``."""
+        return f"{self.rows} {'gradients' if self.gradient else 'rows'} of {self.cargo}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,9 +103,11 @@ class Plan:
         rank, size: this rank, of those that share the sequence.
         regions, q_spans, k_spans: what was asked for: the mask's regions, who holds which queries and keys.
         description: mask, layouts and schedule, in words.
+        cargo: what travels. Summaries are rows of their phase's buffer, one a hold, and a tile of another rank's
+            keys attends to one of them; only phase 0, this rank's own keys, is rows of keys then.
         tile_phases, tile_rows: every tile and its phase, sorted by phase; keys are rows of the phase's buffer.
         holds: ``(phase, sender, origin, start, stop, offset)``: rows of the origin's shard that arrive from the
-            sender, and where they lie in the phase's buffer.
+            sender, and where they, or their summary, lie in the phase's buffer.
         sends: ``(phase, peer, source, start, stop)``: rows of the buffer of phase ``source`` that the peer is to hold
             in ``phase``.
         home_sends: ``(phase, peer, start, stop)``: rows of the phase's buffer whose gradient goes to their owner.
@@ -104,6 +124,7 @@ class Plan:
     q_spans: Array
     k_spans: Array
     description: str
+    cargo: CargoName
     tile_phases: Array
     tile_rows: Array
     holds: Array
@@ -146,7 +167,7 @@ class Plan:
 
         def items(table: Array, own: bool) -> dict[int, tuple[Item, ...]]:
             return {
-                phase: _items(rows[:, HOME_PEER], rows[:, HOME_START : HOME_STOP + 1], "dkv", 0 if own else phase)
+                phase: self._items(rows[:, HOME_PEER], rows[:, HOME_START : HOME_STOP + 1], True, 0 if own else phase)
                 for phase, rows in _groups(table[:, HOME_PHASE], table)
             }
 
@@ -174,15 +195,19 @@ class Plan:
         exchanges: dict[int, Exchange] = {}
         for phase, rows in _groups(self.sends[:, SEND_PHASE], self.sends):
             # A rank sends from one buffer in a phase: its own, or the one it relays.
-            items = _items(rows[:, SEND_PEER], rows[:, SEND_START : SEND_STOP + 1], "kv", int(rows[0, SEND_SOURCE]))
+            source = int(rows[0, SEND_SOURCE])
+            items = self._items(rows[:, SEND_PEER], rows[:, SEND_START : SEND_STOP + 1], False, source)
             exchanges[phase] = Exchange(phase, sends=items)
         for phase, rows in _groups(self.holds[:, HOLD_PHASE], self.holds):
             offset = rows[:, HOLD_OFFSET]
-            spans = np.stack([offset, offset + rows[:, HOLD_STOP] - rows[:, HOLD_START]], axis=1)
-            items = _items(rows[:, HOLD_SENDER], spans, "kv", phase)
+            spans = np.stack([offset, offset + hold_rows(self.cargo, rows)], axis=1)
+            items = self._items(rows[:, HOLD_SENDER], spans, False, phase)
             exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
+
+    def _items(self, peers: Array, spans: Array, gradient: bool, phase: int) -> tuple[Item, ...]:
+        return tuple(Item(peer, self.cargo, gradient, phase, part) for peer, part in _groups(peers, spans))
 
     def _steps(self, keys: dict[int, Exchange], homes: dict[int, Exchange]) -> tuple[Step, ...]:
         """Keys of phase x travel with gradients of phase x - 1 - lookahead, which are ready by then on every rank."""
@@ -210,28 +235,27 @@ class Plan:
     def held_rows(self) -> dict[int, int]:
         """Rows in the buffer of every phase, this rank's own in phase 0."""
         groups = _groups(self.holds[:, HOLD_PHASE], self.holds)
-        return {0: self.key_tokens, **{phase: int((t[:, HOLD_STOP] - t[:, HOLD_START]).sum()) for phase, t in groups}}
+        return {0: self.key_tokens, **{phase: int(hold_rows(self.cargo, rows).sum()) for phase, rows in groups}}
 
-    def held_positions(self, phase: int) -> Array:
-        """The global position of every row in the buffer of a phase."""
+    def held_positions(self, phase: int) -> list[Array]:
+        """The global positions of what lies in the buffer of a phase, one array a hold."""
         if phase == 0:
-            return layouts.positions(self.k_spans, self.rank)
+            return [layouts.positions(self.k_spans, self.rank)]
         first, last = np.searchsorted(self.holds[:, HOLD_PHASE], [phase, phase + 1])
-        parts = [
+        return [
             layouts.positions(self.k_spans, origin)[start:stop]
             for _, _, origin, start, stop, _ in self.holds[first:last].tolist()
         ]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     def packed(self, item: Item) -> bool:
         """Whether what an item sends must be copied together first; otherwise it travels from where it lies."""
-        if item.what == "kv":
-            return item.phase == 0 or len(item.spans) > 1
-        return len(item.spans) > 1 or self.gradient_wire == "input"
+        if item.gradient:
+            return (self.cargo == "keys" and len(item.spans) > 1) or self.gradient_wire == "input"
+        return item.phase == 0 or len(item.spans) > 1
 
     @functools.cached_property
     def buffer_rows(self) -> dict[str, int]:
-        """Rows of keys and values that each exchange buffer must hold, by the buffer's name.
+        """Rows of the cargo that each exchange buffer must hold, by the buffer's name.
 
         ``keys 0`` and ``keys 1`` receive keys in turn, ``gradients 0`` and ``1`` accumulate their gradients; the
         stagings are packed before they are sent; ``home arrivals`` are added to this rank's own gradients.
@@ -244,9 +268,9 @@ class Plan:
         for exchange in (step.exchange for step in self.backward_steps if step.exchange):
             packed = [item for item in exchange.sends if self.packed(item)]
             for name, items in (
-                ("key staging", [item for item in packed if item.what == "kv"]),
-                ("home staging", [item for item in packed if item.what == "dkv"]),
-                ("home arrivals", [item for item in exchange.receives if item.what == "dkv"]),
+                ("key staging", [item for item in packed if not item.gradient]),
+                ("home staging", [item for item in packed if item.gradient]),
+                ("home arrivals", [item for item in exchange.receives if item.gradient]),
             ):
                 rows[name] = max(rows[name], sum(item.rows for item in items))
         return rows
@@ -258,7 +282,7 @@ class Plan:
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
-        h.update(repr((self.rank, self.size, self.lookahead, self.gradient_wire, self.shape)).encode())
+        h.update(repr((self.rank, self.size, self.cargo, self.lookahead, self.gradient_wire, self.shape)).encode())
         return h.hexdigest()
 
     def verify(self) -> None:
@@ -280,13 +304,14 @@ class Plan:
         return accounting.explain(self)
 
 
+def hold_rows(cargo: CargoName, holds: Array) -> Array:
+    """The buffer rows of each hold: its keys, or their one summary."""
+    return holds[:, HOLD_STOP] - holds[:, HOLD_START] if cargo == "keys" else np.ones(len(holds), dtype=np.int64)
+
+
 def _groups(keys: Array, rows: Array) -> list[tuple[int, Array]]:
     """The runs of rows with equal keys; keys are sorted."""
     if not len(keys):
         return []
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
     return [(int(keys[i]), part) for i, part in zip(first, np.split(rows, first[1:]), strict=True)]
-
-
-def _items(peers: Array, spans: Array, what: Literal["kv", "dkv"], phase: int) -> tuple[Item, ...]:
-    return tuple(Item(peer, what, phase, part) for peer, part in _groups(peers, spans))

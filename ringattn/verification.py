@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ringattn import bands, layouts, tiles
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
 from ringattn.errors import PlanError
-from ringattn.plans import HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
+from ringattn.plans import HOLD_OFFSET, HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
 
 Weights = npt.NDArray[np.uint64]
 
@@ -45,8 +45,9 @@ def verify(plans: Sequence[Plan]) -> None:
     first = plans[0]
     for plan in plans:
         asked = (plan.regions, first.regions), (plan.q_spans, first.q_spans), (plan.k_spans, first.k_spans)
-        if plan.gradient_wire != first.gradient_wire or not all(np.array_equal(a, b) for a, b in asked):
-            raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding or gradient dtype.")
+        alike = (plan.gradient_wire, plan.cargo) == (first.gradient_wire, first.cargo)
+        if not alike or not all(np.array_equal(a, b) for a, b in asked):
+            raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding, cargo or gradient dtype.")
         verify_rank(plan)
     _verify_homing(plans)
     for name, exchanges in (
@@ -129,21 +130,33 @@ def _verify_sources(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     for step in steps:
         if not step.tiles:
             continue
-        rows = step.tiles.rows
-        for side, held, columns in (
-            ("queries", queries, (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE)),
-            (
-                "keys",
-                plan.held_positions(step.phase),
-                (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE),
-            ),
-        ):
-            bad = _misplaced(held, *rows[:, columns].T)
+        rows, held = step.tiles.rows, plan.held_positions(step.phase)
+        sides = [("queries", [queries], (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE))]
+        if step.phase and plan.cargo == "summaries":
+            _verify_summed(plan, name, step, held)
+        else:
+            sides.append(("keys", held, (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE)))
+        for side, parts, columns in sides:
+            whole = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+            bad = _misplaced(whole, *rows[:, columns].T)
             if bad is not None:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: tile {bad} takes {side} that its buffer of "
-                    f"{len(held)} rows does not hold at that place."
+                    f"{len(whole)} rows does not hold at that place."
                 )
+
+
+def _verify_summed(plan: Plan, name: str, step: Step, held: list[Array]) -> None:
+    """Tiles that attend to summaries allow every pair, and name the keys that their summary is a sum over."""
+    rows = step.tiles.rows
+    full = bands.areas(step.tiles.regions) == rows[:, tiles.M] * rows[:, tiles.N]
+    for tile, row in enumerate(rows.tolist()):
+        keys = row[tiles.K_POSITION] + row[tiles.K_STRIDE] * np.arange(row[tiles.N])
+        if not (full[tile] and 0 <= row[tiles.K] < len(held) and np.array_equal(held[row[tiles.K]], keys)):
+            raise PlanError(
+                f"Rank {plan.rank}, {name}, phase {step.phase}: tile {tile} takes summary {row[tiles.K]} of "
+                f"{len(held)}, which is not the sum over exactly its keys."
+            )
 
 
 def _misplaced(held: Array, first: Array, count: Array, step: Array, position: Array, stride: Array) -> int | None:
@@ -161,15 +174,15 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     content: dict[int, int] = {}
     for step in steps:
         exchange = step.exchange
-        arriving = {item.phase for item in exchange.receives if item.what == "kv"}
-        relayed = {item.phase for item in exchange.sends if item.what == "kv"}
+        arriving = {item.phase for item in exchange.receives if not item.gradient}
+        relayed = {item.phase for item in exchange.sends if not item.gradient}
         reading = ({step.phase} if step.tiles else set()) | relayed
         for phase in reading - {0}:
             if content.get(plan.slots.get(phase, -1)) != phase:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
                 )
-        leaving = {item.phase for item in exchange.sends if item.what == "dkv"}
+        leaving = {item.phase for item in exchange.sends if item.gradient}
         if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
         if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
@@ -185,13 +198,7 @@ def _verify_homing(plans: Sequence[Plan]) -> None:
     sent, awaited = [], []
     for plan in plans:
         me = np.int64(plan.rank)
-        used = []
-        for phase, step_tiles in plan.tiles.items():
-            if phase:
-                table = np.concatenate([np.full((len(step_tiles), 2), me), step_tiles.rows], axis=1)
-                rows = tiles.used_keys(table)
-                used.append(np.stack([np.full(len(rows), phase), rows[:, 2], rows[:, 3]], axis=1))
-        needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *used]))
+        needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *_used_rows(plan)]))
         homes = plan.home_sends
         going = tiles.merged(homes[:, [0, 2, 3]])
         if not np.array_equal(needed, going) or _rows(homes[:, 2:4]) != _rows(going[:, 1:3]):
@@ -209,6 +216,22 @@ def _verify_homing(plans: Sequence[Plan]) -> None:
         )
 
 
+def _used_rows(plan: Plan) -> list[Array]:
+    """The buffer rows that a rank's tiles of other ranks' keys read: ``(phase, start, stop)``."""
+    out = []
+    for phase, step_tiles in plan.tiles.items():
+        if not phase:
+            continue
+        if plan.cargo == "summaries":
+            row = np.unique(step_tiles.rows[:, tiles.K])
+            start, stop = row, row + 1
+        else:
+            table = np.concatenate([np.full((len(step_tiles), 2), plan.rank), step_tiles.rows], axis=1)
+            start, stop = tiles.used_keys(table)[:, 2:].T
+        out.append(np.stack([np.full(len(start), phase), start, stop], axis=1))
+    return out
+
+
 def _rows(spans: Array) -> int:
     return int((spans[:, 1] - spans[:, 0]).sum())
 
@@ -217,24 +240,38 @@ def _origin_rows(plan: Plan) -> Array:
     """A rank's home sends in rows of the owner: ``(rank, owner, phase, start, stop)``."""
     out = [np.empty((0, 5), dtype=np.int64)]
     for phase, peer, start, stop in plan.home_sends.tolist():
-        holds = plan.holds[plan.holds[:, HOLD_PHASE] == phase]
-        shift = holds[:, HOLD_START] - holds[:, 5]
-        first = np.maximum(holds[:, HOLD_START], start + shift)
-        last = np.minimum(holds[:, HOLD_STOP], stop + shift)
-        hit = (first < last) & (holds[:, HOLD_ORIGIN] == peer)
-        me, own = np.full(int(hit.sum()), plan.rank), holds[hit, HOLD_ORIGIN]
-        out.append(np.stack([me, own, np.full_like(me, phase), first[hit], last[hit]], axis=1))
+        holds = plan.holds[(plan.holds[:, HOLD_PHASE] == phase) & (plan.holds[:, HOLD_ORIGIN] == peer)]
+        first, last = holds[:, HOLD_START], holds[:, HOLD_STOP]
+        if plan.cargo == "summaries":
+            hit = (start <= holds[:, HOLD_OFFSET]) & (holds[:, HOLD_OFFSET] < stop)
+        else:
+            shift = first - holds[:, HOLD_OFFSET]
+            first, last = np.maximum(first, start + shift), np.minimum(last, stop + shift)
+            hit = first < last
+        row = np.broadcast_to([plan.rank, peer, phase], (int(hit.sum()), 3))
+        out.append(np.column_stack([row, first[hit], last[hit]]))
     return np.concatenate(out)
 
 
-def _positions(plan: Plan, item: Item) -> Array:
+def _positions(plan: Plan, item: Item) -> list[Array]:
+    """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
     held = plan.held_positions(item.phase)
-    if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > len(held):
+    apart = item.cargo == "summaries" and item.phase != 0  # a row is a hold
+    rows = len(held) if apart else sum(map(len, held))
+    if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > rows:
         raise PlanError(
             f"Rank {plan.rank}: a message with rank {item.peer} takes rows {item.spans.tolist()} of a buffer of "
-            f"{len(held)} rows."
+            f"{rows} rows."
         )
-    return np.concatenate([np.empty(0, dtype=np.int64), *(held[start:stop] for start, stop in item.spans)])
+    if apart:
+        return [held[row] for start, stop in item.spans.tolist() for row in range(start, stop)]
+    whole = np.concatenate(held)
+    parts = [whole[start:stop] for start, stop in item.spans.tolist()]
+    return parts if item.cargo == "summaries" else [np.concatenate(parts)]
+
+
+def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
 def _match(
@@ -259,12 +296,12 @@ def _match(
         for (i, send), (j, receive) in zip(sends, receives, strict=True):
             meets[sender][i].append((receiver, j))
             meets[receiver][j].append((sender, i))
-            if send.what != receive.what or not np.array_equal(
+            if send.gradient != receive.gradient or not _carry_the_same(
                 _positions(plans[sender], send), _positions(plans[receiver], receive)
             ):
                 raise PlanError(
-                    f"{name}: rank {sender} sends {send.rows} rows of {send.what} in its exchange {i} that are not "
-                    f"the {receive.rows} rows of {receive.what} rank {receiver} expects in its exchange {j}."
+                    f"{name}: rank {sender} sends {send.words} in its exchange {i} that are not the {receive.words} "
+                    f"rank {receiver} expects in its exchange {j}."
                 )
     return meets
 

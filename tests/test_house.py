@@ -35,19 +35,25 @@ MAY: dict[str, set[str]] = {
     "sharding": {"errors", "bands", "layouts", "masks", "mesh", "agreement"},
     "schedules.base": PLANS | {"assembly"},
     "schedules": PLANS | {"assembly", "schedules.base"},
-    "planning": PLANS | MESH | {"assembly", "schedules.base", "schedules.ring", "schedules.route"},
+    "planning": PLANS
+    | MESH
+    | {"assembly", "mechanisms.base", "schedules.base", "schedules.ring", "schedules.route", "schedules.scan"},
     "mechanisms.base": {"errors"},
-    "mechanisms": {"errors", "mechanisms.base"},
+    "mechanisms": {"errors", "mechanisms.base", "mechanisms.dropout"},
     "kernels.base": {"mechanisms.base", "tiles"},
     "kernels.lowering": {"bands", "tiles"},
-    "kernels.choice": {"errors", "mechanisms.base", "kernels.base", "kernels.reference", "kernels.sdpa"},
+    "kernels.choice": {"errors", "mechanisms.base", "kernels.base"}
+    | {"kernels.chunked", "kernels.reference", "kernels.sdpa"},
     # a kernel serves one mechanism, and may be lowered to
     "kernels": {"bands", "tiles", "mechanisms.base", "mechanisms.softmax", "kernels.base", "kernels.lowering"},
-    "engine": PLANS | {"agreement", "kernels.base", "mechanisms.base", "transports.base"},
-    "autograd": {"engine", "errors"},
+    "call": PLANS | {"agreement", "kernels.base", "mechanisms.base", "transports.base"},
+    "cargo.base": PLANS | {"mechanisms.base", "transports.base"},
+    "cargo": PLANS | {"call", "cargo.base", "mechanisms.base", "transports.base"},
+    "engine": PLANS | {"call", "cargo.base", "cargo.keys", "cargo.summaries", "mechanisms.base", "transports.base"},
+    "autograd": {"call", "engine", "errors"},
     "functional": PLANS
     | MESH
-    | {"engine", "autograd", "planning", "schedules.base", "kernels.base", "kernels.choice"}
+    | {"call", "autograd", "planning", "schedules.base", "kernels.base", "kernels.choice"}
     | {"mechanisms.base", "mechanisms.softmax"},
     "startup": {"errors", "mesh", "transports.torch_distributed"},
     "simulator": {"errors", "mesh", "transports.base", "transports.simulator", "simulator.virtual"},

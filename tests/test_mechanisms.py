@@ -6,14 +6,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.mechanisms.base import Mechanism, Problem, State
+import ringattn
+from ringattn.mechanisms.base import Block, Mechanism, Problem, State, Summarising
 from ringattn.mechanisms.softmax import Softmax
 
-MECHANISMS: tuple[Mechanism, ...] = (Softmax(), Softmax(scale=0.3))
+_G = torch.Generator().manual_seed(0)
+MECHANISMS: tuple[Mechanism, ...] = (
+    Softmax(),
+    Softmax(scale=0.3),
+    Softmax(
+        softcap=2.0,
+        alibi=torch.rand(4, generator=_G),
+        relative=torch.randn(4, 5, generator=_G),
+        bias=torch.randn(4, 5, 7, generator=_G),
+        dropout=0.4,
+    ),
+    ringattn.Hard(),
+    ringattn.Linear(),
+)
 
 
 def _problem(mechanism: Mechanism) -> Problem:
-    return Problem(mechanism, 2, 4, 2, 8, 6, torch.float64, torch.device("cpu"))
+    return Problem(mechanism.bare, 2, 4, 2, 8, 6, torch.float64, torch.device("cpu"), mechanism.params, 3)
 
 
 def _block(problem: Problem, seed: int, masked: bool) -> State:
@@ -23,7 +37,11 @@ def _block(problem: Problem, seed: int, masked: bool) -> State:
     allowed = torch.rand(5, 7, generator=g) < 0.3 if masked else None
     if allowed is not None:
         allowed[2] = False  # a row that no key of this block may reach
-    return problem.mechanism.tile(problem, q, k, v, allowed)
+    return problem.mechanism.tile(problem, _at(slice(0, 7, 1), allowed), q, k, v)
+
+
+def _at(keys: slice, allowed: torch.Tensor | None) -> Block:
+    return Block(slice(0, 5, 1), slice(0, 5, 1), keys, allowed)
 
 
 def _merged(problem: Problem, *parts: State) -> State:
@@ -35,6 +53,25 @@ def _merged(problem: Problem, *parts: State) -> State:
 
 def _close(a: State, b: State) -> bool:
     return all(torch.allclose(x, y, rtol=1e-12, atol=1e-14, equal_nan=False) for x, y in zip(a, b, strict=True))
+
+
+@given(seed=st.integers(0, 99), cut=st.integers(1, 6))
+def test_summaries_stand_for_their_keys(seed: int, cut: int) -> None:
+    """Attending to the sum of summaries, and its gradients, are those of the keys."""
+    problem = _problem(ringattn.Linear())
+    mechanism = problem.mechanism
+    assert isinstance(mechanism, Summarising)
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, out, dout = (
+        torch.randn(2, h, n, d, generator=g, dtype=torch.float64)
+        for h, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6), (4, 5, 6), (4, 5, 6))
+    )
+    block, saved = _at(slice(0, 7, 1), None), (out, 1 + torch.rand(2, 4, 5, generator=g, dtype=torch.float64))
+    parts = [mechanism.summarise(problem, k[:, :, s], v[:, :, s]) for s in (slice(cut), slice(cut, None))]
+    assert _close(mechanism.attend(problem, q, parts[0] + parts[1]), mechanism.tile(problem, block, q, k, v))
+    dq, dsummary = mechanism.attend_grad(problem, q, parts[0] + parts[1], saved, dout, (None,))
+    found = (dq, *mechanism.summarise_grad(problem, k, v, dsummary))
+    assert _close(found, mechanism.tile_grad(problem, block, q, k, v, saved, dout, (None,), {}))
 
 
 @given(mechanism=st.sampled_from(MECHANISMS), seeds=st.tuples(*[st.integers(0, 99)] * 3), masked=st.booleans())
@@ -56,8 +93,11 @@ def test_blocks_merge_to_the_whole(mechanism: Mechanism, cut: int) -> None:
         torch.randn(2, h, n, d, generator=g, dtype=torch.float64) for h, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6))
     )
     allowed = torch.rand(5, 7, generator=g) < 0.5
-    whole = mechanism.tile(problem, q, k, v, allowed)
-    parts = [mechanism.tile(problem, q, k[:, :, s], v[:, :, s], allowed[:, s]) for s in (slice(cut), slice(cut, None))]
+    whole = mechanism.tile(problem, _at(slice(0, 7, 1), allowed), q, k, v)
+    parts = [
+        mechanism.tile(problem, _at(s, allowed[:, s]), q, k[:, :, s], v[:, :, s])
+        for s in (slice(0, cut, 1), slice(cut, 7, 1))
+    ]
     assert _close(_merged(problem, *parts), whole)
 
 

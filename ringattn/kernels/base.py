@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Problem, State
+from ringattn.mechanisms.base import Params, Problem, State
 from ringattn.tiles import Tiles
 
 
@@ -39,7 +39,7 @@ class Kernel(ABC):
         dextras: tuple[torch.Tensor | None, ...],
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        dparams: State,
+        dparams: Params,
     ) -> None:
         """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params.
 

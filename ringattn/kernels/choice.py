@@ -6,9 +6,13 @@ from typing import Any
 
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
+from ringattn.kernels.chunked import Chunked
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.mechanisms.base import Problem
+
+CANDIDATES: tuple[Kernel, ...] = (Sdpa(), Chunked(), Reference())
+"""What ``auto`` chooses from, fastest first; the last can do everything."""
 
 
 def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
@@ -17,20 +21,16 @@ def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
     Raises:
         UnsupportedError: the kernel asked for cannot do the problem; says what of it.
     """
-    match kernel:
-        case "auto":
-            refusal = Sdpa().refuses(problem)
-            if refusal is None:
-                return Sdpa(), "auto took sdpa: PyTorch's flash kernels can do it"
-            return Reference(), f"auto took the reference kernel: {refusal}"
-        case "sdpa":
-            asked: Kernel = Sdpa()
-        case "reference":
-            asked = Reference()
-        case Kernel():
-            asked = kernel
-        case _:
-            raise InputError(f"kernel must be a Kernel or one of 'auto', 'reference', 'sdpa'; got {kernel!r}.")
+    named = {str(candidate): candidate for candidate in CANDIDATES}
+    if kernel == "auto":
+        refusal = CANDIDATES[0].refuses(problem)
+        if refusal is None:
+            return CANDIDATES[0], "auto took the fastest kernel"
+        taken = next(candidate for candidate in CANDIDATES if candidate.refuses(problem) is None)
+        return taken, f"auto fell to it: {refusal}"
+    asked = named.get(kernel) if isinstance(kernel, str) else kernel
+    if not isinstance(asked, Kernel):
+        raise InputError(f"kernel must be a Kernel or one of {['auto', *named]}; got {kernel!r}.")
     refusal = asked.refuses(problem)
     if refusal is not None:
         raise UnsupportedError(f"{refusal}. Use kernel='reference', or 'auto', which takes what can do it.")

@@ -11,8 +11,11 @@ plan's buffers, so where launches are cheap their rows are limited.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import torch
 
 from ringattn import bands
 from ringattn import tiles as t
@@ -207,3 +210,35 @@ def _batches(pieces: Array, most: int) -> list[Batch]:
                 continue
         batches.append(Batch(kind, m, n, q_step, k_step, q, k))
     return batches
+
+
+class Place:
+    """Where a batch's pieces lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
+
+    def __init__(self, first: int, rows: int, step: int, count: int, following: int, b: int | None) -> None:
+        self._first, self._rows, self._step = first, rows, step
+        self._count, self._following, self._b = count, following, b
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._b is None:
+            return x[:, :, self._first : self._first + (self._rows - 1) * self._step + 1 : self._step]
+        batch, head, row, *rest = x.stride()
+        return x.as_strided(
+            (self._count, x.shape[1], self._rows, *x.shape[3:]),
+            (self._following * row, head, self._step * row, *rest),
+            x.storage_offset() + self._b * batch + self._first * row,
+        )
+
+
+def places(batch: Batch, sequences: int) -> Iterator[tuple[Place, Place]]:
+    """One launch over all sequences for a single piece; for several, one over all pieces for each sequence."""
+    for b in [None] if batch.count == 1 else range(sequences):
+        yield (
+            Place(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
+            Place(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
+        )
+
+
+def flipped(tensors: Any) -> Any:
+    """Rows in reverse order: a block with ``j >= i`` becomes causal."""
+    return tuple(x.flip(2) for x in tensors)

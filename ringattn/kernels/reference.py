@@ -13,7 +13,7 @@ import torch
 
 from ringattn import tiles as t
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Problem, State
+from ringattn.mechanisms.base import Block, Params, Problem, State
 from ringattn.tiles import Tiles
 
 
@@ -35,11 +35,10 @@ class Reference(Kernel):
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
     ) -> None:
         wide, mechanism = problem.accumulator, problem.mechanism
-        for at, keys, allowed in self._blocks(tiles, problem.device):
-            part = mechanism.tile(
-                problem, q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide), allowed
-            )
-            mechanism.merge(tuple(x[:, :, at] for x in state), part)
+        for keys, block in self._blocks(tiles, problem.device):
+            at = block.queries
+            inputs = q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide)
+            mechanism.merge(tuple(x[:, :, at] for x in state), mechanism.tile(problem, block, *inputs))
 
     def backward(
         self,
@@ -52,29 +51,29 @@ class Reference(Kernel):
         dextras: tuple[torch.Tensor | None, ...],
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        dparams: State,
+        dparams: Params,
     ) -> None:
         wide = problem.accumulator
         dq, dk, dv = gradients
-        for at, keys, allowed in self._blocks(tiles, problem.device):
+        for keys, block in self._blocks(tiles, problem.device):
+            at = block.queries
             parts = problem.mechanism.tile_grad(
                 problem,
+                block,
                 q[:, :, at].to(wide),
                 k[:, :, keys].to(wide),
                 v[:, :, keys].to(wide),
-                tuple(x[:, :, at].to(wide) for x in saved),
+                tuple(_widened(x[:, :, at], wide) for x in saved),
                 dout[:, :, at].to(wide),
                 tuple(None if x is None else x[:, :, at].to(wide) for x in dextras),
-                allowed,
+                dparams,
             )
             dq[:, :, at] += parts[0]
             dk[:, :, keys] += parts[1]
             dv[:, :, keys] += parts[2]
-            for total, part in zip(dparams, parts[3], strict=True):
-                total += part
 
-    def _blocks(self, tiles: Tiles, device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-        """The sub-tiles: slices of queries and keys, and the allowed pairs where not all are."""
+    def _blocks(self, tiles: Tiles, device: torch.device) -> Iterator[tuple[slice, Block]]:
+        """The sub-tiles: rows of keys, and the pairs."""
         for row in tiles.rows.tolist():
             m, n, low, high = row[t.M], row[t.N], row[t.LOW], row[t.HIGH]
             for i in range(0, m, self.rows):
@@ -89,10 +88,25 @@ class Reference(Kernel):
                             j, j_stop, device=device
                         )
                         allowed = (low <= offset) & (offset <= high)
-                    at = _slice(row[t.Q], row[t.Q_STEP], i, i_stop)
-                    yield at, _slice(row[t.K], row[t.K_STEP], j, j_stop), allowed
+                    yield (
+                        _slice(row[t.K], row[t.K_STEP], j, j_stop),
+                        Block(
+                            _slice(row[t.Q], row[t.Q_STEP], i, i_stop),
+                            _slice(row[t.Q_POSITION], row[t.Q_STRIDE], i, i_stop),
+                            _slice(row[t.K_POSITION], row[t.K_STRIDE], j, j_stop),
+                            allowed,
+                        ),
+                    )
+
+    def __str__(self) -> str:
+        return "reference"
+
+
+def _widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers in this dtype; positions as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _slice(first: int, step: int, start: int, stop: int) -> slice:
-    """Rows start to stop of a tile that begins at ``first`` and takes every ``step``-th row."""
+    """Rows, or positions, ``start`` to ``stop`` of a tile that begins at ``first`` and takes every ``step``-th."""
     return slice(first + start * step, first + (stop - 1) * step + 1, step)

@@ -8,15 +8,14 @@ query; a backward pass that is exact for a block when it is given the *global* o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import FLIPPED, FULL, Batch, lower
-from ringattn.mechanisms.base import Problem, State
+from ringattn.kernels.lowering import FLIPPED, FULL, flipped, lower, places
+from ringattn.mechanisms.base import Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.tiles import Tiles
 
@@ -30,6 +29,12 @@ class Sdpa(Kernel):
     def refuses(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Softmax):
             return f"sdpa computes Softmax; got {problem.mechanism}"
+        names = {"softcap": "soft cap", "alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
+        for field, name in names.items():
+            if getattr(problem.mechanism, field) is not None:
+                return f"sdpa has no {name}: PyTorch's flash kernels do not take it, or give no gradient for it"
+        if problem.mechanism.dropout:
+            return "sdpa has no dropout that can be replayed from global positions"
         if _scale(problem) <= 0:
             # the CPU kernel scales after it masks: -inf * 0 is nan, and -inf * -1 is inf
             return f"sdpa needs a scale above 0; got {_scale(problem)}"
@@ -49,14 +54,14 @@ class Sdpa(Kernel):
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
     ) -> None:
         for batch in tiles.derive(lower, *_limits(problem)):
-            for queries, keys in _places(batch, problem.batch):
+            for queries, keys in places(batch, problem.batch):
                 inputs = (queries(q), keys(k), keys(v))
-                flipped = batch.kind == FLIPPED
-                if flipped:
-                    inputs = _flipped(inputs)
+                backwards = batch.kind == FLIPPED
+                if backwards:
+                    inputs = flipped(inputs)
                 part = _forward(problem, *inputs, causal=batch.kind != FULL)
-                if flipped:
-                    part = _flipped(part)
+                if backwards:
+                    part = flipped(part)
                 problem.mechanism.merge(tuple(queries(x) for x in state), part)
 
     def backward(
@@ -70,52 +75,23 @@ class Sdpa(Kernel):
         dextras: tuple[torch.Tensor | None, ...],
         tiles: Tiles,
         gradients: Gradients,
-        dparams: State,
+        dparams: Params,
     ) -> None:
         dlse = dextras[0]
         for batch in tiles.derive(lower, *_limits(problem)):
-            for queries, keys in _places(batch, problem.batch):
+            for queries, keys in places(batch, problem.batch):
                 inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in saved), queries(dout)]
                 inputs += [] if dlse is None else [queries(dlse)]
                 if batch.kind == FLIPPED:
-                    inputs = list(_flipped(inputs))
+                    inputs = list(flipped(inputs))
                 parts = _backward(problem, *inputs, causal=batch.kind != FULL)
                 if batch.kind == FLIPPED:
-                    parts = _flipped(parts)
+                    parts = flipped(parts)
                 for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                     place(total).add_(part)
 
-
-class _Place:
-    """Where a batch's pieces lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
-
-    def __init__(self, first: int, rows: int, step: int, count: int, following: int, b: int | None) -> None:
-        self._first, self._rows, self._step = first, rows, step
-        self._count, self._following, self._b = count, following, b
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._b is None:
-            return x[:, :, self._first : self._first + (self._rows - 1) * self._step + 1 : self._step]
-        batch, head, row, *rest = x.stride()
-        return x.as_strided(
-            (self._count, x.shape[1], self._rows, *x.shape[3:]),
-            (self._following * row, head, self._step * row, *rest),
-            x.storage_offset() + self._b * batch + self._first * row,
-        )
-
-
-def _places(batch: Batch, sequences: int) -> Iterator[tuple[_Place, _Place]]:
-    """One launch over all sequences for a single piece; for several, one over all pieces for each sequence."""
-    for b in [None] if batch.count == 1 else range(sequences):
-        yield (
-            _Place(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
-            _Place(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
-        )
-
-
-def _flipped(tensors: Any) -> Any:
-    """Rows in reverse order: a block with ``j >= i`` becomes causal."""
-    return tuple(x.flip(2) for x in tensors)
+    def __str__(self) -> str:
+        return "sdpa"
 
 
 def _forward(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> State:

@@ -6,16 +6,22 @@ query or key head, Dv of a value head.
 A mechanism's *state* is a tuple of tensors of its own choosing, each with the queries in dim 2. Blocks are computed
 in any order and merged; `finish` turns the state into the output and whatever else the backward pass needs. Nobody
 but the mechanism, and kernels written for it, knows what a state is.
+
+Where all that a block of keys can contribute fits into a *summary* of fixed size, the mechanism is `Summarising`, and
+ranks may exchange summaries in place of keys and values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
 State = tuple[torch.Tensor, ...]
+Params = Mapping[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,10 +29,10 @@ class Problem:
     """What is the same for every block of one call.
 
     Attributes:
-        mechanism: the mechanism.
+        mechanism: the mechanism, without its tensors.
         batch, heads, kv_heads, dim, value_dim: B, Hq, Hkv, D, Dv.
         dtype, device: the inputs'.
-        params: the mechanism's learned tensors.
+        params: the mechanism's learned tensors, by name.
         seed: for mechanisms that draw random numbers.
     """
 
@@ -38,13 +44,20 @@ class Problem:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
-    params: State = ()
+    params: Params = dataclasses.field(default_factory=dict)
     seed: int = 0
 
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of states and gradient accumulators: float64 for float64 inputs, else float32."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def cargo_size(self, cargo: str) -> int:
+        """Numbers of one key head in a row of what travels: a key and its value, or one of the ``summaries``."""
+        if cargo == "summaries":
+            assert isinstance(self.mechanism, Summarising)
+            return self.mechanism.summary_size(self.dim, self.value_dim)
+        return self.dim + self.value_dim
 
     def rows(self, heads: int, length: int, dim: int) -> torch.Tensor:
         """Zeros ``[B, heads, length, dim]`` of the accumulator's dtype, stored as [B, length, heads, dim].
@@ -55,30 +68,94 @@ class Problem:
         return torch.zeros(shape, dtype=self.accumulator, device=self.device).transpose(1, 2)
 
 
-class Mechanism(ABC):
-    """An immutable, hashable value; its learned tensors are its `params`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """Which pairs a block is of.
 
-    extras: tuple[str, ...] = ()
-    """Names of what `finish` saves besides the output, such as ``lse``."""
+    Attributes:
+        queries: rows of this rank's queries.
+        q_at, k_at: the global positions of the block's queries and keys, both ascending.
+        allowed: bool ``[M, N]``; None when every pair is.
+    """
+
+    queries: slice
+    q_at: slice
+    k_at: slice
+    allowed: torch.Tensor | None = None
+
+    def q_positions(self, device: torch.device) -> torch.Tensor:
+        """Int64 ``[M]``."""
+        return torch.arange(self.q_at.start, self.q_at.stop, self.q_at.step, device=device)
+
+    def k_positions(self, device: torch.device) -> torch.Tensor:
+        """Int64 ``[N]``."""
+        return torch.arange(self.k_at.start, self.k_at.stop, self.k_at.step, device=device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mechanism(ABC):
+    """An immutable, hashable value: a frozen dataclass (``eq=False``), in which tensors are equal when they are one.
+
+    Attributes:
+        tensors: the fields that may hold learned tensors, which get gradients.
+        sharded: those of them of which every rank has another part.
+        extras: names of what `finish` saves besides the output, such as ``lse``.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = ()
+    sharded: ClassVar[tuple[str, ...]] = ()
+    extras: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def params(self) -> State:
-        """Learned tensors, which get gradients."""
-        return ()
+    def params(self) -> dict[str, torch.Tensor]:
+        """The learned tensors that were given, by name."""
+        return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
+
+    @property
+    def bare(self) -> Mechanism:
+        """The same with placeholders for its tensors: what is kept from call to call."""
+        held = {name: x.detach().to("meta") for name, x in self.params.items()}
+        return dataclasses.replace(self, **held) if held else self
+
+    def __str__(self) -> str:
+        """The mechanism without the content of its tensors: the same text on every rank of a call."""
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                shape = "" if field.name in self.sharded else str(list(value.shape))
+                shown.append(f"{field.name}={str(value.dtype).removeprefix('torch.')}{shape}")
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._identity()))
+
+    def _identity(self) -> tuple[Any, ...]:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(id(x) if isinstance(x, torch.Tensor) else x for x in values)
+
+    def new_seed(self) -> int:
+        """A seed for one call, the same on ranks whose default generators are alike; 0 where nothing is drawn."""
+        return 0
+
+    def check(self, problem: Problem, queries: int, keys: int) -> None:  # noqa: B027 (most need no check)
+        """Raises InputError where the tensors do not fit the heads, this rank's queries, or all ranks' keys."""
 
     @abstractmethod
     def empty(self, problem: Problem, length: int) -> State:
         """The identity of `merge` for this many queries."""
 
     @abstractmethod
-    def tile(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None
-    ) -> State:
+    def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         """One block's contribution.
 
         Args:
             q, k, v: ``[B, Hq, M, D]``, ``[B, Hkv, N, D]``, ``[B, Hkv, N, Dv]``, in the accumulator's dtype.
-            allowed: bool ``[M, N]``; None when every pair is.
         """
 
     @abstractmethod
@@ -93,20 +170,68 @@ class Mechanism(ABC):
     def tile_grad(
         self,
         problem: Problem,
+        block: Block,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         saved: State,
         dout: torch.Tensor,
         dextras: tuple[torch.Tensor | None, ...],
-        allowed: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
-        """One block's contribution to the gradients.
+        dparams: Params,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One block's contribution to the gradients; those of the params are added to ``dparams``.
 
         Args:
             saved: the output and the extras, for these queries, over *all* their keys.
             dout, dextras: the gradients that arrive at them; None for an extra nobody used.
 
         Returns:
-            dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``, and the gradients of the params.
+            dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``.
         """
+
+    def finish_grad(  # noqa: B027 (most finish without params)
+        self,
+        problem: Problem,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        dparams: Params,
+    ) -> None:
+        """Adds what `finish` does with the params to their gradients. Called once, for all of a rank's queries."""
+
+
+class Summarising(Mechanism):
+    """A mechanism whose keys can be summed up: ``tile(q, k, v)`` without a mask is ``attend(q, summarise(k, v))``.
+
+    Summaries ``[B, Hkv, size]`` of disjoint keys add up to the summary of all of them.
+    """
+
+    @abstractmethod
+    def summary_size(self, dim: int, value_dim: int) -> int:
+        """Numbers in the summary of one key head."""
+
+    @abstractmethod
+    def summarise(self, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The summary ``[B, Hkv, size]`` of keys and values, in the accumulator's dtype."""
+
+    @abstractmethod
+    def attend(self, problem: Problem, q: torch.Tensor, summary: torch.Tensor) -> State:
+        """What the summed-up keys contribute to each query."""
+
+    @abstractmethod
+    def attend_grad(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        summary: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of the queries, ``[B, Hq, M, D]``, and of the summary."""
+
+    @abstractmethod
+    def summarise_grad(
+        self, problem: Problem, k: torch.Tensor, v: torch.Tensor, dsummary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` from that of their summary."""

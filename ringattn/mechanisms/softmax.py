@@ -10,33 +10,106 @@ which never exponentiates a positive number. A query that no key may reach keeps
 gradients. With the final lse and output known, blocks of the backward pass are independent (FlashAttention-2,
 section 3.2.2): P = exp(S - lse), dV = P^T dO, dS = P o (dO V^T - rowsum(dO o O) + dlse), dQ = scale dS K,
 dK = scale dS^T Q.
+
+What changes the scores is a function of the score or of global positions, and leaves all this as it is:
+
+    S = cap tanh(scale Q K^T / cap) - alibi_h |i - j| + relative_h[i - j] + bias_h[i, j]
+
+(soft cap: Gemma 2, arXiv 2408.00118, section 2; ALiBi: arXiv 2108.12409, section 3, mirrored for keys that follow).
+A learned sink is one more score that every query sees and that has no value (gpt-oss): lse' = logaddexp(lse, sink_h),
+O shrinks by exp(lse - lse'), once, when all blocks are merged. Dropout keeps a weight with probability 1 - p, times
+1 / (1 - p), by a hash of the seed and the pair's global indices: any rank can redo any block's draw.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Mechanism, Problem, State
+from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, State
+from ringattn.mechanisms.dropout import kept
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Softmax(Mechanism):
-    """``softmax(scale q k^T) v`` over the allowed keys.
+    """``softmax(S) v`` over the allowed keys, with S as at the top of this file.
+
+    The tensors may need gradients; what a rank gets is its own queries' part, as for any replicated parameter (sum
+    it over the ranks), and for ``bias``, which is sharded, all there is.
 
     Attributes:
         scale: of the scores; None for 1 / sqrt(D).
+        softcap: the scores' limit, above 0; None for none.
+        sinks: ``[Hq]``, a learned score per head that takes weight and gives no value. The log-sum-exp includes it.
+        alibi: ``[Hq]``, slopes: the score falls by the slope times the distance of the global positions.
+        relative: ``[Hq, 2 R + 1]``, added by ``i - j`` from -R to R; what is further apart takes the outermost entry.
+            T5's buckets are such a table: one entry a distance, up to their largest distance.
+        bias: ``[Hq, S_local, Skv]``, added by position: this rank's queries (``sharding.split(bias, 1)``) and all keys
+            in global order.
+        dropout: probability of dropping a weight, from 0 to below 1.
+        seed: of the dropout; None draws one for each call from PyTorch's default CPU generator, which must be seeded
+            alike on every rank.
     """
 
     scale: float | None = None
-    extras = ("lse",)
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    alibi: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    dropout: float = 0.0
+    seed: int | None = None
+
+    tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias")
+    sharded: ClassVar[tuple[str, ...]] = ("bias",)
+    extras: ClassVar[tuple[str, ...]] = ("lse",)
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
-            raise InputError(f"Softmax's scale must be a finite number; got {self.scale!r}.")
+        for name in ("scale", "softcap", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise InputError(f"Softmax's {name} must be a finite number; got {value!r}.")
+        if self.softcap is not None and self.softcap <= 0:
+            raise InputError(f"Softmax's softcap must be above 0, or None for none; got {self.softcap!r}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {self.dropout!r}.")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63):
+            raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {self.seed!r}.")
+        for name in self.tensors:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+                raise InputError(f"Softmax's {name} must be a tensor of floating point numbers; got {value!r}.")
+
+    def new_seed(self) -> int:
+        if not self.dropout:
+            return 0
+        return int(torch.randint(1 << 62, ()).item()) if self.seed is None else self.seed
+
+    def check(self, problem: Problem, queries: int, keys: int) -> None:
+        heads = problem.heads
+        needed = {"sinks": (heads,), "alibi": (heads,), "bias": (heads, queries, keys)}
+        for name, x in self.params.items():
+            if name == "relative":
+                if x.dim() != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:
+                    raise InputError(
+                        f"relative must have shape [{heads}, 2 R + 1], heads and an odd number of distances; "
+                        f"got {list(x.shape)}."
+                    )
+            elif tuple(x.shape) != needed[name]:
+                raise InputError(
+                    f"{name} must have shape {list(needed[name])}; got {list(x.shape)}. Query heads come first"
+                    + (
+                        ", then this rank's queries (sharding.split(bias, 1)), then all keys."
+                        if name == "bias"
+                        else "."
+                    )
+                )
+            if x.device != problem.device and x.device.type != "meta":
+                raise InputError(f"{name} must be where q, k and v are, on {problem.device}; got {x.device}.")
 
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""
@@ -46,12 +119,12 @@ class Softmax(Mechanism):
         lse = problem.rows(problem.heads, length, 1).squeeze(-1)
         return problem.rows(problem.heads, length, problem.value_dim), lse.fill_(-math.inf)
 
-    def tile(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None
-    ) -> State:
-        scores = self._scores(problem, q, k, allowed)
+    def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+        scores, _ = self._scores(problem, block, q, k)
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+        if self.dropout:
+            weights = weights * self._kept(problem, block)
         return (weights @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
@@ -63,40 +136,128 @@ class Softmax(Mechanism):
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         out, lse = state
+        if "sinks" in problem.params:
+            with_sink = torch.logaddexp(lse, problem.params["sinks"].to(lse.dtype)[:, None])
+            out *= torch.exp(lse - _finite(with_sink)).unsqueeze(-1)
+            lse = with_sink
         return out.to(problem.dtype), (lse,)
 
     def tile_grad(
         self,
         problem: Problem,
+        block: Block,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         saved: State,
         dout: torch.Tensor,
         dextras: tuple[torch.Tensor | None, ...],
-        allowed: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
+        dparams: Params,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out, lse = saved
         scale, groups = self.scale_for(problem), (problem.kv_heads, -1)
-        weights = torch.exp(self._scores(problem, q, k, allowed) - _finite(lse).unflatten(1, groups).unsqueeze(-1))
-        delta = (dout * out).sum(dim=-1)
-        if dextras[0] is not None:
-            delta = delta - dextras[0]
+        scores, slope = self._scores(problem, block, q, k)
+        weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1))
         grouped = dout.unflatten(1, groups)
-        dscores = grouped @ v.unsqueeze(2).transpose(-1, -2) - delta.unflatten(1, groups).unsqueeze(-1)
+        dscores = grouped @ v.unsqueeze(2).transpose(-1, -2)
+        given = weights
+        if self.dropout:
+            keep = self._kept(problem, block)
+            given = weights * keep
+            dscores *= keep
+        dscores -= _delta(out, dout, dextras).unflatten(1, groups).unsqueeze(-1)
         dscores *= weights
+        self._add_bias_grads(block, dscores, dparams)
+        if slope is not None:
+            dscores *= slope
         dq = (dscores @ k.unsqueeze(2)).flatten(1, 2) * scale
         dk = (dscores.transpose(-1, -2) @ q.unflatten(1, groups)).sum(dim=2) * scale
-        dv = (weights.transpose(-1, -2) @ grouped).sum(dim=2)
-        return dq, dk, dv, ()
+        dv = (given.transpose(-1, -2) @ grouped).sum(dim=2)
+        return dq, dk, dv
 
-    def _scores(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """``[B, Hkv, Hq / Hkv, M, N]``; -inf where a pair is not allowed."""
+    def finish_grad(
+        self,
+        problem: Problem,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        dparams: Params,
+    ) -> None:
+        if "sinks" in problem.params:
+            out, lse = saved
+            total = dparams["sinks"]
+            weight = torch.exp(problem.params["sinks"].to(total.dtype)[:, None] - _finite(lse))
+            delta = _delta(out.to(total.dtype), dout.to(total.dtype), dextras)
+            total -= (weight * delta).sum(dim=(0, 2))
+
+    def _scores(
+        self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[B, Hkv, Hq / Hkv, M, N]``, -inf where a pair is not allowed, and the soft cap's derivative there."""
         grouped = q.unflatten(1, (problem.kv_heads, -1)) * self.scale_for(problem)
-        scores = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2))
-        return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+        scores, slope = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)), None
+        if self.softcap is not None:
+            bent = torch.tanh(scores / self.softcap)
+            scores, slope = self.softcap * bent, 1 - bent * bent
+        for name, table in problem.params.items():
+            if name != "sinks":
+                added = self._added(name, table, block).to(scores.dtype)
+                scores = scores + added.unflatten(0, (problem.kv_heads, -1))
+        return (scores if block.allowed is None else scores.masked_fill(~block.allowed, -math.inf)), slope
+
+    @staticmethod
+    def _added(name: str, table: torch.Tensor, block: Block) -> torch.Tensor:
+        """What a table adds to the scores of a block, ``[Hq, M, N]``."""
+        if name == "alibi":
+            return -table[:, None, None] * _offsets(block, table.device).abs()
+        if name == "relative":
+            return table[:, _entries(block, table)]
+        return table[:, block.queries, block.k_at]
+
+    @staticmethod
+    def _add_bias_grads(block: Block, dscores: torch.Tensor, dparams: Params) -> None:
+        """Adds the gradients of the tables, which are those of the scores, summed over what shares an entry."""
+        for name in dparams.keys() - {"sinks"}:
+            total, each = dparams[name], dscores.sum(dim=0).flatten(0, 1)
+            if name == "alibi":
+                total -= (each * _offsets(block, total.device).abs()).sum(dim=(1, 2))
+            elif name == "relative":
+                total.index_add_(1, _entries(block, total).flatten(), each.flatten(1))
+            else:
+                total[:, block.queries, block.k_at] += each
+
+    def _kept(self, problem: Problem, block: Block) -> torch.Tensor:
+        """0 or 1 / (1 - p) for each weight, ``[B, Hkv, Hq / Hkv, M, N]``."""
+        device = problem.device
+        keep: torch.Tensor = kept(
+            problem.seed,
+            self.dropout,
+            torch.arange(problem.batch, device=device)[:, None, None, None],
+            torch.arange(problem.heads, device=device)[:, None, None],
+            block.q_positions(device)[:, None],
+            block.k_positions(device),
+        )
+        keep = keep.unflatten(1, (problem.kv_heads, -1)).to(problem.accumulator)
+        return keep / (1 - self.dropout)
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:
     """Lse with 0 for -inf: the scores it is taken from are all -inf, and exp(-inf - 0) is the 0 wanted."""
     return torch.where(lse == -math.inf, 0.0, lse)
+
+
+def _delta(out: torch.Tensor, dout: torch.Tensor, dextras: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """``rowsum(dO o O) - dlse``, ``[B, Hq, M]``."""
+    delta = (dout * out).sum(dim=-1)
+    return delta if dextras[0] is None else delta - dextras[0]
+
+
+def _offsets(block: Block, device: torch.device) -> torch.Tensor:
+    """``i - j`` of global positions, ``[M, N]``."""
+    return block.q_positions(device)[:, None] - block.k_positions(device)
+
+
+def _entries(block: Block, table: torch.Tensor) -> torch.Tensor:
+    """The entry of a relative table for each pair, ``[M, N]``."""
+    reach = table.shape[1] // 2
+    return _offsets(block, table.device).clamp(-reach, reach) + reach

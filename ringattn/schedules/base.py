@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from ringattn.assembly import Moves
 from ringattn.bands import Array
 from ringattn.demand import Demand
 from ringattn.errors import InputError
-from ringattn.plans import GradientWire
+from ringattn.plans import CargoName, GradientWire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Schedule(ABC):
             inputs), or ``input`` for the inputs' own, half the bytes of bfloat16 at an error of 2^-9 a contribution.
     """
 
+    cargo: ClassVar[CargoName] = "keys"
+    """What travels."""
+
     lookahead: int = 1
     gradient_wire: GradientWire = "float32"
 
@@ -35,6 +39,10 @@ class Schedule(ABC):
             raise InputError(f"lookahead is 0 or 1 phases; got {self.lookahead!r}.")
         if self.gradient_wire not in ("float32", "input"):
             raise InputError(f"gradient_wire is 'float32' or 'input'; got {self.gradient_wire!r}.")
+
+    def refuses(self, demand: Demand) -> str | None:
+        """Why the schedule cannot serve a mask and sharding, in words; None when it can."""
+        return None
 
     @abstractmethod
     def phases(self, size: int) -> Array:

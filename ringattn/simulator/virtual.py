@@ -32,7 +32,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
     """Runs ``fn(mesh, *args)`` on ``ring * ulysses`` virtual ranks in this process.
 
     One rank runs at a time, with all cores, and the next takes over only where it waits: a run is reproducible to
-    the bit. Arguments are shared, not copied.
+    the bit. Arguments are shared, not copied; each rank has its own random state, which begins as the caller's.
 
     Raises:
         DeadlockError: no rank can go on; says who waits for whom, in which exchange.
@@ -66,6 +66,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
     hub.start()
     for thread in threads:
         thread.join()
+    hub.end()
     if hub.failure is not None and not isinstance(hub.failure, Abandoned):
         if hasattr(hub.failure, "add_note") and not isinstance(hub.failure, DeadlockError):  # Python 3.11 and later
             hub.failure.add_note(f"raised on virtual rank {hub.failed_rank} of {hub.size}")

@@ -7,6 +7,9 @@ go on that is a deadlock, known at once.
 A send completes when its receive is posted, as on Gloo and MPI. What is sent is checksummed when it is posted and
 again when it completes, and receive buffers are filled with NaN until they are waited for: a program that writes
 or reads a buffer in flight fails here, not on the cluster.
+
+As processes have, every rank has a default random generator of its own: all begin in the caller's state, and the
+caller goes on in that of rank 0. (PyTorch's CPU generator; others are the process's.)
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ class Hub:
         self._blocked: dict[int, list[_Post]] = {}
         self._finished: set[int] = set()
         self._go = [threading.Semaphore(0) for _ in range(size)]
+        self._random = [torch.get_rng_state()] * size
 
     # -- the baton ----------------------------------------------------------------------------------------------
 
@@ -91,8 +95,11 @@ class Hub:
 
     def begin(self, rank: int) -> None:
         """Waits for the rank's first turn."""
-        self._go[rank].acquire()
-        self._check_abandoned()
+        self._take(rank)
+
+    def end(self) -> None:
+        """Leaves the caller with rank 0's random state."""
+        torch.set_rng_state(self._random[0])
 
     def finish(self, rank: int, failure: BaseException | None) -> None:
         """The rank is done, or failed; the first failure is the one reported and ends all others."""
@@ -106,11 +113,14 @@ class Hub:
         while not all(post.matched for post in posts):
             self._blocked[rank] = posts
             self._pass_on(rank)
-            self._go[rank].acquire()
-            del self._blocked[rank]
-            self._check_abandoned()
+            try:
+                self._take(rank)
+            finally:
+                del self._blocked[rank]
 
-    def _check_abandoned(self) -> None:
+    def _take(self, rank: int) -> None:
+        self._go[rank].acquire()
+        torch.set_rng_state(self._random[rank])
         if self.failure is not None:
             raise Abandoned
 
@@ -120,6 +130,7 @@ class Hub:
         return self.failure is not None or all(post.matched for post in self._blocked.get(rank, []))
 
     def _pass_on(self, rank: int) -> None:
+        self._random[rank] = torch.get_rng_state()
         turns = [(rank + step) % self.size for step in range(1, self.size + 1)]
         following = next((peer for peer in turns if self._ready(peer)), None)
         if following is None and self._blocked:

@@ -1,0 +1,1 @@
+"""What travels between ranks and is attended to: `base` is the contract, one file a member."""

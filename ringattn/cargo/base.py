@@ -1,0 +1,74 @@
+"""The cargo contract: what travels forward to be attended to, and how its gradients travel home.
+
+Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+import torch
+
+from ringattn.mechanisms.base import Params, State
+from ringattn.plans import Exchange, Step
+from ringattn.transports.base import Message
+
+
+class Traveller(ABC):
+    """What has messages in exchanges."""
+
+    @abstractmethod
+    def sends(self, exchange: Exchange) -> list[Message]:
+        """What leaves in this exchange."""
+
+    @abstractmethod
+    def receives(self, exchange: Exchange) -> list[Message]:
+        """Where what arrives in it goes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Queries:
+    """The query side of a backward pass.
+
+    Attributes:
+        saved: the output and the mechanism's extras.
+        dout, dextras: the gradients that arrive at them; None for an extra nobody used.
+        dq, dparams: accumulators.
+    """
+
+    q: torch.Tensor
+    saved: State
+    dout: torch.Tensor
+    dextras: tuple[torch.Tensor | None, ...]
+    dq: torch.Tensor
+    dparams: Params
+
+
+class Gradients(Traveller):
+    """The gradients of a cargo, accumulated where it was attended to and sent home."""
+
+    @abstractmethod
+    def compute(self, step: Step, queries: Queries) -> None:
+        """Adds what the step's tiles contribute to every gradient."""
+
+    @abstractmethod
+    def add_arrived(self, exchange: Exchange) -> None:
+        """Adds what came home to this rank's own gradients, in the order of the exchange's items."""
+
+    @property
+    @abstractmethod
+    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of this rank's keys and values, accumulated."""
+
+
+class Cargo(Traveller):
+    """Keys and values, or what stands for them."""
+
+    @abstractmethod
+    def compute(self, step: Step, q: torch.Tensor, state: State) -> None:
+        """Merges what the step's tiles contribute into the state, in place."""
+
+    @abstractmethod
+    def gradients(self) -> Gradients:
+        """The accumulators of a backward pass over this cargo."""

@@ -1,0 +1,89 @@
+"""The chunked kernel: mechanisms whose keys can be summed up, in time that grows with n log n and not with n squared.
+
+Bands are lowered to full rectangles and small squares on the diagonal. A rectangle of m queries and n keys is one
+summary of its keys, which its queries attend to: n + m times a summary's size, not n times m. The squares are tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, places
+from ringattn.mechanisms.base import Block, Params, Problem, State, Summarising
+from ringattn.tiles import Tiles
+
+LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
+MOST = 4096  # rows of one launch: what it holds in the accumulator's dtype stays small
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked(Kernel):
+    """Summaries for what is full, tiles for what is not."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        if not isinstance(problem.mechanism, Summarising):
+            return f"chunked computes mechanisms whose keys can be summed up; got {problem.mechanism}"
+        return None
+
+    def forward(
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
+    ) -> None:
+        mechanism, wide = _mechanism(problem), problem.accumulator
+        for batch in tiles.derive(lower, LEAF, MOST):
+            for queries, keys in places(batch, problem.batch):
+                inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
+                if batch.kind == FULL:
+                    part = mechanism.attend(problem, inputs[0], mechanism.summarise(problem, *inputs[1:]))
+                else:
+                    part = mechanism.tile(problem, _square(batch, q.device), *inputs)
+                mechanism.merge(tuple(queries(x) for x in state), part)
+
+    def backward(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        tiles: Tiles,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dparams: Params,
+    ) -> None:
+        mechanism, wide = _mechanism(problem), problem.accumulator
+        for batch in tiles.derive(lower, LEAF, MOST):
+            for queries, keys in places(batch, problem.batch):
+                inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
+                arriving = (
+                    tuple(queries(x).to(wide) for x in saved),
+                    queries(dout).to(wide),
+                    tuple(None if x is None else queries(x).to(wide) for x in dextras),
+                )
+                if batch.kind == FULL:
+                    summary = mechanism.summarise(problem, *inputs[1:])
+                    dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, *arriving)
+                    parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
+                else:
+                    block = _square(batch, q.device)
+                    parts = mechanism.tile_grad(problem, block, *inputs, *arriving, dparams)
+                for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
+                    place(total).add_(part)
+
+    def __str__(self) -> str:
+        return "chunked"
+
+
+def _mechanism(problem: Problem) -> Summarising:
+    assert isinstance(problem.mechanism, Summarising)
+    return problem.mechanism
+
+
+def _square(batch: Batch, device: torch.device) -> Block:
+    """The pairs of a square on the diagonal. What can be summed up knows no positions, so rows stand for them."""
+    rows, keys = slice(0, batch.m, 1), slice(0, batch.n, 1)
+    allowed = torch.ones(batch.m, batch.n, dtype=torch.bool, device=device)
+    return Block(rows, rows, keys, allowed.tril_() if batch.kind == CAUSAL else allowed.triu_())

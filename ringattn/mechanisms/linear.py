@@ -1,0 +1,143 @@
+"""Linear attention (Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236, equations 7 to 12).
+
+With the feature map phi(x) = elu(x) + 1 in place of the exponential, the sums over keys factor:
+
+    O_i = phi(q_i)^T S / phi(q_i)^T z        S = sum_j phi(k_j) v_j^T        z = sum_j phi(k_j)
+
+so that ``(S, z)``, D (Dv + 1) numbers a head, is all that keys and values have to say to a query that may see all of
+them. That is their summary; summaries add up. The state of a query is its numerator and denominator.
+
+Backward, from dO: dn = dO / d and dd = -(dO . O) / d arrive at numerator and denominator (d is the denominator), and
+with the weights A_ij = phi(q_i) . phi(k_j), dA_ij = dn_i . v_j + dd_i, dv_j = sum_i A_ij dn_i, and dA reaches phi(q)
+and phi(k) as scores do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from ringattn.mechanisms.base import Block, Params, Problem, State, Summarising
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear(Summarising):
+    """``phi(q) phi(k)^T v``, normalised over the allowed keys, with phi(x) = elu(x) + 1."""
+
+    extras: ClassVar[tuple[str, ...]] = ("denominator",)
+
+    def empty(self, problem: Problem, length: int) -> State:
+        denominator = problem.rows(problem.heads, length, 1).squeeze(-1)
+        return problem.rows(problem.heads, length, problem.value_dim), denominator
+
+    def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+        weights = _weights(problem, block, q, k)
+        return (weights @ v.unsqueeze(2)).flatten(1, 2), weights.sum(dim=-1).flatten(1, 2)
+
+    def merge(self, into: State, part: State) -> None:
+        for total, x in zip(into, part, strict=True):
+            total += x
+
+    def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
+        numerator, denominator = state
+        return (numerator / _safe(denominator).unsqueeze(-1)).to(problem.dtype), (denominator,)
+
+    def tile_grad(
+        self,
+        problem: Problem,
+        block: Block,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+        dparams: Params,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        groups = (problem.kv_heads, -1)
+        dn, dd = (x.unflatten(1, groups) for x in _arriving(saved, dout, dextras))
+        dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
+        if block.allowed is not None:
+            dweights *= block.allowed
+        dq = (dweights @ _phi(k).unsqueeze(2)).flatten(1, 2) * _slope(q)
+        dk = (dweights.transpose(-1, -2) @ _phi(q).unflatten(1, groups)).sum(dim=2) * _slope(k)
+        dv = (_weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
+        return dq, dk, dv
+
+    def summary_size(self, dim: int, value_dim: int) -> int:
+        return dim * (value_dim + 1)
+
+    def summarise(self, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        matrix: torch.Tensor = _phi(k).transpose(-1, -2) @ _with_ones(v)
+        return matrix.flatten(2)
+
+    def attend(self, problem: Problem, q: torch.Tensor, summary: torch.Tensor) -> State:
+        sums = _phi(q).unflatten(1, (problem.kv_heads, -1)) @ self._matrix(problem, summary)
+        numerator, denominator = sums.flatten(1, 2).split([problem.value_dim, 1], dim=-1)
+        return numerator, denominator.squeeze(-1)
+
+    def attend_grad(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        summary: torch.Tensor,
+        saved: State,
+        dout: torch.Tensor,
+        dextras: tuple[torch.Tensor | None, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = (problem.kv_heads, -1)
+        dn, dd = _arriving(saved, dout, dextras)
+        dsums = torch.cat([dn, dd.unsqueeze(-1)], dim=-1).unflatten(1, groups)
+        dq = (dsums @ self._matrix(problem, summary).transpose(-1, -2)).flatten(1, 2) * _slope(q)
+        dmatrix = (_phi(q).unflatten(1, groups).transpose(-1, -2) @ dsums).sum(dim=2)
+        return dq, dmatrix.flatten(2)
+
+    def summarise_grad(
+        self, problem: Problem, k: torch.Tensor, v: torch.Tensor, dsummary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = dsummary.unflatten(2, (problem.dim, problem.value_dim + 1))
+        dk = (_with_ones(v) @ matrix.transpose(-1, -2)) * _slope(k)
+        return dk, _phi(k) @ matrix[..., :-1]
+
+    @staticmethod
+    def _matrix(problem: Problem, summary: torch.Tensor) -> torch.Tensor:
+        """S and z side by side, ``[B, Hkv, 1, D, Dv + 1]``."""
+        return summary.reshape(*summary.shape[:2], 1, problem.dim, problem.value_dim + 1)
+
+
+def _phi(x: torch.Tensor) -> torch.Tensor:
+    """``elu(x) + 1``, written so that exp(x) keeps its digits far below 0."""
+    return _slope(x) + x.clamp(min=0)
+
+
+def _slope(x: torch.Tensor) -> torch.Tensor:
+    """The derivative of phi: exp(x) below 0, else 1."""
+    return torch.exp(x.clamp(max=0))
+
+
+def _weights(problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """``[B, Hkv, Hq / Hkv, M, N]``; 0 where a pair is not allowed."""
+    weights: torch.Tensor = _phi(q).unflatten(1, (problem.kv_heads, -1)) @ _phi(k).unsqueeze(2).transpose(-1, -2)
+    return weights if block.allowed is None else weights * block.allowed
+
+
+def _with_ones(v: torch.Tensor) -> torch.Tensor:
+    """Values with a column of ones behind them, by which a sum over keys also sums their weights."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+
+
+def _safe(denominator: torch.Tensor) -> torch.Tensor:
+    """1 for a query that no key may reach, whose numerator is 0."""
+    return torch.where(denominator == 0, 1, denominator)
+
+
+def _arriving(
+    saved: State, dout: torch.Tensor, dextras: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of numerator ``[B, Hq, M, Dv]`` and denominator ``[B, Hq, M]``."""
+    out, denominator = saved
+    dn = dout / _safe(denominator).unsqueeze(-1)
+    dd = -(dn * out).sum(dim=-1)
+    return dn, dd if dextras[0] is None else dd + dextras[0]

@@ -1,0 +1,90 @@
+"""Scan: ranks exchange summaries of their keys; keys and values stay where they are.
+
+For mechanisms whose keys can be summed up (`mechanisms.base.Summarising`), such as linear attention. In one exchange,
+behind which own keys are attended to, every rank gets from each other rank one summary of each set of keys that its
+queries see alike, and folds them in the order of the ranks: an exclusive scan when the mask is causal (LASP-2, arXiv
+2502.07563, section 3), an all-reduce when it is full. What travels depends on the number of ranks and not on the
+sequence's length. It takes a mask and a layout by which a query sees all of a run of another rank's keys or none of it:
+between ranks, no diagonals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from ringattn import bands, tiles
+from ringattn.assembly import Moves
+from ringattn.bands import Array
+from ringattn.demand import Demand
+from ringattn.plans import CargoName
+from ringattn.schedules.base import Schedule
+from ringattn.tiles import K_RANK, Q_RANK, Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan(Schedule):
+    """Ask for sums over keys in place of keys."""
+
+    cargo: ClassVar[CargoName] = "summaries"
+
+    def refuses(self, demand: Demand) -> str | None:
+        foreign = _foreign(demand)
+        rows = foreign[:, 2:]
+        full = bands.areas(Tiles(rows).regions) == rows[:, tiles.M] * rows[:, tiles.N]
+        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1))]
+        if not len(wrong):
+            return None
+        return (
+            f"scan exchanges sums over keys, so a query must see all of a run of another rank's keys or none of it; "
+            f"under this mask and layout rank {wrong[0, Q_RANK]} sees rank {wrong[0, K_RANK]}'s only in part. Use a "
+            f"layout without diagonals between ranks (contiguous, zigzag or balanced when the mask is causal), or "
+            f"route, by which keys and values travel"
+        )
+
+    def phases(self, size: int) -> Array:
+        return 1 - np.eye(size, dtype=np.int64)
+
+    def moves(self, demand: Demand, rank: int) -> Moves:
+        table = demand.derive(_summaries)
+        _, owner, start, stop = table[table[:, Q_RANK] == rank].T
+        one = np.ones_like(owner)
+        holds = np.stack([one, owner, owner, start, stop], axis=1)
+        user, _, start, stop = table[table[:, K_RANK] == rank].T
+        one = np.ones_like(user)
+        sends = np.stack([one, user, 0 * one, rank * one, start, stop], axis=1)
+        return Moves(holds, sends)
+
+    def received_tokens(self, demand: Demand) -> int:
+        return 0
+
+    def __str__(self) -> str:
+        return "scan"
+
+
+def _foreign(demand: Demand) -> Array:
+    table: Array = demand.whole
+    foreign: Array = table[table[:, Q_RANK] != table[:, K_RANK]]
+    return foreign
+
+
+def _summaries(demand: Demand) -> Array:
+    """The sets of keys to sum up: ``(q_rank, k_rank, start, stop)``, sorted.
+
+    For every two ranks, the coarsest runs of the owner's rows of which each tile takes whole ones.
+    """
+    foreign = _foreign(demand)
+    if not len(foreign):
+        return np.empty((0, 4), dtype=np.int64)
+    pairs, pair = np.unique(foreign[:, [Q_RANK, K_RANK]], axis=0, return_inverse=True)
+    start, length = foreign[:, 2 + tiles.K], foreign[:, 2 + tiles.N]
+    lift = int((start + length).max()) + 1
+    first, last = pair * lift + start, pair * lift + start + length
+    edges = np.unique(np.concatenate([first, last]))
+    depth = np.searchsorted(np.sort(first), edges, side="right") - np.searchsorted(np.sort(last), edges, side="right")
+    inside = np.flatnonzero(depth > 0)  # an edge after which some tile goes on is never a pair's last
+    of, begin = np.divmod(edges[inside], lift)
+    table: Array = np.column_stack([pairs[of], begin, edges[inside + 1] - of * lift])
+    return table
