@@ -15,7 +15,7 @@ from ringattn.errors import (
 )
 from ringattn.functional import attention, explain
 from ringattn.layouts import Balanced, Contiguous, Explicit, Layout, Striped, Zigzag
-from ringattn.masks import Causal, Documents, Full, Mask, Prefix, SinkTokens, Window
+from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
@@ -34,6 +34,7 @@ __all__ = [
     "AgreementError",
     "Balance",
     "Balanced",
+    "Blocks",
     "Causal",
     "Contiguous",
     "DeadlockError",
@@ -51,6 +52,7 @@ __all__ = [
     "MissingDependencyError",
     "Plan",
     "PlanError",
+    "Predicate",
     "Prefix",
     "Ring",
     "RingAttentionError",

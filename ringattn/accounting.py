@@ -237,9 +237,9 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     as many keys as that row or a later one allows. All ranks together hold each key once. For one causal document of
     L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
     """
-    regions = mask.regions(length, length)
-    tokens, pairs = imbalance * length / ranks, imbalance * bands.area(regions) / ranks
-    row_area = bands.row_areas(regions, length)
+    regions = np.concatenate([mask.regions(length, length), mask.undecided(length, length)])
+    row_area = mask.row_areas(length, length)
+    tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks
     bound = 0.0
     for part in _components(regions):
         first, last = int(part[:, Q0].min()), int(part[:, Q1].max())

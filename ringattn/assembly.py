@@ -85,7 +85,9 @@ def assemble(
     return Plan(
         rank=rank,
         size=demand.size,
+        mask=demand.mask,
         regions=demand.regions,
+        undecided=demand.undecided,
         q_spans=demand.q_spans,
         k_spans=demand.k_spans,
         description=description,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ringattn import layouts, tiles
 from ringattn.bands import Array, Regions
+from ringattn.masks import Mask
 from ringattn.tiles import K_RANK, Q_RANK
 
 T = TypeVar("T")
@@ -24,12 +25,15 @@ class Demand:
     made when `whole` is first asked for.
 
     Attributes:
-        regions: the mask's regions.
+        mask: what was asked for.
+        regions, undecided: its regions in these lengths: all pairs allowed, and pairs to be asked for.
         q_spans, k_spans: who holds which queries and keys, as `layouts` describes.
         size: ranks that share the sequence.
     """
 
+    mask: Mask
     regions: Regions
+    undecided: Regions
     q_spans: Array
     k_spans: Array
     size: int
@@ -45,7 +49,7 @@ class Demand:
     @functools.cached_property
     def whole(self) -> Array:
         """The cut of all ranks, sorted by the rank of the queries, then of the keys."""
-        table = tiles.cut(self.regions, self.q_spans, self.k_spans)
+        table = self.cut(self.q_spans, self.k_spans)
         return table[np.lexsort((table[:, K_RANK], table[:, Q_RANK]))]
 
     @functools.cached_property
@@ -57,6 +61,13 @@ class Demand:
     def used_by_owner(self) -> Array:
         """`used`, sorted by the rank of the keys, then of the queries."""
         return self.used[np.argsort(self.used[:, K_RANK], kind="stable")]
+
+    def cut(self, q_spans: Array, k_spans: Array) -> Array:
+        """The mask cut by some ranks' queries and keys."""
+        table = tiles.cut(self.regions, q_spans, k_spans)
+        if not len(self.undecided):
+            return table
+        return np.concatenate([table, tiles.cut(self.undecided, q_spans, k_spans, undecided=True)])
 
     def rows(self, rank: int) -> Array:
         """The cut of one rank's queries with everybody's keys."""
@@ -74,7 +85,7 @@ class Demand:
 def _rows(demand: Demand, rank: int) -> Array:
     if "whole" in demand.__dict__:
         return _slice(demand.whole, Q_RANK, rank)
-    return tiles.cut(demand.regions, _slice(demand.q_spans, layouts.RANK, rank), demand.k_spans)
+    return demand.cut(_slice(demand.q_spans, layouts.RANK, rank), demand.k_spans)
 
 
 def _used_by(demand: Demand, rank: int) -> Array:
@@ -87,7 +98,7 @@ def _used_of(demand: Demand, rank: int) -> Array:
     if "whole" in demand.__dict__:
         return _slice(demand.used_by_owner, K_RANK, rank)
     own = _slice(demand.k_spans, layouts.RANK, rank)
-    return tiles.used_keys(tiles.cut(demand.regions, demand.q_spans, own))
+    return tiles.used_keys(demand.cut(demand.q_spans, own))
 
 
 def _slice(table: Array, column: int, value: int) -> Array:

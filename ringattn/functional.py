@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, overload
 
 import torch
@@ -11,7 +12,7 @@ from ringattn.call import Call
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
-from ringattn.masks import Mask
+from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.planning import plan
@@ -138,7 +139,7 @@ def explain(
     Sends nothing, and needs no transport.
     """
     kv = sharding if kv_sharding is None else kv_sharding
-    problem = _problem(q, k, v, mechanism, sharding, kv)
+    problem = _asking(_problem(q, k, v, mechanism, sharding, kv), mask, sharding, kv)
     taken, reason = chosen(kernel, problem)
     return f"{_planned(problem, mask, sharding, kv, schedule).explain()}\n  kernel {taken}: {reason}"
 
@@ -170,10 +171,11 @@ def _prepared(
     heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
     own = _planned(problem, mask, sharding, kv, schedule)
     own.verify()
+    problem = _asking(problem, mask, sharding, kv)
     fields = {
         "shapes": f"{problem.batch} x {heads} heads of {dims}, {sharding.length} queries, {kv.length} keys",
         "dtype": str(problem.dtype).removeprefix("torch."),
-        "mask": str(mask),
+        "mask": mask.signature(sharding.length, kv.length),
         "layout": str(sharding.layout) if kv == sharding else f"{sharding.layout}, keys {kv.layout}",
         "schedule": str(schedule) if isinstance(schedule, str) else repr(schedule),
         "mechanism": str(problem.mechanism),
@@ -181,6 +183,12 @@ def _prepared(
     }
     call = Call(own, problem, chosen(kernel, problem)[0], sharding.mesh.connected(), fields)
     return call, autograd.handle(call)
+
+
+def _asking(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding) -> Problem:
+    """The problem, with what undecided tiles ask where there are any."""
+    undecided = checked(mask).undecided(sharding.length, kv.length)
+    return dataclasses.replace(problem, allows=mask.allows) if len(undecided) else problem
 
 
 def _wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mechanism: Mechanism) -> str:

@@ -12,7 +12,7 @@ from ringattn.assembly import assemble
 from ringattn.demand import Demand
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
-from ringattn.masks import Mask, checked
+from ringattn.masks import Mask, checked, shortened
 from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
 from ringattn.plans import Plan
@@ -112,15 +112,16 @@ def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
         raise InputError(
             f"Queries and keys must be sharded over the same mesh; got {sharding.mesh} and {kv_sharding.mesh}."
         )
-    regions = checked(mask).regions(sharding.length, kv_sharding.length)
-    return Demand(regions, sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size)
+    lengths = sharding.length, kv_sharding.length
+    parts = checked(mask).regions(*lengths), mask.undecided(*lengths)
+    return Demand(mask, *parts, sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size)
 
 
 def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
-    text = str(mask)
-    shown = text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
     keys = "" if kv_sharding == sharding else f", {kv_sharding.length} keys {kv_sharding.layout}"
-    return f"{shown}, {sharding.length} tokens {sharding.layout}{keys}, {sharding.mesh.sequence_size} ranks"
+    return (
+        f"{shortened(str(mask))}, {sharding.length} tokens {sharding.layout}{keys}, {sharding.mesh.sequence_size} ranks"
+    )
 
 
 def _shape(

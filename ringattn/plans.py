@@ -19,10 +19,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ringattn import accounting, layouts
+from ringattn import accounting, layouts, tiles
 from ringattn.accounting import Memory, Shape, Traffic
 from ringattn.bands import Array, Regions
-from ringattn.tiles import NO_TILES, Tiles
+from ringattn.masks import Mask
+from ringattn.tiles import NO_TILES, UNDECIDED, Tiles
 
 GradientWire = Literal["float32", "input"]
 CargoName = Literal["keys", "summaries"]
@@ -101,7 +102,8 @@ class Plan:
 
     Attributes:
         rank, size: this rank, of those that share the sequence.
-        regions, q_spans, k_spans: what was asked for: the mask's regions, who holds which queries and keys.
+        mask, regions, undecided, q_spans, k_spans: what was asked for: the mask and its regions, who holds which
+            queries and keys.
         description: mask, layouts and schedule, in words.
         cargo: what travels. Summaries are rows of their phase's buffer, one a hold, and a tile of another rank's
             keys attends to one of them; only phase 0, this rank's own keys, is rows of keys then.
@@ -120,7 +122,9 @@ class Plan:
 
     rank: int
     size: int
+    mask: Mask
     regions: Regions
+    undecided: Regions
     q_spans: Array
     k_spans: Array
     description: str
@@ -149,7 +153,10 @@ class Plan:
     @functools.cached_property
     def area(self) -> int:
         """Allowed pairs this rank computes."""
-        return Tiles(self.tile_rows).area
+        asked = self.tile_rows[:, UNDECIDED] != 0
+        return Tiles(self.tile_rows[~asked]).area + sum(
+            tiles.asked_area(self.mask, row) for row in self.tile_rows[asked].tolist()
+        )
 
     @functools.cached_property
     def tiles(self) -> dict[int, Tiles]:

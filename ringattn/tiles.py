@@ -5,6 +5,9 @@ tile's first query and key. Its queries are the local rows ``q, q + q_step, …`
 ``q_position, q_position + q_stride, …``; its keys likewise. Tiles are canonical (see `bands`): never empty, every
 row and every column holds a pair, and a full tile is known by its band alone.
 
+Where a mask can only be asked pair by pair, a tile is *undecided*: of the pairs in its band, those are attended to that
+the mask allows at their positions.
+
 Tiles live in one int64 array, a row a tile. A *cut* has two more columns in front: the rank that holds the
 queries and the rank that holds the keys.
 """
@@ -20,17 +23,18 @@ import numpy as np
 
 from ringattn import bands, layouts
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
+from ringattn.masks import Mask
 
 Q_RANK, K_RANK = range(2)
-Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE = range(12)
-WIDTH = 12
+Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE, UNDECIDED = range(13)
+WIDTH = 13
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """The tiles of one step: ``rows`` is int64 ``[tiles, 12]``, its columns named at the top of this file."""
+    """The tiles of one step: ``rows`` is int64 ``[tiles, 13]``, its columns named at the top of this file."""
 
     rows: Array
     _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -50,7 +54,7 @@ class Tiles:
 
     @property
     def area(self) -> int:
-        """The number of allowed pairs."""
+        """The number of pairs in the bands, which is that of allowed pairs where no tile is undecided."""
         return bands.area(self.regions)
 
     @functools.cached_property
@@ -116,8 +120,8 @@ def _reach(spans: Array) -> tuple[Array, Array]:
     return start, start + (spans[:, layouts.COUNT] - 1) * spans[:, layouts.STRIDE] + 1
 
 
-def cut(regions: Regions, q_spans: Array, k_spans: Array) -> Array:
-    """The mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 12]``, exact.
+def cut(regions: Regions, q_spans: Array, k_spans: Array, undecided: bool = False) -> Array:
+    """A mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 13]``, exact.
 
     Within spans of equal stride s, ``q = a + s u`` and ``k = b + s v``, a band stays a band:
     ``ceil((lo - (a - b)) / s) <= u - v <= floor((hi - (a - b)) / s)``. Spans of unequal strides are first split
@@ -162,7 +166,19 @@ def cut(regions: Regions, q_spans: Array, k_spans: Array) -> Array:
     tile[:, Q_POSITION] = q_start[q] + stride * box[:, Q0]
     tile[:, K_POSITION] = k_start[k] + stride * box[:, K0]
     tile[:, Q_STRIDE] = tile[:, K_STRIDE] = stride
+    tile[:, UNDECIDED] = undecided
     return out
+
+
+def asked_area(mask: Mask, row: list[int]) -> int:
+    """The number of allowed pairs of an undecided tile, asked for some rows at a time."""
+    total, j = 0, np.arange(row[N])
+    for first in range(0, row[M], 256):
+        i = np.arange(first, min(first + 256, row[M]))[:, None]
+        band = (row[LOW] <= i - j) & (i - j <= row[HIGH])
+        allowed = mask.allows(row[Q_POSITION] + row[Q_STRIDE] * i, row[K_POSITION] + row[K_STRIDE] * j[None, :])
+        total += int(np.count_nonzero(band & allowed))
+    return total
 
 
 def used_keys(table: Array) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn import bands, layouts, tiles
-from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array
+from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
 from ringattn.errors import PlanError
 from ringattn.plans import HOLD_OFFSET, HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
 
@@ -44,7 +44,12 @@ def verify(plans: Sequence[Plan]) -> None:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
     first = plans[0]
     for plan in plans:
-        asked = (plan.regions, first.regions), (plan.q_spans, first.q_spans), (plan.k_spans, first.k_spans)
+        asked = (
+            (plan.regions, first.regions),
+            (plan.undecided, first.undecided),
+            (plan.q_spans, first.q_spans),
+            (plan.k_spans, first.k_spans),
+        )
         alike = (plan.gradient_wire, plan.cargo) == (first.gradient_wire, first.cargo)
         if not alike or not all(np.array_equal(a, b) for a, b in asked):
             raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding, cargo or gradient dtype.")
@@ -73,31 +78,36 @@ def _length(spans: Array) -> int:
 
 
 def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step]) -> None:
-    """Every query of this rank computes exactly its allowed keys."""
+    """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
     queries = layouts.positions(plan.q_spans, plan.rank)
     weights = _weights(_length(plan.k_spans))
-    wanted, allowed = _row_sums(_asked(plan, queries), weights, len(queries), 1)
-    done = np.zeros(len(queries), dtype=np.uint64)
-    count = np.zeros(len(queries), dtype=np.int64)
-    strides = rows[:, tiles.K_STRIDE]
-    for stride in np.unique(strides).tolist():
-        part_sums, part_counts = _row_sums(rows[strides == stride], weights, len(queries), stride)
-        done += part_sums
-        count += part_counts
-    wrong = np.flatnonzero(done != wanted)
-    if len(wrong):
-        row = int(wrong[0])
-        raise PlanError(
-            f"Rank {plan.rank}, {name}, computes the wrong pairs for {len(wrong)} of its queries. First, the query at "
-            f"position {queries[row]}: its tiles compute {count[row]} pairs, its mask allows {allowed[row]}."
-        )
+    for regions, undecided in ((plan.regions, 0), (plan.undecided, 1)):
+        part = rows[rows[:, tiles.UNDECIDED] == undecided]
+        if undecided and not len(regions) and not len(part):
+            continue
+        wanted, allowed = _row_sums(_asked(regions, queries), weights, len(queries), 1)
+        done = np.zeros(len(queries), dtype=np.uint64)
+        count = np.zeros(len(queries), dtype=np.int64)
+        strides = part[:, tiles.K_STRIDE]
+        for stride in np.unique(strides).tolist():
+            part_sums, part_counts = _row_sums(part[strides == stride], weights, len(queries), stride)
+            done += part_sums
+            count += part_counts
+        wrong = np.flatnonzero(done != wanted)
+        if len(wrong):
+            row = int(wrong[0])
+            raise PlanError(
+                f"Rank {plan.rank}, {name}, {'asks for' if undecided else 'computes'} the wrong pairs for {len(wrong)} "
+                f"of its queries. First, the query at position {queries[row]}: its tiles hold {count[row]} pairs, its "
+                f"mask {allowed[row]}."
+            )
 
 
-def _asked(plan: Plan, queries: Array) -> Array:
-    """What the mask allows, a row for each of this rank's queries and each region it lies in, as one-row tiles."""
-    row, region = bands.overlaps(queries, queries + 1, plan.regions[:, Q0], plan.regions[:, Q1])
-    part, position = plan.regions[region], queries[row]
+def _asked(regions: Regions, queries: Array) -> Array:
+    """What the mask's regions hold, a row for each of these queries and each region it lies in, as one-row tiles."""
+    row, region = bands.overlaps(queries, queries + 1, regions[:, Q0], regions[:, Q1])
+    part, position = regions[region], queries[row]
     first = np.maximum(part[:, K0], position - part[:, HI])
     stop = np.minimum(part[:, K1], position - part[:, LO] + 1)
     out = np.ones((len(row), tiles.WIDTH), dtype=np.int64)

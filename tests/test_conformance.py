@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn import reference
-from ringattn.layouts import Layout
-from ringattn.schedules.base import Schedule
 from tests.conformance import (
-    LAYOUTS,
-    SCHEDULES,
     Case,
     cases,
+    cross_cases,
     errors,
     lengths_of_documents,
     oracle,
@@ -97,74 +93,7 @@ def test_the_gradients_wire_dtype_costs_what_it_says(wire: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    data=st.data(),
-    length=st.integers(0, 60),
-    kv_length=st.integers(0, 60),
-    ranks=st.integers(1, 5),
-    schedule=st.sampled_from(SCHEDULES),
-    layout=st.sampled_from(LAYOUTS),
-    kv_layout=st.sampled_from(LAYOUTS),
-    scale=st.sampled_from((None, 0.3, 0.0, -0.7)),
-)
-def test_cross_attention_between_two_shardings(
-    data: st.DataObject,
-    length: int,
-    kv_length: int,
-    ranks: int,
-    schedule: Schedule,
-    layout: Layout,
-    kv_layout: Layout,
-    scale: float | None,
-) -> None:
-    """Two sequences of other lengths and layouts; strides need not be equal."""
-    mask = data.draw(masks_of_two(length, kv_length))
-    g = torch.Generator().manual_seed(length)
-    shapes = ((4, length, 8), (2, kv_length, 8), (2, kv_length, 8), (4, length, 8))
-    q, k, v, dout = (torch.randn(1, *shape, generator=g, dtype=torch.float64) for shape in shapes)
-
-    def fn(mesh: ringattn.Mesh) -> list[torch.Tensor]:
-        own, other = ringattn.Sharding(length, mesh, layout), ringattn.Sharding(kv_length, mesh, kv_layout)
-        parts = [s.split(x, 2).clone().requires_grad_() for s, x in ((own, q), (other, k), (other, v))]
-        out = ringattn.attention(
-            parts[0],
-            parts[1],
-            parts[2],
-            mask,
-            sharding=own,
-            kv_sharding=other,
-            schedule=schedule,
-            mechanism=ringattn.Softmax(scale),
-        )
-        (out * own.split(dout, 2)).sum().backward()
-        grads = [x.grad for x in parts if x.grad is not None]
-        return [s.join(x, 2) for s, x in zip((own, own, other, other), (out.detach(), *grads), strict=True)]
-
-    found = ringattn.simulate(fn, ring=ranks).results[0]
-    allowed = mask.dense(torch.arange(length), torch.arange(kv_length)).numpy()
-    wanted = reference.evaluate(q, k, v, allowed, dout, scale=scale)
-    exact = (wanted.out, wanted.gradients.dq, wanted.gradients.dk, wanted.gradients.dv)
-    sizes = (wanted.magnitudes.out, wanted.magnitudes.dq, wanted.magnitudes.dk, wanted.magnitudes.dv)
-    assert all(reference.error(*x) <= LIMIT[torch.float64] for x in zip(found, exact, sizes, strict=True))
-
-
-def masks_of_two(length: int, kv_length: int) -> st.SearchStrategy[ringattn.Mask]:
-    """Masks of a query and a key sequence, packed documents of both among them."""
-
-    def packed(cuts: list[tuple[int, int]]) -> ringattn.Mask:
-        lengths = [
-            [b - a for a, b in itertools.pairwise([0, *sorted(cut[side] % (n + 1) for cut in cuts), n])]
-            for side, n in enumerate((length, kv_length))
-        ]
-        return ringattn.Documents(*lengths)
-
-    both = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4).map(packed)
-    window = st.builds(ringattn.Window, st.integers(0, 9), st.integers(0, 9))
-    return st.one_of(
-        both,
-        window,
-        st.builds(lambda a, b: a & b, both, window),
-        st.builds(lambda a, n: a | ringattn.Prefix(n), window, st.integers(0, 9)),
-        window.map(lambda a: ~a),
-        st.sampled_from((ringattn.Causal(), ringattn.Full(), ringattn.SinkTokens(2))),
-    )
+@given(case=cross_cases())
+def test_cross_attention_between_two_shardings(case: Case) -> None:
+    found = errors(simulated(case), oracle(case))
+    assert max(found.values()) <= LIMIT[case.dtype], found

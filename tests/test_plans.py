@@ -60,7 +60,7 @@ def test_every_plan_is_right(
 def test_route_receives_exactly_the_keys_its_mask_touches(
     data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout
 ) -> None:
-    mask = data.draw(any_mask(length))
+    mask = data.draw(any_mask(length, predicates=False))
     for plan in ringattn.plan_all(mask, length, layout, "route", ring=ranks):
         sharding = ringattn.Sharding(length, ringattn.Mesh.virtual(ranks, rank=plan.rank), layout)
         touched = mask.dense(sharding.positions, np.arange(length)).any(dim=0)

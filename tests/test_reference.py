@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringattn import reference
+from ringattn.reference import measure
 
 Array = NDArray[np.float64]
 
@@ -124,7 +125,7 @@ def test_the_size_of_the_blocks_changes_nothing(elements: int, monkeypatch: pyte
     q, k, v, dout, dlse = inputs()
     allowed = some_mask(13, 17)
     expected = reference.evaluate(q, k, v, allowed, dout, dlse)
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(measure, "_BLOCK_ELEMENTS", elements)
     asked: list[tuple[int, int]] = []
 
     def rows(start: int, stop: int) -> NDArray[np.bool_]:
@@ -136,7 +137,7 @@ def test_the_size_of_the_blocks_changes_nothing(elements: int, monkeypatch: pyte
     assert all(a[1] == b[0] for a, b in itertools.pairwise(asked))
     np.testing.assert_allclose(got.lse, expected.lse, rtol=0, atol=1e-14)
     for a, b in ((got.gradients, expected.gradients), (got.magnitudes, expected.magnitudes)):
-        for name in vars(a):
+        for name in ("dq", "dk", "dv"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-13)
 
 
@@ -204,3 +205,94 @@ def test_torch_tensors_are_accepted() -> None:
     tensors = [torch.from_numpy(x) for x in (q, k, v, allowed, dout)]
     expected = reference.evaluate(q, k, v, allowed, dout)
     np.testing.assert_array_equal(reference.evaluate(*tensors).gradients.dq, expected.gradients.dq)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    "features", [(), ("softcap",), ("alibi", "relative"), ("bias", "dropout"), ("softcap", "alibi", "bias")]
+)
+def test_what_changes_scores_and_weights_is_that_of_torch(features: tuple[str, ...], sinks: bool) -> None:
+    q, k, v, dout, dlse = inputs()
+    allowed = some_mask(13, 17)
+    offered = {"alibi": random(4), "relative": random(4, 7), "bias": random(4, 13, 17), "sinks": random(4)}
+    tables = {name: x for name, x in offered.items() if name in features or (sinks and name == "sinks")}
+    x, y, z, *rest = (torch.from_numpy(part).requires_grad_() for part in (q, k, v, *tables.values()))
+    learned = dict(zip(tables, rest, strict=True))
+    scores = x @ y.repeat_interleave(2, 1).mT * 8**-0.5
+    if "softcap" in features:
+        scores = 1.5 * torch.tanh(scores / 1.5)
+    offset = torch.arange(13)[:, None] - torch.arange(17)
+    if "alibi" in features:
+        scores = scores - learned["alibi"][:, None, None] * offset.abs()
+    if "relative" in features:
+        scores = scores + learned["relative"][:, offset.clamp(-3, 3) + 3]
+    if "bias" in features:
+        scores = scores + learned["bias"]
+    scores = scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+    if sinks:
+        scores = torch.cat([scores, learned["sinks"][None, :, None, None].expand(2, 4, 13, 1)], dim=3)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])[..., :17]
+    if "dropout" in features:
+        weights = weights * torch.from_numpy(reference.kept(3, 0.4, 2, 4, range(13), range(17))) / 0.6
+    out = weights @ z.repeat_interleave(2, 1)
+    fine = lse.isfinite()
+    ((out * torch.from_numpy(dout)).sum() + (lse[fine] * torch.from_numpy(dlse)[fine]).sum()).backward()
+
+    scalars = {"softcap": 1.5 if "softcap" in features else None, "dropout": 0.4 * ("dropout" in features), "seed": 3}
+    got = reference.evaluate(q, k, v, allowed, dout, dlse, **scalars, **tables)
+    np.testing.assert_allclose(got.out, out.detach().numpy(), atol=1e-13)
+    np.testing.assert_allclose(got.lse, lse.detach().numpy(), atol=1e-13)
+    found = {"q": got.gradients.dq, "k": got.gradients.dk, "v": got.gradients.dv, **got.gradients.params}
+    sizes = {"q": got.magnitudes.dq, "k": got.magnitudes.dk, "v": got.magnitudes.dv, **got.magnitudes.params}
+    for name, leaf in {"q": x, "k": y, "v": z, **learned}.items():
+        assert leaf.grad is not None
+        np.testing.assert_allclose(found[name], leaf.grad.numpy(), atol=1e-12, err_msg=name)
+        assert (np.abs(found[name]) <= sizes[name] * (1 + 1e-12)).all(), name
+
+
+def test_dropout_keeps_the_share_it_says_and_looks_random() -> None:
+    keep = reference.kept(7, 0.3, 2, 3, range(200), range(100, 400))
+    assert abs(keep.mean() - 0.7) < 4 * np.sqrt(0.21 / keep.size)
+    for dim in range(4):  # neighbours do not know of each other
+        a, b = np.split(keep if keep.shape[dim] % 2 == 0 else np.delete(keep, 0, dim), 2, axis=dim)
+        assert abs((a == b).mean() - 0.58) < 5 * np.sqrt(0.25 / a.size)
+    assert (reference.kept(8, 0.3, 2, 3, range(200), range(100, 400)) != keep).mean() > 0.4
+
+
+def test_linear_is_that_of_torch() -> None:
+    q, k, v, dout, _ = inputs()
+    allowed = some_mask(13, 17)
+    x, y, z = (torch.from_numpy(part).requires_grad_() for part in (q, k, v))
+    phi = [torch.nn.functional.elu(part) + 1 for part in (x, y)]
+    weights = phi[0] @ phi[1].repeat_interleave(2, 1).mT * torch.from_numpy(allowed)
+    total = weights.sum(-1, keepdim=True)
+    out = weights @ z.repeat_interleave(2, 1) / torch.where(total == 0, 1, total)
+    (out * torch.from_numpy(dout)).sum().backward()
+    got = reference.linear(q, k, v, allowed, dout)
+    np.testing.assert_allclose(got.out, out.detach().numpy(), atol=1e-13)
+    for found, size, leaf in (
+        (got.gradients.dq, got.magnitudes.dq, x),
+        (got.gradients.dk, got.magnitudes.dk, y),
+        (got.gradients.dv, got.magnitudes.dv, z),
+    ):
+        assert leaf.grad is not None
+        np.testing.assert_allclose(found, leaf.grad.numpy(), atol=1e-12)
+        assert (np.abs(found) <= size * (1 + 1e-12)).all()
+
+
+def test_hard_takes_the_best_and_of_equals_the_first() -> None:
+    q, k, v, dout, _ = inputs()
+    allowed = some_mask(13, 17)
+    k[:, :, 9] = k[:, :, 4]  # a tie wherever both are seen
+    got = reference.hard(q, k, v, allowed, dout)
+    x, y = torch.from_numpy(q), torch.from_numpy(k).repeat_interleave(2, 1)
+    scores = (x[:, :, :, None] * y[:, :, None]).sum(-1).masked_fill(~torch.from_numpy(allowed), -torch.inf)
+    z = torch.from_numpy(v).requires_grad_()
+    index = scores.argmax(-1)[..., None].expand(-1, -1, -1, 5)
+    out = z.repeat_interleave(2, 1).gather(2, index) * torch.from_numpy(allowed.any(axis=1))[:, None]
+    (out * torch.from_numpy(dout)).sum().backward()
+    assert z.grad is not None
+    np.testing.assert_array_equal(got.out, out.detach().numpy())
+    np.testing.assert_allclose(got.gradients.dv, z.grad.numpy(), atol=1e-13)
+    assert not got.gradients.dq.any() and not got.gradients.dk.any()

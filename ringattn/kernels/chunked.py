@@ -26,6 +26,8 @@ class Chunked(Kernel):
     def refuses(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Summarising):
             return f"chunked computes mechanisms whose keys can be summed up; got {problem.mechanism}"
+        if problem.allows is not None:
+            return "chunked knows bands of pairs; the mask holds a predicate"
         return None
 
     def forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from ringattn import tiles as t
@@ -35,7 +36,7 @@ class Reference(Kernel):
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
     ) -> None:
         wide, mechanism = problem.accumulator, problem.mechanism
-        for keys, block in self._blocks(tiles, problem.device):
+        for keys, block in self._blocks(tiles, problem):
             at = block.queries
             inputs = q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide)
             mechanism.merge(tuple(x[:, :, at] for x in state), mechanism.tile(problem, block, *inputs))
@@ -55,7 +56,7 @@ class Reference(Kernel):
     ) -> None:
         wide = problem.accumulator
         dq, dk, dv = gradients
-        for keys, block in self._blocks(tiles, problem.device):
+        for keys, block in self._blocks(tiles, problem):
             at = block.queries
             parts = problem.mechanism.tile_grad(
                 problem,
@@ -72,34 +73,36 @@ class Reference(Kernel):
             dk[:, :, keys] += parts[1]
             dv[:, :, keys] += parts[2]
 
-    def _blocks(self, tiles: Tiles, device: torch.device) -> Iterator[tuple[slice, Block]]:
+    def _blocks(self, tiles: Tiles, problem: Problem) -> Iterator[tuple[slice, Block]]:
         """The sub-tiles: rows of keys, and the pairs."""
         for row in tiles.rows.tolist():
-            m, n, low, high = row[t.M], row[t.N], row[t.LOW], row[t.HIGH]
-            for i in range(0, m, self.rows):
-                for j in range(0, n, self.columns):
-                    i_stop, j_stop = min(i + self.rows, m), min(j + self.columns, n)
-                    least, most = i - (j_stop - 1), i_stop - 1 - j
-                    if most < low or least > high:
-                        continue
-                    allowed = None
-                    if least < low or most > high:
-                        offset = torch.arange(i, i_stop, device=device)[:, None] - torch.arange(
-                            j, j_stop, device=device
-                        )
-                        allowed = (low <= offset) & (offset <= high)
-                    yield (
-                        _slice(row[t.K], row[t.K_STEP], j, j_stop),
-                        Block(
-                            _slice(row[t.Q], row[t.Q_STEP], i, i_stop),
-                            _slice(row[t.Q_POSITION], row[t.Q_STRIDE], i, i_stop),
-                            _slice(row[t.K_POSITION], row[t.K_STRIDE], j, j_stop),
-                            allowed,
-                        ),
-                    )
+            for i in range(0, row[t.M], self.rows):
+                for j in range(0, row[t.N], self.columns):
+                    ends = (i, min(i + self.rows, row[t.M])), (j, min(j + self.columns, row[t.N]))
+                    block = _block(problem, row, *ends)
+                    if block is not None:
+                        yield _slice(row[t.K], row[t.K_STEP], *ends[1]), block
 
     def __str__(self) -> str:
         return "reference"
+
+
+def _block(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int, int]) -> Block | None:
+    """A sub-tile: the tile's queries ``i`` and keys ``j``, both from and to; None when its band misses them."""
+    least, most = i[0] - (j[1] - 1), i[1] - 1 - j[0]
+    if most < row[t.LOW] or least > row[t.HIGH]:
+        return None
+    q_at, k_at = _slice(row[t.Q_POSITION], row[t.Q_STRIDE], *i), _slice(row[t.K_POSITION], row[t.K_STRIDE], *j)
+    allowed = None
+    if least < row[t.LOW] or most > row[t.HIGH]:
+        offset = torch.arange(*i, device=problem.device)[:, None] - torch.arange(*j, device=problem.device)
+        allowed = (row[t.LOW] <= offset) & (offset <= row[t.HIGH])
+    if row[t.UNDECIDED]:
+        assert problem.allows is not None
+        q, k = (np.arange(at.start, at.stop, at.step) for at in (q_at, k_at))
+        asked = torch.from_numpy(np.ascontiguousarray(problem.allows(q[:, None], k[None, :]))).to(problem.device)
+        allowed = asked if allowed is None else allowed & asked
+    return Block(_slice(row[t.Q], row[t.Q_STEP], *i), q_at, k_at, allowed)
 
 
 def _widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

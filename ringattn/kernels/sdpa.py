@@ -29,6 +29,8 @@ class Sdpa(Kernel):
     def refuses(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Softmax):
             return f"sdpa computes Softmax; got {problem.mechanism}"
+        if problem.allows is not None:
+            return "sdpa knows bands of pairs; the mask holds a predicate"
         names = {"softcap": "soft cap", "alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
         for field, name in names.items():
             if getattr(problem.mechanism, field) is not None:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 State = tuple[torch.Tensor, ...]
@@ -34,6 +36,8 @@ class Problem:
         dtype, device: the inputs'.
         params: the mechanism's learned tensors, by name.
         seed: for mechanisms that draw random numbers.
+        allows: asked for the pairs of undecided tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
+            where the mask is made of bands alone.
     """
 
     mechanism: Mechanism
@@ -46,6 +50,7 @@ class Problem:
     device: torch.device
     params: Params = dataclasses.field(default_factory=dict)
     seed: int = 0
+    allows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.bool_]] | None = None
 
     @property
     def accumulator(self) -> torch.dtype:

@@ -79,6 +79,8 @@ class Hard(Mechanism):
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         won = saved[1].unsqueeze(-1) == block.k_positions(q.device)
+        if block.allowed is not None:
+            won = won & block.allowed  # the winner's pair may lie in the rectangle of another tile, outside its band
         # a product with ones and zeros adds in a fixed order, where scattering would not on every device
         won, dout = (x.to(q.dtype).unflatten(1, (problem.kv_heads, -1)) for x in (won, dout))
         dv = (won.transpose(-1, -2) @ dout).sum(dim=2)

@@ -34,7 +34,7 @@ class Scan(Schedule):
         foreign = _foreign(demand)
         rows = foreign[:, 2:]
         full = bands.areas(Tiles(rows).regions) == rows[:, tiles.M] * rows[:, tiles.N]
-        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1))]
+        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1) & (rows[:, tiles.UNDECIDED] == 0))]
         if not len(wrong):
             return None
         return (

@@ -1,0 +1,241 @@
+"""The mask contract, and masks made of masks.
+
+A mask is an immutable, hashable value that knows two things: the regions it allows in a sequence of given lengths
+(`Mask.regions`, what plans are made of) and whether single pairs are allowed (`Mask.allows`, what tests compare with).
+The two are written independently of each other. Masks combine with ``&``, ``|`` and ``~``, and ``str(mask)`` is the
+spelling that `parse` reads, where the mask has one.
+
+A mask that can only be asked pair by pair divides all pairs into three: allowed (`Mask.regions`), *undecided*
+(`Mask.undecided`), and the others. Combinations of such masks follow Kleene's three-valued logic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ringattn import bands
+from ringattn.bands import INF, Regions
+from ringattn.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Positions = npt.NDArray[np.int64]
+Allowed = npt.NDArray[np.bool_]
+
+ROWS = 256  # queries asked for at once
+PIXELS = 600  # positions drawn, a side
+
+
+def _positions(positions: Any) -> Positions:
+    return np.asarray(positions, dtype=np.int64)
+
+
+class Mask(ABC):
+    """Which query may attend to which key, by global position."""
+
+    @abstractmethod
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        """Disjoint banded rectangles of the allowed pairs of ``q_length`` queries and ``k_length`` keys.
+
+        Raises:
+            InputError: the mask does not fit these lengths.
+        """
+
+    @abstractmethod
+    def allows(self, q: Positions, k: Positions) -> Allowed:
+        """Whether each pair of the (broadcast) positions is allowed."""
+
+    def undecided(self, q_length: int, k_length: int) -> Regions:
+        """Regions apart from `regions` of whose pairs `allows` must be asked: those of predicates."""
+        return bands.empty()
+
+    def local(self, positions: Positions) -> Positions:
+        """The position of each token within its document; without documents, the position itself."""
+        return positions
+
+    def row_areas(self, q_length: int, k_length: int) -> Positions:
+        """The number of allowed keys of every query, ``[q_length]``."""
+        rows = bands.row_areas(self.regions(q_length, k_length), q_length)
+        for q, band, allowed in self._asked(q_length, k_length):
+            rows[q] += (band & allowed).sum(axis=1)
+        return rows
+
+    def signature(self, q_length: int, k_length: int) -> str:
+        """The mask's text and, where it must be asked, a digest of its answers: equal for equal masks alone."""
+        text = str(self)
+        if not len(self.undecided(q_length, k_length)):
+            return text
+        h = hashlib.blake2b(digest_size=8)
+        for _, band, allowed in self._asked(q_length, k_length):
+            h.update(np.packbits(band & allowed).tobytes())
+        return f"{text}#{h.hexdigest()}"
+
+    def _asked(self, q_length: int, k_length: int) -> Iterator[tuple[slice, Allowed, Allowed]]:
+        """The undecided pairs, some rows at a time: rows, the pairs of the region's band, the pairs allowed."""
+        for q0, q1, k0, k1, lo, hi in self.undecided(q_length, k_length).tolist():
+            k = np.arange(k0, k1)[None, :]
+            for first in range(q0, q1, ROWS):
+                q = np.arange(first, min(first + ROWS, q1))[:, None]
+                yield slice(first, first + len(q)), (lo <= q - k) & (q - k <= hi), self.allows(q, k)
+
+    def describe(self, length: int, kv_length: int | None = None) -> str:
+        """The mask in a line, for sequences of these lengths.
+
+        >>> from ringattn.masks import Causal, Window
+        >>> (Causal() & Window(2)).describe(8)
+        'causal&window:2: 21 of 8 x 8 pairs (32.8 %), 2.62 keys a query'
+        """
+        keys = length if kv_length is None else kv_length
+        pairs, possible = int(self.row_areas(length, keys).sum()), max(length * keys, 1)
+        return (
+            f"{shortened(str(self))}: {pairs:,} of {length:,} x {keys:,} pairs ({pairs / possible:.1%}), "
+            f"{pairs / max(length, 1):,.2f} keys a query"
+        ).replace("%)", " %)")
+
+    def draw(self, axes: Axes, length: int, kv_length: int | None = None) -> None:
+        """Draws the mask into matplotlib axes: queries down, keys across, allowed pairs dark.
+
+        Of long sequences at most 600 positions a side are drawn, evenly spaced.
+        """
+        keys = length if kv_length is None else kv_length
+        q, k = (np.unique(np.linspace(0, max(n - 1, 0), min(n, PIXELS)).astype(np.int64)) for n in (length, keys))
+        shown = np.broadcast_to(self.allows(q[:, None], k[None, :]), (len(q), len(k)))
+        axes.imshow(shown, cmap="Blues", vmin=0, vmax=1.3, extent=(0, keys, length, 0), interpolation="nearest")
+        axes.set(xlabel="key position", ylabel="query position", title=shortened(str(self), 60))
+
+    def dense(self, q_positions: Any, k_positions: Any) -> torch.Tensor:
+        """The boolean matrix ``[len(q_positions), len(k_positions)]``, for tests and small drawings.
+
+        >>> from ringattn.masks import Causal
+        >>> Causal().dense([0, 1, 2], [0, 1, 2]).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+        """
+        q, k = _positions(q_positions)[:, None], _positions(k_positions)[None, :]
+        return torch.from_numpy(np.broadcast_to(self.allows(q, k), (q.shape[0], k.shape[1])).copy())
+
+    def local_positions(self, positions: Any) -> torch.Tensor:
+        """The position of each token within its document, int64, as rotary embeddings of packed data need it.
+
+        >>> from ringattn.masks import Documents
+        >>> Documents([3, 2]).local_positions([0, 1, 2, 3, 4]).tolist()
+        [0, 1, 2, 0, 1]
+        """
+        return torch.from_numpy(self.local(_positions(positions)).copy())
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, checked(other))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, checked(other))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The text, or its beginning and its length where it is long, as that of many documents is."""
+    return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
+
+
+def checked(value: object) -> Mask:
+    """The mask, or an error where something else was given."""
+    if not isinstance(value, Mask):
+        raise InputError(f"mask must be a ringattn mask, such as ringattn.Causal(); got {value!r}.")
+    return value
+
+
+def count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < INF:
+        raise InputError(f"{name} is a number of tokens, from 0 to below 2^40; got {value!r}.")
+    return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Mask):
+    """The pairs that both masks allow."""
+
+    left: Mask
+    right: Mask
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return bands.intersect(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
+
+    def undecided(self, q_length: int, k_length: int) -> Regions:
+        both = bands.intersect(*(_possible(side, q_length, k_length) for side in (self.left, self.right)))
+        return _beyond(self, both, q_length, k_length)
+
+    def allows(self, q: Positions, k: Positions) -> Allowed:
+        return self.left.allows(q, k) & self.right.allows(q, k)
+
+    def local(self, positions: Positions) -> Positions:
+        return np.minimum(self.left.local(positions), self.right.local(positions))
+
+    def __str__(self) -> str:
+        return "&".join(f"({side})" if isinstance(side, Or) else str(side) for side in (self.left, self.right))
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(Mask):
+    """The pairs that either mask allows."""
+
+    left: Mask
+    right: Mask
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return bands.union(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
+
+    def undecided(self, q_length: int, k_length: int) -> Regions:
+        either = bands.union(*(_possible(side, q_length, k_length) for side in (self.left, self.right)))
+        return _beyond(self, either, q_length, k_length)
+
+    def allows(self, q: Positions, k: Positions) -> Allowed:
+        return self.left.allows(q, k) | self.right.allows(q, k)
+
+    def local(self, positions: Positions) -> Positions:
+        return np.minimum(self.left.local(positions), self.right.local(positions))
+
+    def __str__(self) -> str:
+        return f"{self.left}|{self.right}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+    """The pairs that the mask does not allow."""
+
+    mask: Mask
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return bands.complement(_possible(self.mask, q_length, k_length), q_length, k_length)
+
+    def undecided(self, q_length: int, k_length: int) -> Regions:
+        return self.mask.undecided(q_length, k_length)
+
+    def allows(self, q: Positions, k: Positions) -> Allowed:
+        return ~self.mask.allows(q, k)
+
+    def local(self, positions: Positions) -> Positions:
+        return self.mask.local(positions)
+
+    def __str__(self) -> str:
+        return f"~({self.mask})" if isinstance(self.mask, (And, Or)) else f"~{self.mask}"
+
+
+def _possible(mask: Mask, q_length: int, k_length: int) -> Regions:
+    """The regions outside of which the mask allows nothing."""
+    return np.concatenate([mask.regions(q_length, k_length), mask.undecided(q_length, k_length)])
+
+
+def _beyond(mask: And | Or, possible: Regions, q_length: int, k_length: int) -> Regions:
+    """What of the possible pairs is not certain: nothing, where neither side must be asked."""
+    if not any(len(side.undecided(q_length, k_length)) for side in (mask.left, mask.right)):
+        return bands.empty()
+    return bands.difference(possible, mask.regions(q_length, k_length))

@@ -1,0 +1,282 @@
+"""Softmax attention and its gradients, densely.
+
+Formulas (FlashAttention-2, arXiv 2307.08691, sections 2.1 and 3.1; λ is the scale, j what row i may see):
+
+    S = λ Q Kᵀ         L_i = log Σ_j exp S_ij         P = exp(S − L)         O = P V
+    dV = Pᵀ dO         Δ_i = Σ_d dO_id O_id           dS = P ∘ (dO Vᵀ − Δ + dL)
+    dQ = λ dS K        dK = λ dSᵀ Q
+
+dL is the gradient arriving at the log-sum-exp: ∂L_i/∂S_ij = P_ij. The log-sum-exp is taken relative to the
+row's maximum (Milakov and Gimelshein, arXiv 1805.02867, equation 3), so it does not overflow.
+
+With all that may change the scores, T = λ Q Kᵀ and S = c tanh(T / c) − a_h |i − j| + r_h[i − j] + b_h[i, j]; the
+tables' gradients are sums of dS, and dT = dS ∘ (1 − tanh²(T / c)). A sink s_h is one more score in L, without a value:
+ds_h = −Σ_i exp(s_h − L_i) (Δ_i − dL_i). Dropout multiplies P by m, 0 or 1 / (1 − p), in O, dV and dO Vᵀ.
+
+A magnitude is the same formula with every factor absolute: the sum of the sizes of what is added up, which is
+what rounding errors are proportional to, however much of it cancels:
+
+    out: P |V|         dV: Pᵀ |dO|         E = P ∘ (|dO| |V|ᵀ + Σ_d |dO ∘ O| + |dL|)
+    dQ: λ E |K|        dK: λ Eᵀ |Q|
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ringattn.reference.measure import (
+    Allowed,
+    Array,
+    Bools,
+    Evaluation,
+    Gradients,
+    Magnitudes,
+    blocks,
+    checked,
+    zeros,
+)
+
+Ints: TypeAlias = NDArray[np.int64]
+Hashes: TypeAlias = NDArray[np.uint64]
+
+
+class Scores(NamedTuple):
+    """What makes a score of q·k, and a weight of a score: as `ringattn.Softmax` has it, of the whole sequence.
+
+    scale 1/√D unless given; sinks [Hq], alibi [Hq], relative [Hq, 2R + 1], bias [Hq, Sq, Sk]; dropout with its seed.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: ArrayLike | None = None
+    alibi: ArrayLike | None = None
+    relative: ArrayLike | None = None
+    bias: ArrayLike | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+    def params(self) -> dict[str, Array]:
+        """The learned tensors that were given, in float64."""
+        given = {name: getattr(self, name) for name in ("sinks", "alibi", "relative", "bias")}
+        return {name: np.asarray(x, dtype=np.float64) for name, x in given.items() if x is not None}
+
+
+def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, **scores: Any) -> tuple[Array, Array]:
+    """Attention of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv]; ``scores`` as in `Scores`.
+
+    Returns out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] (natural log). A row without keys has out 0, lse −inf.
+    """
+    result = evaluate(q, k, v, allowed, **scores)
+    return result.out, result.lse
+
+
+def gradients(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike,
+    dlse: ArrayLike | None = None,
+    **scores: Any,
+) -> Gradients:
+    """The gradients of q, k and v when dout [B, Hq, Sq, Dv] arrives at out and dlse [B, Hq, Sq] at lse."""
+    return evaluate(q, k, v, allowed, dout, dlse, **scores).gradients
+
+
+def magnitudes(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
+    **scores: Any,
+) -> Magnitudes:
+    """The scale of rounding errors, to be given to `error`; without dout those of the gradients are 0."""
+    return evaluate(q, k, v, allowed, dout, dlse, **scores).magnitudes
+
+
+def evaluate(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
+    **scores: Any,
+) -> Evaluation:
+    """Output, gradients and magnitudes from one pass over the rows; without dout and dlse gradients are 0."""
+    x = _Inputs.of(q, k, v, dout, dlse, Scores(**scores))
+    values, sizes = (zeros(x.q, x.k, x.v, x.params) for _ in range(2))
+    lse = np.full(x.q.shape[:3], -np.inf)
+    if "sinks" in x.params:
+        lse[:] = x.params["sinks"][:, None]
+    group = x.q.shape[1] // x.k.shape[1]
+    for rows, keys, block in blocks(x.q, x.k, allowed):
+        for batch, head in np.ndindex(x.k.shape[:2]):
+            spot = _Spot((batch, slice(head * group, (head + 1) * group), rows), (batch, head, keys))
+            _block(x, spot, block, lse, values, sizes)
+    if "alibi" in x.params:
+        values.params["alibi"][:] *= -1  # the slope times the distance is taken off the score
+    if x.dout is not None and "sinks" in x.params:
+        weight = np.exp(x.params["sinks"][:, None] - lse)
+        terms = x.dout * values.out
+        values.params["sinks"][:] = (weight * (x.dlse - terms.sum(axis=3))).sum(axis=(0, 2))
+        sizes.params["sinks"][:] = (weight * (np.abs(x.dlse) + np.abs(terms).sum(axis=3))).sum(axis=(0, 2))
+    return Evaluation(values.out, lse, Gradients(values.dq, values.dk, values.dv, values.params), sizes)
+
+
+def kept(seed: int, probability: float, batch: int, heads: int, queries: ArrayLike, keys: ArrayLike) -> Bools:
+    """Which weights dropout keeps, [batch, heads, queries, keys]: a hash of the seed and the global indices.
+
+    splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014, figure 16), applied to one index after the other.
+    """
+
+    def mixed(x: Hashes) -> Hashes:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    bits: Hashes = np.full((1, 1, 1, 1), seed, dtype=np.uint64)
+    for dim, index in enumerate((np.arange(batch), np.arange(heads), np.asarray(queries), np.asarray(keys))):
+        shape = tuple(-1 if d == dim else 1 for d in range(4))
+        bits = mixed(bits + (index.astype(np.uint64).reshape(shape) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return np.asarray((bits >> np.uint64(11)).astype(np.float64) >= round(probability * 2**53))
+
+
+class _Inputs(NamedTuple):
+    """Checked float64 inputs; dout is None when only the forward is asked for."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array | None
+    dlse: Array
+    scale: float
+    scores: Scores
+    params: dict[str, Array]
+
+    @staticmethod
+    def of(
+        q: ArrayLike, k: ArrayLike, v: ArrayLike, dout: ArrayLike | None, dlse: ArrayLike | None, scores: Scores
+    ) -> _Inputs:
+        query, key, value = checked(q, k, v)
+        rows = query.shape[:3]
+        arriving = None
+        if dout is not None or dlse is not None:
+            arriving = np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+        on_lse = np.zeros(rows) if dlse is None else np.asarray(dlse, dtype=np.float64)
+        scale = query.shape[3] ** -0.5 if scores.scale is None else scores.scale
+        return _Inputs(query, key, value, arriving, on_lse, scale, scores, scores.params())
+
+
+class _Spot(NamedTuple):
+    """Where a block lies: `q` indexes what has query heads and rows, `k` what has key heads and keys."""
+
+    q: tuple[int, slice, slice]
+    k: tuple[int, int, slice]
+
+    @property
+    def heads(self) -> slice:
+        return self.q[1]
+
+    def offsets(self) -> Ints:
+        """Offsets i − j of the block's positions, [r, n]."""
+        rows, keys = self.q[2], self.k[2]
+        return np.arange(rows.start, rows.stop)[:, None] - np.arange(keys.start, keys.stop)
+
+
+def _block(x: _Inputs, spot: _Spot, allowed: Bools, lse: Array, values: Magnitudes, sizes: Magnitudes) -> None:
+    """One block of r rows under n keys of one key head; its G query heads are G·r rows of the products."""
+    q, k, v = x.q[spot.q].reshape(-1, x.q.shape[3]) * x.scale, x.k[spot.k], x.v[spot.k]
+    scores, slope = _scored(x, spot, q @ k.T)
+    p, row_lse = _softmax(scores, allowed, x.params["sinks"][spot.heads] if "sinks" in x.params else None)
+    given = p * _kept(x, spot, p.shape) if x.scores.dropout else p
+    out = given @ v
+    _store(values.out, spot, out)
+    _store(lse, spot, row_lse)
+    _store(sizes.out, spot, given @ np.abs(v))
+    if x.dout is None:
+        return
+    dout, k = x.dout[spot.q].reshape(out.shape), k * x.scale
+    # the gradient of an unreachable row's lse goes nowhere, whatever it is (a loss over -inf sends NaN)
+    dlse = np.where(np.isfinite(row_lse), x.dlse[spot.q].reshape(-1), 0.0)
+    keep = given / np.where(p == 0, 1, p)
+    ds = (dout @ v.T) * keep + (dlse - np.sum(dout * out, axis=1))[:, None]
+    _add(values, spot, (p, given, slope), ds, q, k, dout)
+    e = (np.abs(dout) @ np.abs(v).T) * keep + (np.abs(dlse) + np.sum(np.abs(dout * out), axis=1))[:, None]
+    _add(sizes, spot, (p, given, slope), e, np.abs(q), np.abs(k), np.abs(dout))
+
+
+def _scored(x: _Inputs, spot: _Spot, products: Array) -> tuple[Array, Array]:
+    """The scores of λ q·k, [G·r, n], and their derivative by it."""
+    slope = np.ones_like(products)
+    if x.scores.softcap is not None:
+        bent = np.tanh(products / x.scores.softcap)
+        products, slope = x.scores.softcap * bent, 1 - bent * bent
+    added = np.zeros((1, *spot.offsets().shape))
+    for name, table in x.params.items():
+        if name == "alibi":
+            added = added - table[spot.heads, None, None] * np.abs(spot.offsets())
+        elif name == "relative":
+            added = added + table[spot.heads][:, _entries(spot, table)]
+        elif name == "bias":
+            added = added + table[spot.heads, spot.q[2], spot.k[2]]
+    heads = spot.heads.stop - spot.heads.start
+    return products + np.broadcast_to(added, (heads, *added.shape[1:])).reshape(products.shape), slope
+
+
+def _entries(spot: _Spot, table: Array) -> Ints:
+    reach = table.shape[1] // 2
+    entries: Ints = np.clip(spot.offsets(), -reach, reach) + reach
+    return entries
+
+
+def _kept(x: _Inputs, spot: _Spot, shape: tuple[int, ...]) -> Array:
+    """0 or 1 / (1 − p) for each weight, [G·r, n]."""
+    queries, keys = (np.arange(at.start, at.stop) for at in (spot.q[2], spot.k[2]))
+    keep = kept(x.scores.seed, x.scores.dropout, spot.q[0] + 1, spot.heads.stop, queries, keys)
+    return keep[spot.q[0], spot.heads].reshape(shape) / (1 - x.scores.dropout)
+
+
+def _softmax(scores: Array, allowed: Bools, sinks: Array | None) -> tuple[Array, Array]:
+    """P, in place of scores [G·r, n], and L under allowed [r, n]; rows without keys give 0 and −inf."""
+    np.copyto(scores.reshape(-1, *allowed.shape), -np.inf, where=~allowed)
+    peak = scores.max(axis=1)
+    sink = np.full_like(peak, -np.inf) if sinks is None else np.repeat(sinks, len(allowed))
+    peak = np.maximum(peak, sink)
+    peak[np.isneginf(peak)] = 0.0
+    scores -= peak[:, None]
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=1) + np.exp(sink - peak)
+    scores /= np.where(total == 0.0, 1.0, total)[:, None]
+    with np.errstate(divide="ignore"):
+        return scores, peak + np.log(total)
+
+
+def _add(
+    sums: Magnitudes, spot: _Spot, weights: tuple[Array, Array, Array], dp: Array, q: Array, k: Array, dout: Array
+) -> None:
+    """Add a block's part to the gradients, with q and k times λ: dV += Pᵀ dO, dQ = dS λK, dK += dSᵀ λQ."""
+    p, given, slope = weights
+    ds = p * dp
+    each = ds.reshape(-1, *spot.offsets().shape)
+    for name, total in sums.params.items():
+        if name == "alibi":
+            total[spot.heads] += (each * np.abs(spot.offsets())).sum(axis=(1, 2))
+        elif name == "relative":
+            for head, part in zip(total[spot.heads], each, strict=True):
+                np.add.at(head, _entries(spot, total), part)
+        elif name == "bias":
+            total[spot.heads, spot.q[2], spot.k[2]] += each
+    ds *= slope
+    _store(sums.dq, spot, ds @ k)
+    sums.dk[spot.k] += ds.T @ q
+    sums.dv[spot.k] += given.T @ dout
+
+
+def _store(whole: Array, spot: _Spot, rows: Array) -> None:
+    whole[spot.q] = rows.reshape(whole[spot.q].shape)
