@@ -181,21 +181,37 @@ def dense(rows: Regions, q_positions: Array, k_positions: Array) -> Mask:
 
 
 def row_areas(rows: Regions, length: int) -> Array:
-    """The number of allowed keys of every query, ``[length]``.
-
-    Along the queries a region's count rises by one a row, stays, and falls by one a row: it is piecewise linear,
-    so its second difference is four spikes and two cumulative sums give every row of every region at once.
-    """
+    """The number of allowed keys of every query, ``[length]``."""
+    position, weight = bends(rows)
     second = np.zeros(length + 2, dtype=np.int64)
+    second[position] = weight
+    return np.cumsum(np.cumsum(second))[:length]
+
+
+def bends(rows: Regions) -> tuple[Array, Array]:
+    """Where the number of allowed keys of a query bends: the second difference of `row_areas`, where it is not 0.
+
+    Along the queries a region's count rises by one a row, stays, and falls by one a row. It is piecewise linear: its
+    second difference is a few spikes, and those of all regions add up.
+    """
     q0, q1, k0, k1, lo, hi = rows.T
+    positions, weights = [], []
     # keys of row q = min(k1, q - lo + 1) - max(k0, q - hi)
     #               = (q - lo + 1 - k0)+ - (q - lo + 1 - k1)+ - (q - hi - k0)+
     # and each of the three is sign * (q - start + 1) from `start` on, within [q0, q1).
     for start, sign in ((k0 + lo, 1), (k1 + lo, -1), (k0 + hi + 1, -1)):
         first = np.clip(start, q0, q1)
         height = sign * (first - start + 1)
-        np.add.at(second, first, height)
-        np.add.at(second, first + 1, sign - height)
-        np.add.at(second, q1, -sign * (q1 - start + 1))
-        np.add.at(second, q1 + 1, sign * (q1 - start))
-    return np.cumsum(np.cumsum(second))[:length]
+        positions += [first, first + 1, q1, q1 + 1]
+        weights += [height, sign - height, -sign * (q1 - start + 1), sign * (q1 - start)]
+    return summed(np.concatenate(positions), np.concatenate(weights))
+
+
+def summed(positions: Array, weights: Array) -> tuple[Array, Array]:
+    """The positions, sorted, at which the weights do not sum to 0, and the sums."""
+    kept = weights != 0
+    order = np.argsort(positions[kept], kind="stable")
+    positions, weights = positions[kept][order], weights[kept][order]
+    first = np.flatnonzero(np.diff(positions, prepend=-1))
+    sums = np.add.reduceat(weights, first) if len(first) else weights
+    return positions[first][sums != 0], sums[sums != 0]

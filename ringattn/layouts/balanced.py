@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ringattn import bands
 from ringattn.bands import Array
 from ringattn.errors import InputError
 from ringattn.layouts.base import Layout, make_runs, shares_of
@@ -59,22 +60,40 @@ class Balanced(Layout):
 
     def _segments(self, length: int) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
         """Start, tokens, area and whether folded, of every segment, sparsest first."""
-        rows = sum((mask.row_areas(length, length) for mask in self.masks), np.zeros(length, dtype=np.int64))
-        slope = np.diff(rows)
-        # A segment begins where the step into a row differs from the step into the row before. Its own first step is
-        # free: of rows in a run that all seem to begin one, every second does not.
-        differs = np.concatenate([[True, True], slope[1:] != slope[:-1]])[:length]
-        row = np.arange(length)
-        before = np.maximum.accumulate(np.where(differs, -1, row))
-        start = np.flatnonzero(differs & ((row - before) % 2 == 1))
-        count = np.diff(np.append(start, length))
-        area = np.add.reduceat(rows, start) if length else rows
-        folded = np.append(slope, 0)[start] != 0
+        parts = [_bends(mask, length) for mask in self.masks]
+        position, weight = parts[0] if len(parts) == 1 else bands.summed(*map(np.concatenate, zip(*parts, strict=True)))
+        # rows 0 and 1 without a bend too: where the sequence begins, a segment does
+        ends = np.array([row for row in (0, 1) if row not in position[:2]], dtype=np.int64)
+        order = np.argsort(np.concatenate([ends, position]), kind="stable")
+        position = np.concatenate([ends, position])[order]
+        slope = np.cumsum(np.concatenate([0 * ends, weight])[order])
+        slope, position = slope[position < length], position[position < length]
+        # the row area at a bend is that of the row before it, and one step of the new slope
+        gap = np.diff(position, prepend=0)
+        value = np.cumsum(slope + np.concatenate([[0], slope[:-1]])[: len(gap)] * np.maximum(gap - 1, 0))
+        # A segment's own first step is free: of rows in a run that all bend, every second begins none.
+        nth = np.arange(len(position))
+        run = np.maximum.accumulate(np.where(gap != 1, nth, 0)) if len(nth) else nth
+        begins = np.flatnonzero((nth - run) % 2 == 0)
+        start = position[begins]
+        count = np.diff(np.append(start, length))[: len(start)]
+        step = slope[np.searchsorted(position, start + 1, side="right") - 1] * (count > 1)
+        area = count * value[begins] + step * (count * (count - 1) // 2)
+        folded = step != 0
         order = np.lexsort((-start, area / np.maximum(count, 1)))
-        return start[order], count[order], area[order], folded[order] & (count[order] > 1)
+        return start[order], count[order], area[order], folded[order]
 
     def __str__(self) -> str:
         return f"balanced({'; '.join(map(str, self.masks))})"
+
+
+def _bends(mask: Mask, length: int) -> tuple[Array, Array]:
+    """Where the row area of a mask bends, and by how much."""
+    if not len(mask.undecided(length, length)):
+        return bands.bends(mask.regions(length, length))
+    second = np.diff(mask.row_areas(length, length), n=2, prepend=[0, 0])
+    at = np.flatnonzero(second)
+    return at, second[at]
 
 
 class _Deal:
@@ -83,36 +102,50 @@ class _Deal:
     Attributes:
         density: mean row area of each segment: all its tokens count with it.
         low, left: tokens ``[low, low + left)`` of each are left, numbered from the outside of the fold in.
+        first: the segments before this one are gone.
         taken: what was taken: rows ``(rank, segment, start, stop)``.
     """
 
     def __init__(self, count: Array, area: Array) -> None:
         self.density = area / np.maximum(count, 1)
-        self.low, self.left = np.zeros_like(count), count.copy()
+        self.low, self.left, self.first = np.zeros_like(count), count.copy(), 0
         self.taken = [np.empty((0, 4), dtype=np.int64)]
 
-    def line(self, tokens: Array) -> Callable[[Any], Any]:
+    def line(self, segments: Array, tokens: Array) -> Callable[[Any], Any]:
         """The area of the first t of these tokens (so many of each segment) in order of density, as a function of t."""
         ends = np.concatenate([[0.0], np.cumsum(tokens)])
-        sums = np.concatenate([[0.0], np.cumsum(tokens * self.density)])
+        sums = np.concatenate([[0.0], np.cumsum(tokens * self.density[segments])])
         return lambda t: np.interp(t, ends, sums)
 
-    def take(self, rank: int, tokens: Array, outside: int | None = None) -> None:
+    def take(self, rank: int, segments: Array, tokens: Array, outside: int | None = None) -> None:
         """Gives a rank so many tokens of each segment: the innermost, but of segment ``outside`` the outermost."""
-        segment = np.flatnonzero(tokens)
-        start = self.low[segment] + np.where(segment == outside, 0, (self.left - tokens)[segment])
-        self.taken.append(np.stack([np.full_like(segment, rank), segment, start, start + tokens[segment]], axis=1))
-        self.left -= tokens
+        segments, tokens = segments[tokens > 0], tokens[tokens > 0]
+        start = self.low[segments] + np.where(segments == outside, 0, self.left[segments] - tokens)
+        self.taken.append(np.stack([np.full_like(segments, rank), segments, start, start + tokens], axis=1))
+        self.left[segments] -= tokens
         if outside is not None:
-            self.low[outside] += tokens[outside]
+            self.low[outside] += tokens[segments == outside].sum()
+
+    def sparsest(self, tokens: int, but: int) -> Array:
+        """Segments that begin with the sparsest, and hold so many tokens beside one of them, or all there are."""
+        while self.first < len(self.left) and not self.left[self.first]:
+            self.first += 1
+        many = 64
+        while True:
+            segments = np.arange(self.first, min(self.first + many, len(self.left)))
+            held = self.left[segments].sum() - (self.left[but] if segments[0] <= but <= segments[-1] else 0)
+            if held >= tokens or self.first + many >= len(self.left):
+                others: Array = segments[segments != but]
+                return others
+            many *= 4
 
     def cut(self, rank: int, tokens: int, area: float) -> bool:
         """Gives a rank its part of the largest segment and the sparsest of the others; False if none needs cutting."""
         largest = int(np.argmax(self.left * self.density))
         whole, density = int(self.left[largest]), float(self.density[largest])
-        others = self.left.copy()
-        others[largest] = 0
-        upto = self.line(others)
+        segments = self.sparsest(tokens, but=largest)
+        others = self.left[segments]
+        upto = self.line(segments, others)
         least, most = max(0, tokens - int(others.sum())), min(tokens, whole)
 
         def of(x: int) -> float:
@@ -123,19 +156,20 @@ class _Deal:
             return False
         x = _nearest(of, least, most, area)
         mine = _between(others, 0, tokens - x)
-        mine[largest] = x
-        self.take(rank, mine, outside=largest)
+        self.take(rank, np.append(segments, largest), np.append(mine, x), outside=largest)
         return True
 
     def fill(self, rank: int, tokens: int, area: float) -> None:
         """Gives a rank the window of what is left that has so many tokens and so much area."""
-        upto = self.line(self.left)
+        segments = np.flatnonzero(self.left)
+        left = self.left[segments]
+        upto = self.line(segments, left)
 
         def of(x: int) -> float:
             return float(upto(x + tokens) - upto(x))
 
-        x = _nearest(of, 0, int(self.left.sum()) - tokens, area)
-        self.take(rank, _between(self.left, x, x + tokens))
+        x = _nearest(of, 0, int(left.sum()) - tokens, area)
+        self.take(rank, segments, _between(left, x, x + tokens))
 
     def place(self, tokens: Array, area: Array) -> Array:
         """Rows ``(segment, rank)``: whole segments, densest first, each to a rank that lacks the densest tokens.
@@ -170,7 +204,7 @@ class _Deal:
     def _leaves(self, placed: Array, tokens: Array, area: Array) -> bool:
         """Whether, these placed, every rank can get what it lacks: no ranks together lack more than the densest."""
         left, need, lack = self.lacking(placed, tokens, area)
-        upto, total = self.line(left), int(left.sum())
+        upto, total = self.line(np.arange(len(left)), left), int(left.sum())
         order = np.argsort(-lack / np.maximum(need, SLACK))
         densest = upto(total) - upto(total - np.cumsum(need[order]))
         return bool((np.cumsum(lack[order]) <= densest + SLACK * area.sum()).all())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,8 +170,7 @@ class And(Mask):
         return bands.intersect(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
 
     def undecided(self, q_length: int, k_length: int) -> Regions:
-        both = bands.intersect(*(_possible(side, q_length, k_length) for side in (self.left, self.right)))
-        return _beyond(self, both, q_length, k_length)
+        return _doubted(self, bands.intersect, q_length, k_length)
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) & self.right.allows(q, k)
@@ -194,8 +193,7 @@ class Or(Mask):
         return bands.union(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
 
     def undecided(self, q_length: int, k_length: int) -> Regions:
-        either = bands.union(*(_possible(side, q_length, k_length) for side in (self.left, self.right)))
-        return _beyond(self, either, q_length, k_length)
+        return _doubted(self, bands.union, q_length, k_length)
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) | self.right.allows(q, k)
@@ -234,8 +232,9 @@ def _possible(mask: Mask, q_length: int, k_length: int) -> Regions:
     return np.concatenate([mask.regions(q_length, k_length), mask.undecided(q_length, k_length)])
 
 
-def _beyond(mask: And | Or, possible: Regions, q_length: int, k_length: int) -> Regions:
-    """What of the possible pairs is not certain: nothing, where neither side must be asked."""
+def _doubted(mask: And | Or, combine: Callable[[Regions, Regions], Regions], q_length: int, k_length: int) -> Regions:
+    """What of the possible pairs of a combination is not certain: nothing, where neither side must be asked."""
     if not any(len(side.undecided(q_length, k_length)) for side in (mask.left, mask.right)):
         return bands.empty()
+    possible = combine(*(_possible(side, q_length, k_length) for side in (mask.left, mask.right)))
     return bands.difference(possible, mask.regions(q_length, k_length))
