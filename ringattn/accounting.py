@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ringattn import bands, tiles
+from ringattn import tiles
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
 from ringattn.errors import InputError
 from ringattn.masks import Mask

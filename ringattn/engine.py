@@ -16,7 +16,7 @@ from ringattn.call import Call
 from ringattn.cargo.base import Cargo, Queries, Traveller
 from ringattn.cargo.keys import Keys
 from ringattn.cargo.summaries import Summaries
-from ringattn.mechanisms.base import Problem, State
+from ringattn.mechanisms.base import Arriving, Problem, State
 from ringattn.plans import Exchange
 from ringattn.transports.base import Handle
 
@@ -60,14 +60,15 @@ def backward(
     gradients = cargo.gradients()
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
-    queries = Queries(q, saved, dout, dextras, dq, dparams)
+    arriving = Arriving(saved, dout, dextras)
+    queries = Queries(q, arriving, dq, dparams)
     for step in call.plan.backward_steps:
         under_way = _start(call, step.exchange, "backward", cargo, gradients)
         if step.tiles:
             gradients.compute(step, queries)
         under_way.wait()
         gradients.add_arrived(step.exchange)
-    problem.mechanism.finish_grad(problem, saved, dout, dextras, dparams)
+    problem.mechanism.finish_grad(problem, arriving, dparams)
     dk, dv = gradients.own
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals

@@ -244,16 +244,6 @@ class Plan:
         groups = _groups(self.holds[:, HOLD_PHASE], self.holds)
         return {0: self.key_tokens, **{phase: int(hold_rows(self.cargo, rows).sum()) for phase, rows in groups}}
 
-    def held_positions(self, phase: int) -> list[Array]:
-        """The global positions of what lies in the buffer of a phase, one array a hold."""
-        if phase == 0:
-            return [layouts.positions(self.k_spans, self.rank)]
-        first, last = np.searchsorted(self.holds[:, HOLD_PHASE], [phase, phase + 1])
-        return [
-            layouts.positions(self.k_spans, origin)[start:stop]
-            for _, _, origin, start, stop, _ in self.holds[first:last].tolist()
-        ]
-
     def packed(self, item: Item) -> bool:
         """Whether what an item sends must be copied together first; otherwise it travels from where it lies."""
         if item.gradient:

@@ -24,14 +24,47 @@ from ringattn.plans import HOLD_OFFSET, HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOL
 Weights = npt.NDArray[np.uint64]
 
 
-def verify_rank(plan: Plan) -> None:
+class _Keys:
+    """The global positions of every rank's keys, and their weights, worked out once for all plans of a call."""
+
+    def __init__(self, spans: Array) -> None:
+        self._spans = spans
+        self._of: dict[int, Array] = {}
+        self._prefixes: dict[int, Weights] = {}
+
+    def of(self, rank: int) -> Array:
+        """Those of one rank, in the order of its rows."""
+        if rank not in self._of:
+            self._of[rank] = layouts.positions(self._spans, rank)
+        return self._of[rank]
+
+    def held(self, plan: Plan, phase: int) -> list[Array]:
+        """Those of what lies in a rank's buffer of a phase, one array a hold."""
+        if phase == 0:
+            return [self.of(plan.rank)]
+        first, last = np.searchsorted(plan.holds[:, HOLD_PHASE], [phase, phase + 1])
+        return [self.of(origin)[start:stop] for _, _, origin, start, stop, _ in plan.holds[first:last].tolist()]
+
+    def prefix(self, stride: int) -> Weights:
+        """Sums of weights along a stride: entry p is that of the positions p - s, p - 2s, …"""
+        if stride not in self._prefixes:
+            length = int(self._spans[:, layouts.COUNT].sum())
+            padded = np.zeros(-(-(length + stride) // stride) * stride, dtype=np.uint64)
+            padded[stride : stride + length] = _weights(length)
+            sums = np.cumsum(padded.reshape(-1, stride), axis=0, dtype=np.uint64)
+            self._prefixes[stride] = sums.reshape(-1)
+        return self._prefixes[stride]
+
+
+def verify_rank(plan: Plan, keys: _Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
+    keys = _Keys(plan.k_spans) if keys is None else keys
     if not {*plan.home_sends[:, 0].tolist(), *plan.tile_phases.tolist()} <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
-        _verify_sources(plan, name, steps)
+        _verify_sources(plan, name, steps, keys)
         _verify_slots(plan, name, steps)
-        _verify_coverage(plan, name, steps)
+        _verify_coverage(plan, name, steps, keys)
 
 
 def verify(plans: Sequence[Plan]) -> None:
@@ -43,6 +76,7 @@ def verify(plans: Sequence[Plan]) -> None:
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
     first = plans[0]
+    keys = _Keys(first.k_spans)
     for plan in plans:
         asked = (
             (plan.regions, first.regions),
@@ -53,13 +87,13 @@ def verify(plans: Sequence[Plan]) -> None:
         alike = (plan.gradient_wire, plan.cargo) == (first.gradient_wire, first.cargo)
         if not alike or not all(np.array_equal(a, b) for a, b in asked):
             raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding, cargo or gradient dtype.")
-        verify_rank(plan)
+        verify_rank(plan, keys)
     _verify_homing(plans)
     for name, exchanges in (
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
     ):
-        _verify_progress(name, exchanges, _match(name, plans, exchanges))
+        _verify_progress(name, exchanges, _match(name, plans, exchanges, keys))
 
 
 # -- one rank -------------------------------------------------------------------------------------------------------
@@ -73,25 +107,20 @@ def _weights(length: int) -> Weights:
     return x ^ (x >> np.uint64(31))
 
 
-def _length(spans: Array) -> int:
-    return int(spans[:, layouts.COUNT].sum())
-
-
-def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step]) -> None:
+def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) -> None:
     """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
     queries = layouts.positions(plan.q_spans, plan.rank)
-    weights = _weights(_length(plan.k_spans))
     for regions, undecided in ((plan.regions, 0), (plan.undecided, 1)):
         part = rows[rows[:, tiles.UNDECIDED] == undecided]
         if undecided and not len(regions) and not len(part):
             continue
-        wanted, allowed = _row_sums(_asked(regions, queries), weights, len(queries), 1)
+        wanted, allowed = _row_sums(_asked(regions, queries), keys, len(queries), 1)
         done = np.zeros(len(queries), dtype=np.uint64)
         count = np.zeros(len(queries), dtype=np.int64)
         strides = part[:, tiles.K_STRIDE]
         for stride in np.unique(strides).tolist():
-            part_sums, part_counts = _row_sums(part[strides == stride], weights, len(queries), stride)
+            part_sums, part_counts = _row_sums(part[strides == stride], keys, len(queries), stride)
             done += part_sums
             count += part_counts
         wrong = np.flatnonzero(done != wanted)
@@ -116,12 +145,9 @@ def _asked(regions: Regions, queries: Array) -> Array:
     return out
 
 
-def _row_sums(rows: Array, weights: Weights, queries: int, stride: int) -> tuple[Weights, Array]:
+def _row_sums(rows: Array, keys: _Keys, queries: int, stride: int) -> tuple[Weights, Array]:
     """For each local query, the summed weights and the number of the keys that these tiles compute."""
-    # Prefix sums along the stride: prefix[p] = weights of positions p - s, p - 2s, …
-    padded = np.zeros(-(-(len(weights) + stride) // stride) * stride, dtype=np.uint64)
-    padded[stride : stride + len(weights)] = weights
-    prefix = np.cumsum(padded.reshape(-1, stride), axis=0, dtype=np.uint64).reshape(-1)
+    prefix = keys.prefix(stride)
     tile, i = bands.expand(rows[:, tiles.M])
     row = rows[tile]
     first = np.maximum(0, i - row[:, tiles.HIGH])
@@ -134,13 +160,13 @@ def _row_sums(rows: Array, weights: Weights, queries: int, stride: int) -> tuple
     return out, np.bincount(query, weights=stop - first, minlength=queries).astype(np.int64)
 
 
-def _verify_sources(plan: Plan, name: str, steps: Sequence[Step]) -> None:
+def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) -> None:
     """Tiles name the positions that their queries and keys really have, and lie inside their buffers."""
     queries = layouts.positions(plan.q_spans, plan.rank)
     for step in steps:
         if not step.tiles:
             continue
-        rows, held = step.tiles.rows, plan.held_positions(step.phase)
+        rows, held = step.tiles.rows, keys.held(plan, step.phase)
         sides = [("queries", [queries], (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE))]
         if step.phase and plan.cargo == "summaries":
             _verify_summed(plan, name, step, held)
@@ -263,9 +289,9 @@ def _origin_rows(plan: Plan) -> Array:
     return np.concatenate(out)
 
 
-def _positions(plan: Plan, item: Item) -> list[Array]:
+def _positions(plan: Plan, item: Item, keys: _Keys) -> list[Array]:
     """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
-    held = plan.held_positions(item.phase)
+    held = keys.held(plan, item.phase)
     apart = item.cargo == "summaries" and item.phase != 0  # a row is a hold
     rows = len(held) if apart else sum(map(len, held))
     if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > rows:
@@ -285,7 +311,7 @@ def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
 
 
 def _match(
-    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]]
+    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]], keys: _Keys
 ) -> list[list[list[tuple[int, int]]]]:
     """For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out."""
     queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}
@@ -307,7 +333,7 @@ def _match(
             meets[sender][i].append((receiver, j))
             meets[receiver][j].append((sender, i))
             if send.gradient != receive.gradient or not _carry_the_same(
-                _positions(plans[sender], send), _positions(plans[receiver], receive)
+                _positions(plans[sender], send, keys), _positions(plans[receiver], receive, keys)
             ):
                 raise PlanError(
                     f"{name}: rank {sender} sends {send.words} in its exchange {i} that are not the {receive.words} "

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Params, State
+from ringattn.mechanisms.base import Arriving, Params, State
 from ringattn.plans import Exchange, Step
 from ringattn.transports.base import Message
 
@@ -29,18 +29,10 @@ class Traveller(ABC):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Queries:
-    """The query side of a backward pass.
-
-    Attributes:
-        saved: the output and the mechanism's extras.
-        dout, dextras: the gradients that arrive at them; None for an extra nobody used.
-        dq, dparams: accumulators.
-    """
+    """The query side of a backward pass; ``dq`` and ``dparams`` are accumulators."""
 
     q: torch.Tensor
-    saved: State
-    dout: torch.Tensor
-    dextras: tuple[torch.Tensor | None, ...]
+    arriving: Arriving
     dq: torch.Tensor
     dparams: Params
 

@@ -15,7 +15,7 @@ import torch
 from ringattn import tiles as t
 from ringattn.call import Call, Staging
 from ringattn.cargo.base import Cargo, Gradients, Queries
-from ringattn.mechanisms.base import Problem, State, Summarising
+from ringattn.mechanisms.base import Problem, State, Summarising, rows_at
 from ringattn.plans import Exchange, Step
 from ringattn.tiles import Tiles
 from ringattn.transports.base import Message
@@ -98,22 +98,19 @@ class SummaryGradients(Gradients):
 
     def compute(self, step: Step, queries: Queries) -> None:
         cargo, wide = self._cargo, self._cargo.wide
-        q, saved, dout, dextras = queries.q, queries.saved, queries.dout, queries.dextras
         if step.phase == 0:
             into = (queries.dq, *self._own)
             self._call.kernel.backward(
-                cargo.problem, q, cargo.k, cargo.v, saved, dout, dextras, step.tiles, into, queries.dparams
+                cargo.problem, queries.q, cargo.k, cargo.v, queries.arriving, step.tiles, into, queries.dparams
             )
             return
         gradients = self._rows(step.phase).zero_()
         for at, rows in step.tiles.derive(_folds):
             dq, folded = cargo.mechanism.attend_grad(
                 cargo.problem,
-                wide(q[:, :, at]),
+                wide(queries.q[:, :, at]),
                 cargo.folded(step.phase, rows),
-                tuple(wide(x[:, :, at]) for x in saved),
-                wide(dout[:, :, at]),
-                tuple(None if x is None else x[:, :, at] for x in dextras),
+                queries.arriving.of(rows_at(at), cargo.problem.accumulator),
             )
             queries.dq[:, :, at] += dq
             # a sum hands its gradient on to every part; no part is in a fold twice

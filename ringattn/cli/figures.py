@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringattn import tiles
+from ringattn.cli import charts, options
+from ringattn.cli.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
 from ringattn.plans import Exchange, Plan
 
@@ -39,21 +41,32 @@ class Segment(NamedTuple):
     peers: tuple[int, ...]  # whose keys are attended to, or who sends them; none where a rank only sends
 
 
-def draw_plans(plans: Sequence[Plan], length: int, path: Path) -> None:
-    """Draws the plans of all ranks into a PNG file."""
+def draw_plans(
+    plans: Sequence[Plan], length: int, path: Path, compared: tuple[Comparison, Combination] | None = None
+) -> None:
+    """Draws the plans of all ranks into a PNG file; below them the comparison they were taken from, where there is one.
+
+    Args:
+        compared: the comparison, and the combination whose plans these are.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("Drawing needs matplotlib; install ringattn[plot].") from error
-    figure = Figure(figsize=(15, 7), layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(15, 11 if compared else 7), layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    heights = (7, 4) if compared else (7,)
+    (left, right), *below = figure.subplots(
+        len(heights), 2, width_ratios=(1, 1.15), height_ratios=heights, squeeze=False
+    )
     colours = rank_colours(len(plans))
     _draw_matrix(left, plans, length, colours)
     _draw_timelines(right, plans, colours)
-    text = plans[0].description
-    figure.suptitle(text if len(text) < 130 else f"{text[:127]}…", fontsize=13, color=INK)
+    if compared:
+        charts.draw_balance(below[0][0], *compared)
+        charts.draw_received(below[0][1], *compared)
+    figure.suptitle(options.shortened(plans[0].description, 130), fontsize=13, color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

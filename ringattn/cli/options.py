@@ -40,6 +40,7 @@ DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloa
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
+LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")  # simpler ones first
 SCHEDULES = ("ring", "route")
 
 
@@ -77,6 +78,15 @@ def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress
 
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text of at most so many characters, its end left out where it is longer.
+
+    >>> shortened("documents:1500,1,1498", 13)
+    'documents:15…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def readable_bytes(count: float) -> str:

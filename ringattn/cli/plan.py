@@ -1,22 +1,43 @@
-"""`ringattn plan`: every rank's plan, checked, printed and drawn."""
+"""`ringattn plan`: layouts and schedules compared, or every rank's plan of one; checked, printed and drawn."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-import ringattn
 from ringattn import masks
-from ringattn.cli import options
-from ringattn.errors import InputError
-from ringattn.masks import Mask
+from ringattn.cli import options, report
+from ringattn.cli.comparison import Combination, Comparison, Request, check, compare, refuse_too_many
+from ringattn.cli.recommendation import recommend
+from ringattn.errors import InputError, PlanError
 from ringattn.plans import Plan
 
-Draw = Annotated[Path | None, typer.Option(help="Draw the plans into this PNG file.")]
+CHECKED = ("auto", "all", "recommended", "none")
+# Tokens times ranks up to which all combinations, or the recommended one, are checked unless --verify says otherwise:
+# checking looks at every query and the keys of every rank, and then takes a few seconds.
+CHECK_ALL, CHECK_ONE = 1 << 21, 1 << 25
+
+LayoutNames = Annotated[
+    str,
+    typer.Option(
+        "--layout", help="Who holds which tokens: all, to compare them, " + ", ".join(options.LAYOUTS) + " or auto."
+    ),
+]
+ScheduleNames = Annotated[
+    str, typer.Option("--schedule", help="What moves when: all, to compare them, ring, route or auto.")
+]
+Checked = Annotated[
+    str,
+    typer.Option(
+        "--verify",
+        help="Which combinations to check: all, recommended or none; auto checks one that is given, and of many "
+        "what takes a few seconds.",
+    ),
+]
+Draw = Annotated[Path | None, typer.Option(help="Draw the plans, and the comparison, into this PNG file.")]
 Rank = Annotated[int | None, typer.Option(help="Explain this rank's plan step by step.", min=0)]
 
 
@@ -28,127 +49,120 @@ def plan(
     dim: options.Dim = 64,
     value_dim: options.ValueDim = None,
     mask: options.MaskText = "causal",
-    layout: options.LayoutName = "auto",
-    schedule: Annotated[str, typer.Option(help="What moves when: ring, route or auto.")] = "auto",
+    layout: LayoutNames = "all",
+    schedule: ScheduleNames = "all",
     dtype: options.DtypeName = "bfloat16",
+    verified: Checked = "auto",
     rank: Rank = None,
     draw: Draw = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what every rank would compute, send and receive, without running anything.
+    """Compare layouts and schedules for a mask, or show what every rank would do; without running anything.
 
-    The plans are checked first, all together: every allowed pair computed exactly once, every send received, every
+    Compares all layouts with all schedules, says which to take and why: the fewest pairs of the busiest rank (to 5 %),
+    of those the fewest bytes that any rank receives (to 2 %). Given one layout and one schedule, prints a line a rank.
+
+    Plans are checked, all ranks' together: every allowed pair computed exactly once, every send received, every
     gradient brought home, no deadlock. A broken one ends with exit code 1.
 
     [bold]Examples[/bold]
 
-      ringattn plan --ring 4 --length 8192 --draw plan.png
-
-      ringattn plan --ring 8 --length 65536 --mask "window:4095&causal" --schedule route --rank 3
+      ringattn plan --ring 8 --length 65536 --mask "window:4095&causal" --draw plan.png
 
       ringattn plan --ring 3 --length 2999 --mask "documents:1500,1,1498&causal" --json
+
+      ringattn plan --ring 8 --length 8192 --layout zigzag --schedule route --rank 3
     """
-    parsed = masks.parse(mask)
-    if rank is not None and rank >= ring:
-        raise InputError(f"--rank must be below --ring ({ring}); got {rank}.")
-    if draw is not None and draw.suffix.lower() != ".png":
-        raise InputError(f"--draw writes a PNG: the file's name must end in .png; got {draw}.")
-    with options.working("planning"):
-        plans = ringattn.plan_all(
-            parsed,
-            length,
-            layout=layout,
-            schedule=schedule,
-            ring=ring,
-            heads=(heads, kv_heads or heads),
-            head_dims=(dim, value_dim or dim),
-            dtype=options.dtype_named(dtype),
-        )
-    with options.working("checking the plans"):
-        _check(plans)
-    if as_json:
-        options.print_json(_machine(plans))
-    else:
-        _show(plans, parsed, length)
-        if rank is not None:
-            typer.echo("\n" + plans[rank].explain())
-    if draw is not None:
-        from ringattn.cli.figures import draw_plans
-
-        try:
-            with options.working("drawing"):
-                draw_plans(plans, length, draw)
-        except OSError as error:
-            raise InputError(f"--draw cannot write {draw}: {error.strerror}.") from error
-        typer.echo(f"drawn into {draw}", err=True)
-
-
-def _check(plans: list[Plan]) -> None:
+    _refuse(layout, schedule, verified, rank, ring, draw)
+    request = Request(
+        masks.parse(mask), length, ring, heads, kv_heads or heads, dim, value_dim or dim, options.dtype_named(dtype)
+    )
     try:
-        ringattn.verify(plans)
-    except ringattn.errors.PlanError as error:
+        if "all" in (layout, schedule):
+            names = options.LAYOUTS if layout == "all" else (request.layout_named(layout),)
+            schedules = options.SCHEDULES if schedule == "all" else (schedule,)
+            _compared(request, names, schedules, verified, rank, draw, as_json)
+        else:
+            _single(request, layout, schedule, verified, rank, draw, as_json)
+    except PlanError as error:
         typer.echo(f"ringattn plan: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def _machine(plans: list[Plan]) -> dict[str, Any]:
-    return {
-        "description": plans[0].description,
-        "reason": plans[0].reason,
-        "balance": vars(ringattn.balance(plans)),
-        "ranks": [
-            {
-                "rank": plan.rank,
-                "hash": plan.hash,
-                "tokens": plan.tokens,
-                "area": plan.area,
-                "steps": len(plan.steps),
-                "traffic": dataclasses.asdict(plan.traffic()),
-                "memory": plan.memory().buffers,
-            }
-            for plan in plans
-        ],
-    }
+def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ring: int, draw: Path | None) -> None:
+    for option, given, known in (
+        ("--layout", layout, ("all", *options.LAYOUTS, "auto")),
+        ("--schedule", schedule, ("all", *options.SCHEDULES, "auto")),
+        ("--verify", verified, CHECKED),
+    ):
+        if given not in known:
+            raise InputError(f"{option} is one of {', '.join(known)}; got {given!r}.")
+    if rank is not None and rank >= ring:
+        raise InputError(f"--rank must be below --ring ({ring}); got {rank}.")
+    if draw is not None and draw.suffix.lower() != ".png":
+        raise InputError(f"--draw writes a PNG: the file's name must end in .png; got {draw}.")
 
 
-def _show(plans: list[Plan], mask: Mask, length: int) -> None:
-    console = options.console()
-    console.print(plans[0].description, highlight=False)
-    if plans[0].reason:
-        console.print(plans[0].reason, highlight=False)
-    table = Table("rank")
-    for title in ("tokens", "pairs", "steps", "tiles", "receives\npositions", "sends\npositions", "messages"):
-        table.add_column(title, justify="right")
-    for title in ("receives\nforward", "receives\nbackward", "memory", "plan"):
-        table.add_column(title, justify="right")
-    for plan in plans:
-        moved = plan.traffic()
-        table.add_row(
-            str(plan.rank),
-            str(plan.tokens),
-            options.readable_count(plan.area),
-            str(len(plan.steps)),
-            str(sum(len(tiles) for tiles in plan.tiles.values())),
-            str(moved.received_tokens),
-            str(moved.sent_tokens),
-            str(moved.messages),
-            options.readable_bytes(moved.received_bytes or 0),
-            options.readable_bytes(moved.backward_received_bytes or 0),
-            options.readable_bytes(plan.memory().total),
-            plan.hash,
-        )
-    console.print(table)
-    even, received = ringattn.balance(plans), sum(plan.traffic().received_tokens for plan in plans)
-    console.print(
-        f"largest share over the mean: pairs {even.area:.3f}, tokens {even.tokens:.3f}, "
-        f"received {even.received:.3f}, sent {even.sent:.3f}",
-        highlight=False,
-    )
-    everything = length * (len(plans) - 1)
-    if everything:
-        least = ringattn.lower_bound(mask, length, len(plans))
-        console.print(
-            f"all ranks together receive {received} key positions: {received / everything:.1%} of what handing "
-            f"everything round would take; a layout balanced to 2 % needs at least {least / everything:.1%}",
-            highlight=False,
-        )
+def _compared(
+    request: Request,
+    names: Sequence[str],
+    schedules: Sequence[str],
+    verified: str,
+    rank: int | None,
+    draw: Path | None,
+    as_json: bool,
+) -> None:
+    if verified == "auto":
+        size = request.length * request.ring
+        verified = "all" if size <= CHECK_ALL else "recommended" if size <= CHECK_ONE else "none"
+    comparison = compare(request, names, schedules, verified)
+    choice = recommend(comparison.combinations)
+    plans: list[Plan] = []
+    if verified == "recommended" or rank is not None or draw is not None:
+        with options.working(choice.taken.name):
+            plans = request.plans(choice.taken.layout, choice.taken.schedule)
+            if verified == "recommended":
+                check(plans, choice.taken.name)
+    if as_json:
+        options.print_json(report.comparison_for_machines(comparison, choice))
+    else:
+        report.show_comparison(comparison, choice)
+        _explain(plans, rank)
+    _draw(plans, request.length, draw, (comparison, choice.taken))
+
+
+def _single(
+    request: Request, layout: str, schedule: str, verified: str, rank: int | None, draw: Path | None, as_json: bool
+) -> None:
+    refuse_too_many(request, layout)
+    with options.working("planning"):
+        plans = request.plans(layout, schedule)
+    if verified != "none":
+        with options.working("checking the plans"):
+            check(plans)
+    if as_json:
+        options.print_json(report.ranks_for_machines(plans))
+    else:
+        report.show_ranks(plans, request)
+        _explain(plans, rank)
+    _draw(plans, request.length, draw, None)
+
+
+def _explain(plans: Sequence[Plan], rank: int | None) -> None:
+    if rank is not None:
+        typer.echo("\n" + plans[rank].explain())
+
+
+def _draw(
+    plans: Sequence[Plan], length: int, path: Path | None, compared: tuple[Comparison, Combination] | None
+) -> None:
+    if path is None:
+        return
+    from ringattn.cli.figures import draw_plans
+
+    try:
+        with options.working("drawing"):
+            draw_plans(plans, length, path, compared)
+    except OSError as error:
+        raise InputError(f"--draw cannot write {path}: {error.strerror}.") from error
+    typer.echo(f"drawn into {path}", err=True)

@@ -186,12 +186,10 @@ def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_second
 
 
 def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> None:
-    text = str(problem.mask)
-    shown = text if len(text) < 60 else f"{text[:57]}…"
     console = options.console()
     console.print(
-        f"{shown}: {problem.length} tokens on {ring} virtual ranks, {problem.heads} query and {problem.kv_heads} key "
-        f"heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
+        f"{options.shortened(str(problem.mask))}: {problem.length} tokens on {ring} virtual ranks, "
+        f"{problem.heads} query and {problem.kv_heads} key heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
         highlight=False,
     )
     table = Table("schedule")

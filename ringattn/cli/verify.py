@@ -19,7 +19,6 @@ from ringattn.cli.parity import NAMES, Problem, attend, errors, limits
 from ringattn.errors import InputError
 from ringattn.mesh import Mesh
 
-LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 DENSE_LIMIT = 20_000  # tokens: the leak probe looks at the mask as a matrix
 
 
@@ -75,7 +74,7 @@ def verify(
     problem.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()
     try:
-        findings = _findings(mesh, problem, (layout,) if layout else LAYOUTS, options.schedules_named(schedule))
+        findings = _findings(mesh, problem, (layout,) if layout else options.LAYOUTS, options.schedules_named(schedule))
         if mesh.rank == 0:
             _report(mesh, problem, findings, as_json)
     finally:

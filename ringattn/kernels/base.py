@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.tiles import Tiles
 
 
@@ -34,16 +34,9 @@ class Kernel(ABC):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
-        """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params.
-
-        Args:
-            saved: the output and the mechanism's extras, over all keys.
-            dout, dextras: the gradients that arrive at them; None for an extra nobody used.
-        """
+        """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params."""

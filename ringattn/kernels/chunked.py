@@ -12,7 +12,7 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, places
-from ringattn.mechanisms.base import Block, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, Summarising
 from ringattn.tiles import Tiles
 
 LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
@@ -49,9 +49,7 @@ class Chunked(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
@@ -60,18 +58,14 @@ class Chunked(Kernel):
         for batch in tiles.derive(lower, LEAF, MOST):
             for queries, keys in places(batch, problem.batch):
                 inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
-                arriving = (
-                    tuple(queries(x).to(wide) for x in saved),
-                    queries(dout).to(wide),
-                    tuple(None if x is None else queries(x).to(wide) for x in dextras),
-                )
+                output = arriving.of(queries, wide)
                 if batch.kind == FULL:
                     summary = mechanism.summarise(problem, *inputs[1:])
-                    dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, *arriving)
+                    dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
                     parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
                 else:
                     block = _square(batch, q.device)
-                    parts = mechanism.tile_grad(problem, block, *inputs, *arriving, dparams)
+                    parts = mechanism.tile_grad(problem, block, *inputs, output, dparams)
                 for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                     place(total).add_(part)
 

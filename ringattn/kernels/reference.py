@@ -14,7 +14,7 @@ import torch
 
 from ringattn import tiles as t
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Block, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, rows_at
 from ringattn.tiles import Tiles
 
 
@@ -47,9 +47,7 @@ class Reference(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
@@ -64,9 +62,7 @@ class Reference(Kernel):
                 q[:, :, at].to(wide),
                 k[:, :, keys].to(wide),
                 v[:, :, keys].to(wide),
-                tuple(_widened(x[:, :, at], wide) for x in saved),
-                dout[:, :, at].to(wide),
-                tuple(None if x is None else x[:, :, at].to(wide) for x in dextras),
+                arriving.of(rows_at(at), wide),
                 dparams,
             )
             dq[:, :, at] += parts[0]
@@ -103,11 +99,6 @@ def _block(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int, i
         asked = torch.from_numpy(np.ascontiguousarray(problem.allows(q[:, None], k[None, :]))).to(problem.device)
         allowed = asked if allowed is None else allowed & asked
     return Block(_slice(row[t.Q], row[t.Q_STEP], *i), q_at, k_at, allowed)
-
-
-def _widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers in this dtype; positions as they are."""
-    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _slice(first: int, step: int, start: int, stop: int) -> slice:

@@ -8,14 +8,13 @@ query; a backward pass that is exact for a block when it is given the *global* o
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import FLIPPED, FULL, flipped, lower, places
-from ringattn.mechanisms.base import Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.tiles import Tiles
 
@@ -72,17 +71,15 @@ class Sdpa(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         tiles: Tiles,
         gradients: Gradients,
         dparams: Params,
     ) -> None:
-        dlse = dextras[0]
+        dlse = arriving.dextras[0]
         for batch in tiles.derive(lower, *_limits(problem)):
             for queries, keys in places(batch, problem.batch):
-                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in saved), queries(dout)]
+                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in (*arriving.saved, arriving.dout))]
                 inputs += [] if dlse is None else [queries(dlse)]
                 if batch.kind == FLIPPED:
                     inputs = list(flipped(inputs))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ringattn import bands
 from ringattn.bands import Array
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def shares_of(length: int, size: int) -> Array:
 
 def positions(spans: Array, rank: int) -> Array:
     """The global positions ``[tokens]`` of one rank, ascending."""
-    own = spans[spans[:, RANK] == rank]
-    parts = [start + stride * np.arange(count) for _, _, start, count, stride in own.tolist()]
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+    own = spans[slice(*np.searchsorted(spans[:, RANK], [rank, rank + 1]))]
+    span, nth = bands.expand(own[:, COUNT])
+    found: Array = own[span, START] + own[span, STRIDE] * nth
+    return found
 
 
 def counts(spans: Array, size: int) -> Array:

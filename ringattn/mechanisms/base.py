@@ -74,6 +74,34 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Arriving:
+    """The output side of a backward pass, for some queries.
+
+    Attributes:
+        saved: the output and the extras, over *all* keys.
+        dout, dextras: the gradients that arrive at them; None for an extra nobody used.
+    """
+
+    saved: State
+    dout: torch.Tensor
+    dextras: tuple[torch.Tensor | None, ...]
+
+    def of(self, place: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> Arriving:
+        """The same for the queries that ``place`` takes of each tensor, numbers in this dtype."""
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            return place(x).to(dtype) if x.is_floating_point() else place(x)
+
+        dextras = tuple(None if x is None else part(x) for x in self.dextras)
+        return Arriving(tuple(map(part, self.saved)), part(self.dout), dextras)
+
+
+def rows_at(at: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes these rows, dim 2, of a tensor."""
+    return lambda x: x[:, :, at]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Block:
     """Which pairs a block is of.
 
@@ -179,29 +207,16 @@ class Mechanism(ABC):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One block's contribution to the gradients; those of the params are added to ``dparams``.
-
-        Args:
-            saved: the output and the extras, for these queries, over *all* their keys.
-            dout, dextras: the gradients that arrive at them; None for an extra nobody used.
 
         Returns:
             dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``.
         """
 
-    def finish_grad(  # noqa: B027 (most finish without params)
-        self,
-        problem: Problem,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
-        dparams: Params,
-    ) -> None:
+    def finish_grad(self, problem: Problem, arriving: Arriving, dparams: Params) -> None:  # noqa: B027
         """Adds what `finish` does with the params to their gradients. Called once, for all of a rank's queries."""
 
 
@@ -225,13 +240,7 @@ class Summarising(Mechanism):
 
     @abstractmethod
     def attend_grad(
-        self,
-        problem: Problem,
-        q: torch.Tensor,
-        summary: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, arriving: Arriving
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of the queries, ``[B, Hq, M, D]``, and of the summary."""
 

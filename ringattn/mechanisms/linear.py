@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Block, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, Summarising
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,13 +51,11 @@ class Linear(Summarising):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         groups = (problem.kv_heads, -1)
-        dn, dd = (x.unflatten(1, groups) for x in _arriving(saved, dout, dextras))
+        dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(arriving))
         dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
         if block.allowed is not None:
             dweights *= block.allowed
@@ -79,16 +77,10 @@ class Linear(Summarising):
         return numerator, denominator.squeeze(-1)
 
     def attend_grad(
-        self,
-        problem: Problem,
-        q: torch.Tensor,
-        summary: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, arriving: Arriving
     ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (problem.kv_heads, -1)
-        dn, dd = _arriving(saved, dout, dextras)
+        dn, dd = _at_the_sums(arriving)
         dsums = torch.cat([dn, dd.unsqueeze(-1)], dim=-1).unflatten(1, groups)
         dq = (dsums @ self._matrix(problem, summary).transpose(-1, -2)).flatten(1, 2) * _slope(q)
         dmatrix = (_phi(q).unflatten(1, groups).transpose(-1, -2) @ dsums).sum(dim=2)
@@ -133,11 +125,9 @@ def _safe(denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(denominator == 0, 1, denominator)
 
 
-def _arriving(
-    saved: State, dout: torch.Tensor, dextras: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _at_the_sums(arriving: Arriving) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of numerator ``[B, Hq, M, Dv]`` and denominator ``[B, Hq, M]``."""
-    out, denominator = saved
-    dn = dout / _safe(denominator).unsqueeze(-1)
+    (out, denominator), (dextra,) = arriving.saved, arriving.dextras
+    dn = arriving.dout / _safe(denominator).unsqueeze(-1)
     dd = -(dn * out).sum(dim=-1)
-    return dn, dd if dextras[0] is None else dd + dextras[0]
+    return dn, dd if dextra is None else dd + dextra

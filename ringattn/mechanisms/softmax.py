@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State
 from ringattn.mechanisms.dropout import kept
 
 
@@ -149,12 +149,10 @@ class Softmax(Mechanism):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
+        arriving: Arriving,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        out, lse = saved
+        lse, dout = arriving.saved[1], arriving.dout
         scale, groups = self.scale_for(problem), (problem.kv_heads, -1)
         scores, slope = self._scores(problem, block, q, k)
         weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1))
@@ -165,7 +163,7 @@ class Softmax(Mechanism):
             keep = self._kept(problem, block)
             given = weights * keep
             dscores *= keep
-        dscores -= _delta(out, dout, dextras).unflatten(1, groups).unsqueeze(-1)
+        dscores -= _delta(arriving).unflatten(1, groups).unsqueeze(-1)
         dscores *= weights
         self._add_bias_grads(block, dscores, dparams)
         if slope is not None:
@@ -175,20 +173,11 @@ class Softmax(Mechanism):
         dv = (given.transpose(-1, -2) @ grouped).sum(dim=2)
         return dq, dk, dv
 
-    def finish_grad(
-        self,
-        problem: Problem,
-        saved: State,
-        dout: torch.Tensor,
-        dextras: tuple[torch.Tensor | None, ...],
-        dparams: Params,
-    ) -> None:
+    def finish_grad(self, problem: Problem, arriving: Arriving, dparams: Params) -> None:
         if "sinks" in problem.params:
-            out, lse = saved
-            total = dparams["sinks"]
+            total, lse = dparams["sinks"], arriving.saved[1]
             weight = torch.exp(problem.params["sinks"].to(total.dtype)[:, None] - _finite(lse))
-            delta = _delta(out.to(total.dtype), dout.to(total.dtype), dextras)
-            total -= (weight * delta).sum(dim=(0, 2))
+            total -= (weight * _delta(arriving.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
 
     def _scores(
         self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
@@ -246,10 +235,10 @@ def _finite(lse: torch.Tensor) -> torch.Tensor:
     return torch.where(lse == -math.inf, 0.0, lse)
 
 
-def _delta(out: torch.Tensor, dout: torch.Tensor, dextras: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+def _delta(arriving: Arriving) -> torch.Tensor:
     """``rowsum(dO o O) - dlse``, ``[B, Hq, M]``."""
-    delta = (dout * out).sum(dim=-1)
-    return delta if dextras[0] is None else delta - dextras[0]
+    delta, dlse = (arriving.dout * arriving.saved[0]).sum(dim=-1), arriving.dextras[0]
+    return delta if dlse is None else delta - dlse
 
 
 def _offsets(block: Block, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""ringattn on two Gloo ranks of one thread, against PyTorch in one process and DeepSpeed's Ulysses on two ranks.
+"""ringattn on Gloo ranks of one thread each, against PyTorch in one process and DeepSpeed's Ulysses on as many ranks.
 
 All contestants live at the same time and are called in turn, round after round, so that a slow minute of the machine
 is everybody's. A time is that of the slowest rank from a common barrier; medians over the rounds are printed, and
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from ringattn import reference
 from scripts.benchmarks.cases import Case, documents
-from scripts.benchmarks.contestants import CONTESTANTS, OURS, Contestant, Results, collect
+from scripts.benchmarks.contestants import Contestant, Results, collect, contestants, prepare_ringattn
 from scripts.benchmarks.teams import Team
 
 Teams = dict[Contestant, Team]
@@ -98,7 +98,7 @@ def report(name: str, teams: Teams, options: argparse.Namespace, console: Consol
         cells = []
         for column in columns:
             medians = {other: statistics.median(times) for other, (times, _) in column.items()}
-            peers = [median for other, median in medians.items() if other is not OURS]
+            peers = [median for other, median in medians.items() if other.prepare is not prepare_ringattn]
             ratio = f"({medians[contestant] / min(peers):.2f}×)" if peers else ""
             cells.append(f"{medians[contestant] * 1e3:.1f} {ratio} {column[contestant][1]:.1e}")
         table.add_row(contestant.name, *cells)
@@ -115,7 +115,7 @@ def report_scaling(team: Team, options: argparse.Namespace, console: Console) ->
         cells = []
         for length in SCALING_LENGTHS:
             case = Case(mask_names(length)[name], length, torch.float32, backward=True, heads=options.heads)
-            team.call(OURS.prepare, case)
+            team.call(prepare_ringattn, case)
             team.time()
             seconds = statistics.median(team.time() for _ in range(options.rounds))
             pairs = sum(int(case.rows(a, min(a + 1024, length)).sum()) for a in range(0, length, 1024))
@@ -129,6 +129,7 @@ def arguments() -> argparse.Namespace:
     names = ["causal", "documents", "window", "scaling"]
     parser.add_argument("tables", nargs="*", help=f"which of {', '.join(names)}; all of them unless given")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each contestant (default 7)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of ringattn and of Ulysses (default 2)")
     parser.add_argument("--heads", type=int, default=4, help="query and key heads of size 64 (default 4)")
     parser.add_argument("--length", type=int, help="tokens (default 8192 for causal, 16384 else)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one dtype instead of both")
@@ -147,14 +148,14 @@ def main() -> int:
     options = arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", highlight=False)
-    chosen = [c for c in CONTESTANTS if options.only is None or options.only in c.name]
+    chosen = [c for c in contestants(options.ranks) if options.only is None or options.only in c.name]
     with ExitStack() as stack:
         teams = {contestant: stack.enter_context(contestant.team()) for contestant in chosen}
         for name in options.tables:
             if name != "scaling":
                 report(name, teams, options, console)
-            elif OURS in teams:
-                report_scaling(teams[OURS], options, console)
+            elif chosen[-1].prepare is prepare_ringattn:
+                report_scaling(teams[chosen[-1]], options, console)
     return 0
 
 

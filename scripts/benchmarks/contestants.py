@@ -118,10 +118,11 @@ def prepare_ringattn(worker: Worker, case: Case) -> NDArray[np.int64]:
     return positions
 
 
-CONTESTANTS = (
-    Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
-    Contestant("SDPA, 2 threads", 1, 2, prepare_sdpa),
-    Contestant("DeepSpeed Ulysses, 2 ranks", 2, 1, prepare_ulysses, token_dim=1),
-    Contestant("ringattn, 2 ranks", 2, 1, prepare_ringattn),
-)
-OURS = CONTESTANTS[-1]
+def contestants(ranks: int) -> tuple[Contestant, ...]:
+    """Everybody, ringattn last, on so many ranks of one thread each; PyTorch alone has one or two threads."""
+    return (
+        Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
+        Contestant("SDPA, 2 threads", 1, 2, prepare_sdpa),
+        Contestant(f"DeepSpeed Ulysses, {ranks} ranks", ranks, 1, prepare_ulysses, token_dim=1),
+        Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare_ringattn),
+    )

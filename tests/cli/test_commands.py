@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,33 +79,6 @@ def test_simulate_ends_with_1_when_the_result_is_wrong(monkeypatch: pytest.Monke
     assert "OUT OF BOUNDS" in shown.output
 
 
-def test_plan_prints_a_line_a_rank_and_explains_one() -> None:
-    shown = run("plan", "--ring", "5", "--length", "2999", "--mask", "documents:1500,1,1498&causal", "--rank", "2")
-    assert shown.exit_code == 0, shown.output
-    assert "rank 2 of 5" in shown.output
-    assert "auto took" in shown.output
-    value = json.loads(run("plan", "--ring", "5", "--length", "100", "--json").stdout)
-    assert sum(rank["tokens"] for rank in value["ranks"]) == 100
-    assert sum(rank["area"] for rank in value["ranks"]) == 5050
-
-
-def test_plan_draws_a_picture(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "plan.png"
-    shown = run("plan", "--ring", "3", "--length", "300", "--draw", str(target))
-    assert shown.exit_code == 0, shown.output
-    assert target.read_bytes().startswith(b"\x89PNG")
-
-
-def test_plan_ends_with_1_when_the_plans_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(plans: Sequence[ringattn.Plan]) -> None:
-        raise ringattn.PlanError("rank 1 sends what nobody receives")
-
-    monkeypatch.setattr("ringattn.verify", broken)
-    shown = run("plan")
-    assert shown.exit_code == 1
-    assert "rank 1 sends what nobody receives" in shown.output
-
-
 def test_verify_on_one_process_needs_no_launcher() -> None:
     shown = run("verify", "--length", "61", "--mask", "documents:30,1,30&causal", "--dim", "8")
     assert shown.exit_code == 0, shown.output
@@ -137,8 +110,15 @@ def test_verify_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("simulate", "--heads", "3", "--kv-heads", "2"),
         ("simulate", "--dtype", "int8"),
         ("plan", "--rank", "9"),
+        ("plan", "--layout", "spiral"),
+        ("plan", "--schedule", "bus"),
+        ("plan", "--verify", "some"),
+        ("plan", "--dtype", "int8"),
+        ("plan", "--heads", "3", "--kv-heads", "2"),
+        ("plan", "--mask", "documents:3,4", "--length", "8"),
         ("plan", "--draw", "plan.jpg"),
-        ("plan", "--draw", "/dev/null/plan.png"),
+        ("plan", "--length", "64", "--draw", "/dev/null/plan.png"),
+        ("plan", "--length", "64", "--layout", "zigzag", "--schedule", "ring", "--draw", "/dev/null/plan.png"),
         ("verify", "--length", "0"),
         ("verify", "--mask", "documents:3"),
     ],
@@ -148,13 +128,6 @@ def test_bad_input_ends_with_2_and_one_line(arguments: tuple[str, ...]) -> None:
     assert shown.exit_code == 2
     assert shown.stderr.startswith(f"ringattn {arguments[0]}: ")
     assert len(shown.stderr.splitlines()) == 1
-
-
-def test_drawing_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    shown = run("plan", "--draw", "plan.png")
-    assert shown.exit_code == 2
-    assert "ringattn[plot]" in shown.stderr
 
 
 @pytest.mark.timeout(180)

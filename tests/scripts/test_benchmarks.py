@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ringattn
+from ringattn import bands
 from scripts.benchmarks import attention, overlap, plan
-from scripts.benchmarks.cases import Case, documents
-from scripts.benchmarks.contestants import OURS, collect, prepare_sdpa
+from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
+from scripts.benchmarks.contestants import collect, prepare_ringattn, prepare_sdpa
 from scripts.benchmarks.memory import Call, measure
 from scripts.benchmarks.teams import Team, timed
 
@@ -34,7 +38,7 @@ def test_documents_fill_the_length(count: int, length: int) -> None:
 def test_a_failure_names_every_rank_and_the_team_goes_on(team: Team) -> None:
     nonsense = Case("diagonal", 64, torch.float32, backward=False)
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*not a mask.*rank 1: .*not a mask"):
-        team.call(OURS.prepare, nonsense)
+        team.call(prepare_ringattn, nonsense)
     assert len(team.call(timed, False)) == 2
 
 
@@ -42,7 +46,7 @@ def test_a_failure_names_every_rank_and_the_team_goes_on(team: Team) -> None:
 def test_contestants_compute_the_case(team: Team, mask: str) -> None:
     case = Case(mask, 200, torch.float32, backward=True, heads=2, dim=16)
     truth = attention.oracle(case)
-    for prepare, shares in ((OURS.prepare, True), (prepare_sdpa, False)):
+    for prepare, shares in ((prepare_ringattn, True), (prepare_sdpa, False)):
         positions = team.call(prepare, case)
         parts = team.call(collect, 2)
         if not shares:  # each process of a single-process contestant has the whole
@@ -71,11 +75,69 @@ def test_a_call_over_a_slow_link_lasts_as_long_as_the_link_needs(team: Team, loo
     assert sum(team.call(overlap.slept)) > before
 
 
-def test_plans_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["plan", "--length", "4096", "--documents", "50", "--ranks", "5", "--rounds", "1"]
+def test_plans_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["plan", "--length", "4096", "--documents", "50", "--ranks", "5", "3", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*small, "--json", str(tmp_path / "times.json")])
+    assert plan.main() == 0
+    assert capsys.readouterr().out.count("equals its own of all: yes") == 2
+    figures = json.loads((tmp_path / "times.json").read_text())
+    assert figures["layout"] == "balanced"
+    assert [x["ranks"] for x in figures["planning"]] == [x["ranks"] for x in figures["verifying"]] == [5, 3]
+    assert all(x["all_ranks"] > 0 and x["same"] for x in figures["planning"])
+    assert all(0 < x["one"] < x["together"] for x in figures["verifying"])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_packed_documents_fill_the_length(generator: str, seed: int) -> None:
+    lengths = packed(generator, 2**18, seed)
+    assert sum(lengths) == 2**18
+    assert min(lengths) >= 1
+    assert lengths == packed(generator, 2**18, seed)
+    assert lengths != packed(generator, 2**18, seed + 1)
+    if generator == "giant":
+        assert max(lengths) == 2**17
+    if generator == "pareto":
+        assert max(lengths) <= 2**16
+        assert sorted(lengths)[1] >= 256  # all but the one that was cut
+
+
+def test_each_document_sees_its_first_quarter() -> None:
+    lengths = [8, 1, 5]
+    found = prefixed(lengths).dense(np.arange(14), np.arange(14)).numpy()
+    expected = np.zeros((14, 14), dtype=bool)
+    for start, length in zip((0, 8, 9), lengths, strict=True):
+        inside = slice(start, start + length)
+        expected[inside, inside] = np.tril(np.ones((length, length), dtype=bool))
+        expected[inside, start : start + length // 4] = True
+    np.testing.assert_array_equal(found, expected)
+    regions = prefixed(lengths).regions(14, 14)
+    np.testing.assert_array_equal(bands.dense(regions, np.arange(14), np.arange(14)), expected)
+
+
+@pytest.mark.parametrize("at_once", [0, 10**9])
+def test_the_table_of_balance_is_what_the_plans_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, at_once: int
+) -> None:
+    monkeypatch.setattr(plan, "AT_ONCE", at_once)  # planned rank by rank, and all ranks at once
+    target = tmp_path / "balance.json"
+    small = ["plan", "--balance", "--length", "5000", "--ranks", "3", "--seeds", "1", "--json", str(target)]
     monkeypatch.setattr(sys, "argv", small)
     assert plan.main() == 0
-    assert "equals its own of all: yes" in capsys.readouterr().out
+    assert "pareto, prefix of a quarter" in capsys.readouterr().out
+    rows = json.loads(target.read_text())["rows"]
+    assert len(rows) == 6 * 4  # masks times layouts
+    row = next(x for x in rows if (x["mask"], x["layout"]) == ("giant, causal", "balanced"))
+    mask = ringattn.Documents(packed("giant", 5000, 0)) & ringattn.Causal()
+    plans = ringattn.plan_all(mask, 5000, "balanced", "route", 3)
+    moved = [x.traffic() for x in plans]
+    even, bound, full = ringattn.balance(plans), ringattn.lower_bound(mask, 5000, 3), 5000 * 2
+    assert (row["area"], row["tokens"]) == pytest.approx((even.area, even.tokens))
+    assert row["mean_received"] == pytest.approx(sum(t.received_tokens for t in moved) / full)
+    assert row["max_received"] == pytest.approx(max(t.received_tokens for t in moved) / full * 3)
+    assert row["max_sent"] == pytest.approx(max(t.sent_tokens for t in moved) / full * 3)
+    assert row["lower_bound"] == pytest.approx(bound / full)
+    assert row["distance"] == pytest.approx(sum(t.received_tokens for t in moved) / bound)
 
 
 def test_the_window_table_has_a_window_of_1024_keys() -> None:

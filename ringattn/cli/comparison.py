@@ -1,0 +1,246 @@
+"""Layouts times schedules for one mask: what each combination costs, and which one to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+import ringattn
+from ringattn import bands, layouts
+from ringattn.bands import Array, Regions
+from ringattn.cli import options
+from ringattn.errors import InputError, PlanError
+from ringattn.masks import Mask
+from ringattn.plans import Plan
+
+COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
+PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machines have
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be planned: a mask over `length` tokens on `ring` ranks, and the heads of the call."""
+
+    mask: Mask
+    length: int
+    ring: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def plans(self, layout: str, schedule: str) -> list[Plan]:
+        return ringattn.plan_all(
+            self.mask,
+            self.length,
+            layout=layout,
+            schedule=schedule,
+            ring=self.ring,
+            heads=(self.heads, self.kv_heads),
+            head_dims=(self.dim, self.value_dim),
+            dtype=self.dtype,
+        )
+
+    def layout_named(self, layout: str) -> str:
+        """The layout's name, where ``auto`` is what the mask makes it."""
+        return str(layouts.named(layout, self.mask, self.length)).partition("(")[0]
+
+    def spans(self, layout: str) -> Array:
+        """Who holds what, as `layouts` describes it."""
+        return layouts.named(layout, self.mask, self.length).spans(self.length, self.ring)
+
+    def tiles(self, layout: str) -> int:
+        """How many tiles the layout cuts the mask into, or some more."""
+        return tile_count(self.mask.regions(self.length, self.length), self.spans(layout))
+
+    def __str__(self) -> str:
+        return (
+            f"{options.shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, {self.heads} query and "
+            f"{self.kv_heads} key heads of {self.dim}, {options.dtype_name(self.dtype)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """What one layout with one schedule costs. Per rank, unless it says otherwise; forward, unless it says backward.
+
+    Attributes:
+        area, tokens: the largest share of allowed pairs and of queries, over the mean.
+        area_max: allowed pairs of the busiest rank.
+        received_tokens_mean, received_tokens_max, sent_tokens_max: key positions.
+        received_bytes_mean, received_bytes_max, sent_bytes_max: payload.
+        backward_received_bytes_mean, backward_received_bytes_max, backward_sent_bytes_max: keys and values once more,
+            and their gradients.
+        messages, backward_messages: of all ranks together.
+        steps: of the rank that has most.
+        memory: bytes of every buffer of forward and backward, of the rank that needs most.
+        over_bound: key positions all ranks receive, over the least that a layout balanced to 2 % must; None where that
+            is nothing. Layouts that are less balanced may fall below 1.
+    """
+
+    layout: str
+    schedule: str
+    area: float
+    tokens: float
+    area_max: int
+    received_tokens_mean: float
+    received_tokens_max: int
+    sent_tokens_max: int
+    received_bytes_mean: float
+    received_bytes_max: int
+    sent_bytes_max: int
+    backward_received_bytes_mean: float
+    backward_received_bytes_max: int
+    backward_sent_bytes_max: int
+    messages: int
+    backward_messages: int
+    steps: int
+    memory: int
+    over_bound: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout} with {self.schedule}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All combinations of a request.
+
+    Attributes:
+        bound: key positions that all ranks together must receive, if each is within 2 % of the mean share.
+        auto: what the library's ``auto`` takes for both; None where its layout is left out.
+        left_out: layouts that would cut the mask into too many tiles, and how many.
+        verified: which plans were checked: ``all``, those of the one that is ``recommended``, or ``none``.
+    """
+
+    request: Request
+    bound: float
+    combinations: list[Combination]
+    auto: Combination | None
+    left_out: dict[str, int]
+    verified: str
+
+    @property
+    def bound_bytes(self) -> float:
+        """The bound in bytes, of the mean rank."""
+        asked = self.request
+        row = asked.kv_heads * (asked.dim + asked.value_dim) * asked.dtype.itemsize
+        return self.bound / asked.ring * row
+
+
+def tile_count(regions: Regions, spans: Array) -> int:
+    """An upper bound of the tiles that these spans cut a mask's regions into, without cutting them.
+
+    Queries are cut as in `tiles.cut`; then the spans that overlap each part's keys are counted, not listed.
+    """
+    start = spans[:, layouts.START]
+    stop = start + (spans[:, layouts.COUNT] - 1) * spans[:, layouts.STRIDE] + 1
+    region, span = bands.overlaps(regions[:, bands.Q0], regions[:, bands.Q1], start, stop)
+    part = regions[region]
+    part[:, bands.Q0] = np.maximum(part[:, bands.Q0], start[span])
+    part[:, bands.Q1] = np.minimum(part[:, bands.Q1], stop[span])
+    part, _ = bands.tighten(part)
+    first, last = part[:, bands.K0], part[:, bands.K1]
+    touched = np.searchsorted(np.sort(start), last) - np.searchsorted(np.sort(stop), first, side="right")
+    return int(np.minimum(touched, last - first).sum())
+
+
+def check(plans: Sequence[Plan], name: str = "") -> None:
+    """Verifies plans together; the error says of which combination they are."""
+    try:
+        ringattn.verify(plans)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}" if name else str(error)) from error
+
+
+def compare(request: Request, names: Sequence[str], schedules: Sequence[str], verified: str) -> Comparison:
+    """Plans every layout with every schedule, and keeps what it costs, not the plans.
+
+    Layouts that give every rank the same tokens are planned once: balanced is zigzag for one causal sequence.
+    """
+    sizes = {name: request.tiles(name) for name in names}
+    left_out = {name: size for name, size in sizes.items() if size > COMPARED_TILES}
+    compared = [name for name in names if name not in left_out]
+    if not compared:
+        raise InputError(_too_many(left_out, request.ring))
+    bound = ringattn.lower_bound(request.mask, request.length, request.ring)
+    known: dict[tuple[bytes, str], Combination] = {}
+    combinations = []
+    with options.bar("layouts and schedules", len(compared) * len(schedules)) as advance:
+        for layout, schedule in itertools.product(compared, schedules):
+            key = (request.spans(layout).tobytes(), schedule)
+            if key not in known:
+                plans = request.plans(layout, schedule)
+                known[key] = measured(plans, layout, bound)
+                if verified == "all":
+                    check(plans, known[key].name)
+            combinations.append(dataclasses.replace(known[key], layout=layout))
+            advance()
+    return Comparison(request, bound, combinations, _auto(request, combinations, bound), left_out, verified)
+
+
+def _auto(request: Request, combinations: Sequence[Combination], bound: float) -> Combination | None:
+    if request.tiles("auto") > COMPARED_TILES:
+        return None
+    mesh = ringattn.Mesh.virtual(ring=request.ring)
+    one = ringattn.plan(request.mask, ringattn.Sharding(request.length, mesh, mask=request.mask))
+    layout, schedule = request.layout_named("auto"), schedule_of(one)
+    same = [x for x in combinations if (x.layout, x.schedule) == (layout, schedule)]
+    return same[0] if same else measured(request.plans(layout, schedule), layout, bound)
+
+
+def refuse_too_many(request: Request, layout: str) -> None:
+    """An error where a layout would cut the mask into more tiles than fit into memory."""
+    size = request.tiles(layout)
+    if size > PLANNED_TILES:
+        raise InputError(_too_many({layout: size}, request.ring))
+
+
+def _too_many(sizes: dict[str, int], ring: int) -> str:
+    found = ", ".join(f"{name} into {options.readable_count(size)}" for name, size in sizes.items())
+    return f"On {ring} ranks this mask would be cut into too many tiles to plan: {found}. Take another layout."
+
+
+def schedule_of(plan: Plan) -> str:
+    """The name of the schedule of a plan, which ``auto`` may have taken."""
+    return plan.description.partition(":")[0]
+
+
+def measured(plans: Sequence[Plan], layout: str, bound: float) -> Combination:
+    """What these plans cost. They need a shape."""
+    moved = [plan.traffic() for plan in plans]
+    even = ringattn.balance(plans)
+
+    def most(name: str) -> int:
+        return max(int(getattr(t, name)) for t in moved)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(t, name) for t in moved)) / len(moved)
+
+    return Combination(
+        layout=layout,
+        schedule=schedule_of(plans[0]),
+        area=even.area,
+        tokens=even.tokens,
+        area_max=max(plan.area for plan in plans),
+        received_tokens_mean=mean("received_tokens"),
+        received_tokens_max=most("received_tokens"),
+        sent_tokens_max=most("sent_tokens"),
+        received_bytes_mean=mean("received_bytes"),
+        received_bytes_max=most("received_bytes"),
+        sent_bytes_max=most("sent_bytes"),
+        backward_received_bytes_mean=mean("backward_received_bytes"),
+        backward_received_bytes_max=most("backward_received_bytes"),
+        backward_sent_bytes_max=most("backward_sent_bytes"),
+        messages=sum(t.messages for t in moved),
+        backward_messages=sum(t.backward_messages for t in moved),
+        steps=max(len(plan.steps) for plan in plans),
+        memory=max(plan.memory().total for plan in plans),
+        over_bound=sum(t.received_tokens for t in moved) / bound if bound else None,
+    )
