@@ -32,14 +32,14 @@ def forward(
 ) -> tuple[torch.Tensor, State]:
     """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
     problem = call.begun(f"fwd {number}", params, seed)
-    state = problem.mechanism.empty(problem, q.shape[2])
+    state: State | None = None
     cargo = _cargo(call, problem, k, v)
     for step in call.plan.steps:
         under_way = _start(call, step.exchange, "forward", cargo)
         if step.tiles:
-            cargo.compute(step, q, state)
+            state = cargo.compute(step, q, state)
         under_way.wait()
-    return problem.mechanism.finish(problem, state)
+    return problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]) if state is None else state)
 
 
 def backward(

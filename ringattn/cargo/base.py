@@ -58,8 +58,8 @@ class Cargo(Traveller):
     """Keys and values, or what stands for them."""
 
     @abstractmethod
-    def compute(self, step: Step, q: torch.Tensor, state: State) -> None:
-        """Merges what the step's tiles contribute into the state, in place."""
+    def compute(self, step: Step, q: torch.Tensor, state: State | None) -> State:
+        """Merges what the step's tiles contribute into the state, or makes one where there is none yet."""
 
     @abstractmethod
     def gradients(self) -> Gradients:

@@ -25,8 +25,8 @@ class Keys(Cargo):
         """``[B, Hkv, rows, D]`` and ``[B, Hkv, rows, Dv]``: views of where the phase's rows lie."""
         return self._own if phase == 0 else _halves(self._rows(phase), self.problem)
 
-    def compute(self, step: Step, q: torch.Tensor, state: State) -> None:
-        self.call.kernel.forward(self.problem, q, *self.of(step.phase), step.tiles, state)
+    def compute(self, step: Step, q: torch.Tensor, state: State | None) -> State:
+        return self.call.kernel.forward(self.problem, q, *self.of(step.phase), step.tiles, state)
 
     def gradients(self) -> KeyGradients:
         return KeyGradients(self)

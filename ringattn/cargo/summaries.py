@@ -31,13 +31,14 @@ class Summaries(Cargo):
         assert isinstance(problem.mechanism, Summarising)
         self.call, self.problem, self.mechanism, self.k, self.v = call, problem, problem.mechanism, k, v
 
-    def compute(self, step: Step, q: torch.Tensor, state: State) -> None:
+    def compute(self, step: Step, q: torch.Tensor, state: State | None) -> State:
         if step.phase == 0:
-            self.call.kernel.forward(self.problem, q, self.k, self.v, step.tiles, state)
-            return
+            return self.call.kernel.forward(self.problem, q, self.k, self.v, step.tiles, state)
+        state = self.mechanism.empty(self.problem, q.shape[2]) if state is None else state
         for at, rows in step.tiles.derive(_folds):
             part = self.mechanism.attend(self.problem, self.wide(q[:, :, at]), self.folded(step.phase, rows))
             self.mechanism.merge(tuple(x[:, :, at] for x in state), part)
+        return state
 
     def gradients(self) -> SummaryGradients:
         return SummaryGradients(self)

@@ -14,7 +14,7 @@ from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.cli import options
 from ringattn.errors import InputError, PlanError
-from ringattn.masks import Mask
+from ringattn.masks import Mask, shortened
 from ringattn.plans import Plan
 
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
@@ -60,7 +60,7 @@ class Request:
 
     def __str__(self) -> str:
         return (
-            f"{options.shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, {self.heads} query and "
+            f"{shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, {self.heads} query and "
             f"{self.kv_heads} key heads of {self.dim}, {options.dtype_name(self.dtype)}"
         )
 

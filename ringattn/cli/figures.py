@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn import tiles
-from ringattn.cli import charts, options
+from ringattn import masks, tiles
+from ringattn.cli import charts
 from ringattn.cli.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
 from ringattn.plans import Exchange, Plan
@@ -66,7 +66,7 @@ def draw_plans(
     if compared:
         charts.draw_balance(below[0][0], *compared)
         charts.draw_received(below[0][1], *compared)
-    figure.suptitle(options.shortened(plans[0].description, 130), fontsize=13, color=INK)
+    figure.suptitle(masks.shortened(plans[0].description, 130), fontsize=13, color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

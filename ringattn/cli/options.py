@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
+import ringattn
 from ringattn.errors import InputError
+from ringattn.mechanisms.base import Mechanism
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence.", min=0)]
 RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence.", min=1)]
@@ -26,7 +28,7 @@ MaskText = Annotated[
     typer.Option(
         "--mask",
         help="Which pairs are allowed: full, causal, window:LEFT[,RIGHT], documents:LENGTH,LENGTH,…, prefix:N, "
-        "sinks:N, combined with & | ~ and parentheses.",
+        "sinks:N, blocks:SIZE/ROW/ROW/… of 0s and 1s, combined with & | ~ and parentheses.",
     ),
 ]
 LayoutName = Annotated[
@@ -34,8 +36,9 @@ LayoutName = Annotated[
 ]
 ScheduleName = Annotated[
     str | None,
-    typer.Option("--schedule", help="What moves when: ring, route or auto; all of them unless given."),
+    typer.Option("--schedule", help="What moves when: ring, route, scan or auto; all that apply unless given."),
 ]
+MechanismName = Annotated[str, typer.Option("--mechanism", help="What attends: softmax, hard or linear.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -53,6 +56,13 @@ def dtype_named(name: str) -> torch.dtype:
     }
     if name not in known:
         raise InputError(f"dtype must be one of {', '.join(known)}; got {name!r}.")
+    return known[name]
+
+
+def mechanism_named(name: str) -> Mechanism:
+    known: dict[str, Mechanism] = {"softmax": ringattn.Softmax(), "hard": ringattn.Hard(), "linear": ringattn.Linear()}
+    if name not in known:
+        raise InputError(f"--mechanism must be one of {', '.join(known)}; got {name!r}.")
     return known[name]
 
 
@@ -78,15 +88,6 @@ def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress
 
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
-
-
-def shortened(text: str, most: int = 60) -> str:
-    """A text of at most so many characters, its end left out where it is longer.
-
-    >>> shortened("documents:1500,1,1498", 13)
-    'documents:15…'
-    """
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def readable_bytes(count: float) -> str:

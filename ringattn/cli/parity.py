@@ -17,6 +17,10 @@ import ringattn
 from ringattn import reference
 from ringattn.errors import InputError
 from ringattn.masks import Mask
+from ringattn.mechanisms.base import Mechanism
+from ringattn.mechanisms.hard import Hard
+from ringattn.mechanisms.linear import Linear
+from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -36,6 +40,7 @@ class Problem:
     dtype: torch.dtype
     backward: bool
     seed: int
+    mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -70,7 +75,8 @@ class Problem:
             return self.rows(start, stop)
 
         q, k, v, dout = (x.double().numpy() for x in self.inputs())
-        return reference.evaluate(q, k, v, rows, dout if self.backward else None)
+        oracles = {Softmax: reference.evaluate, Hard: reference.hard, Linear: reference.linear}
+        return oracles[type(self.mechanism)](q, k, v, rows, dout if self.backward else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +100,7 @@ def attend(
     q, k, v, dout = (sharding.split(x, 2).to(device) for x in inputs)
     for x in (q, k, v):
         x.requires_grad_(problem.backward)
-    out = ringattn.attention(q, k, v, problem.mask, sharding=sharding, schedule=schedule)
+    out = ringattn.attention(q, k, v, problem.mask, sharding=sharding, schedule=schedule, mechanism=problem.mechanism)
     gradients = torch.autograd.grad(out, (q, k, v), dout) if problem.backward else ()
     return Part(sharding.positions, [x.detach().cpu() for x in (out, *gradients)])
 
@@ -120,7 +126,7 @@ def limits(problem: Problem, ranks: int, truth: reference.Evaluation) -> dict[st
     """The largest errors allowed, by name.
 
     float32: 1e-6, and 3e-6 from 64 ranks on, whose merges add up; float64 in proportion to its precision.
-    Half precision: twice the error of PyTorch's own kernel in one piece on the same inputs.
+    Half precision: twice the error in one piece on the same inputs, of PyTorch's own kernel where it has one.
     """
     names = NAMES if problem.backward else NAMES[:1]
     if problem.dtype in (torch.float32, torch.float64):
@@ -128,7 +134,12 @@ def limits(problem: Problem, ranks: int, truth: reference.Evaluation) -> dict[st
         # float64 inputs leave the oracle no precision to spare: it rounds as much as what it judges
         limit = (1e-6 if ranks < 64 else 3e-6) * precision * (10 if problem.dtype == torch.float64 else 1)
         return dict.fromkeys(names, limit)
-    return {name: 2 * error for name, error in errors(_in_one_piece(problem), truth).items()}
+    whole = _in_one_piece(problem) if isinstance(problem.mechanism, Softmax) else _on_one_rank(problem)
+    return {name: 2 * error for name, error in errors(whole, truth).items()}
+
+
+def _on_one_rank(problem: Problem) -> list[torch.Tensor]:
+    return joined(ringattn.simulate(attend, problem, "contiguous", "auto", problem.inputs(), ring=1).results)
 
 
 def _in_one_piece(problem: Problem) -> list[torch.Tensor]:

@@ -50,6 +50,7 @@ def simulate(
     mask: options.MaskText = "causal",
     layout: options.LayoutName = "auto",
     schedule: options.ScheduleName = None,
+    mechanism: options.MechanismName = "softmax",
     dtype: options.DtypeName = "float32",
     backward: bool = typer.Option(False, "--backward", help="Compute and compare the gradients too."),
     seed: options.Seed = 0,
@@ -67,6 +68,8 @@ def simulate(
 
       ringattn simulate --ring 7 --length 2999 --heads 8 --kv-heads 2 --mask "documents:1500,1,1498&causal"
 
+      ringattn simulate --ring 4 --length 8192 --mechanism linear --backward
+
       ringattn simulate --ring 64 --length 16384 --schedule route --json
     """
     problem = Problem(
@@ -80,8 +83,9 @@ def simulate(
         options.dtype_named(dtype),
         backward,
         seed,
+        options.mechanism_named(mechanism),
     )
-    plans = {name: _plans(problem, ring, layout, name) for name in options.schedules_named(schedule)}
+    plans = {name: _plans(problem, ring, layout, name) for name in _schedules(problem, ring, layout, schedule)}
     started = time.perf_counter()
     truth = _oracle(problem)
     oracle_seconds = time.perf_counter() - started
@@ -95,6 +99,14 @@ def simulate(
         raise typer.Exit(1)
 
 
+def _schedules(problem: Problem, ring: int, layout: str, schedule: str | None) -> tuple[str, ...]:
+    """The schedule asked for; otherwise all, scan among them where auto takes it."""
+    names = options.schedules_named(schedule)
+    if schedule is None and any(plan.cargo == "summaries" for plan in _plans(problem, ring, layout, "auto")[:1]):
+        return (*names, "scan")
+    return names
+
+
 def _plans(problem: Problem, ring: int, layout: str, schedule: str) -> list[Plan]:
     return ringattn.plan_all(
         problem.mask,
@@ -106,6 +118,7 @@ def _plans(problem: Problem, ring: int, layout: str, schedule: str) -> list[Plan
         head_dims=(problem.dim, problem.value_dim),
         dtype=problem.dtype,
         batch=problem.batch,
+        mechanism=problem.mechanism,
     )
 
 
@@ -177,6 +190,7 @@ def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_second
     return {
         "ring": ring,
         "mask": str(problem.mask),
+        "mechanism": str(problem.mechanism),
         "length": problem.length,
         "dtype": options.dtype_name(problem.dtype),
         "oracle_seconds": oracle_seconds,
@@ -188,7 +202,7 @@ def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_second
 def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> None:
     console = options.console()
     console.print(
-        f"{options.shortened(str(problem.mask))}: {problem.length} tokens on {ring} virtual ranks, "
+        f"{problem.mechanism}, {masks.shortened(str(problem.mask), 60)}: {problem.length} tokens on {ring} ranks, "
         f"{problem.heads} query and {problem.kv_heads} key heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
         highlight=False,
     )

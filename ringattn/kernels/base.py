@@ -23,9 +23,9 @@ class Kernel(ABC):
 
     @abstractmethod
     def forward(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
-    ) -> None:
-        """Merges what the tiles contribute into the state, in place."""
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
+        """Merges what the tiles contribute into the state, in place, or makes one where there is none yet."""
 
     @abstractmethod
     def backward(

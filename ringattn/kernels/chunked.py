@@ -31,9 +31,10 @@ class Chunked(Kernel):
         return None
 
     def forward(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
-    ) -> None:
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
         mechanism, wide = _mechanism(problem), problem.accumulator
+        state = mechanism.empty(problem, q.shape[2]) if state is None else state
         for batch in tiles.derive(lower, LEAF, MOST):
             for queries, keys in places(batch, problem.batch):
                 inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
@@ -42,6 +43,7 @@ class Chunked(Kernel):
                 else:
                     part = mechanism.tile(problem, _square(batch, q.device), *inputs)
                 mechanism.merge(tuple(queries(x) for x in state), part)
+        return state
 
     def backward(
         self,

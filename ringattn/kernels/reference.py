@@ -33,13 +33,15 @@ class Reference(Kernel):
         return None
 
     def forward(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
-    ) -> None:
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
         wide, mechanism = problem.accumulator, problem.mechanism
+        state = mechanism.empty(problem, q.shape[2]) if state is None else state
         for keys, block in self._blocks(tiles, problem):
             at = block.queries
             inputs = q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide)
             mechanism.merge(tuple(x[:, :, at] for x in state), mechanism.tile(problem, block, *inputs))
+        return state
 
     def backward(
         self,

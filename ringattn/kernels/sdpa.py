@@ -8,12 +8,13 @@ query; a backward pass that is exact for a block when it is given the *global* o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import FLIPPED, FULL, flipped, lower, places
+from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, Place, flipped, lower, places
 from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.tiles import Tiles
@@ -52,18 +53,18 @@ class Sdpa(Kernel):
         return None
 
     def forward(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State
-    ) -> None:
-        for batch in tiles.derive(lower, *_limits(problem)):
-            for queries, keys in places(batch, problem.batch):
-                inputs = (queries(q), keys(k), keys(v))
-                backwards = batch.kind == FLIPPED
-                if backwards:
-                    inputs = flipped(inputs)
-                part = _forward(problem, *inputs, causal=batch.kind != FULL)
-                if backwards:
-                    part = flipped(part)
+        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
+        if state is not None:
+            batches = tiles.derive(lower, *_forward_limits(problem))
+        else:
+            covering, batches = tiles.derive(_led, *_forward_limits(problem), q.shape[2])
+            # what covers every query once is the state so far: nothing to merge it with
+            state = _begun(problem, covering, q, k, v) if covering else problem.mechanism.empty(problem, q.shape[2])
+        for batch in batches:
+            for queries, part in _parts(problem, batch, q, k, v):
                 problem.mechanism.merge(tuple(queries(x) for x in state), part)
+        return state
 
     def backward(
         self,
@@ -77,7 +78,7 @@ class Sdpa(Kernel):
         dparams: Params,
     ) -> None:
         dlse = arriving.dextras[0]
-        for batch in tiles.derive(lower, *_limits(problem)):
+        for batch in tiles.derive(lower, *_backward_limits(problem)):
             for queries, keys in places(batch, problem.batch):
                 inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in (*arriving.saved, arriving.dout))]
                 inputs += [] if dlse is None else [queries(dlse)]
@@ -93,7 +94,38 @@ class Sdpa(Kernel):
         return "sdpa"
 
 
-def _forward(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> State:
+def _led(tiles: Tiles, leaf: int, most: int, rows: int) -> tuple[Batch | None, list[Batch]]:
+    """A batch whose pieces take each of so many queries once, if there is one, and the others."""
+    batches = lower(tiles, leaf, most)
+    for at, batch in enumerate(batches):
+        if batch.q == 0 and batch.q_step == 1 and batch.m * batch.count == rows and batch.q_next in (0, batch.m):
+            return batch, batches[:at] + batches[at + 1 :]
+    return None, batches
+
+
+def _begun(problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+    """The state after one batch that takes every query once."""
+    parts = [part for _, part in _parts(problem, batch, q, k, v)]
+    if batch.count == 1:
+        return tuple(x.to(problem.accumulator).transpose(1, 2).contiguous().transpose(1, 2) for x in parts[0])
+    # pieces [count, heads, m, ...] lie behind one another in the sequence they are of
+    joined = (torch.stack(pieces).to(problem.accumulator) for pieces in zip(*parts, strict=True))
+    return tuple(x.transpose(2, 3).flatten(1, 2).transpose(1, 2) for x in joined)
+
+
+def _parts(
+    problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[Place, State]]:
+    """The launches of a batch: where their queries lie, the output and the log-sum-exp."""
+    for queries, keys in places(batch, problem.batch):
+        inputs = queries(q), keys(k), keys(v)
+        if batch.kind == FLIPPED:
+            yield queries, flipped(_forward(problem, *flipped(inputs), causal=True))
+        else:
+            yield queries, _forward(problem, *inputs, causal=batch.kind == CAUSAL)
+
+
+def _forward(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> State:
     """The output and log-sum-exp of one launch."""
     scale = _scale(problem)
     if problem.device.type == "cpu":
@@ -149,13 +181,18 @@ def _flash_backward(
     )
 
 
-def _limits(problem: Problem) -> tuple[int, int]:
+def _forward_limits(problem: Problem) -> tuple[int, int]:
     """The largest square to leave on a diagonal, and the most rows of one launch.
 
-    The CPU kernels compute blocks of 256 by 512 pairs along a diagonal. In float32 squares of 128 save 5 % of a causal
-    square of 4,096 rows forward and 10 % backward, merges counted; in bfloat16 small launches cost more than they save.
-    A launch of 4,096 rows is as fast as a larger one and returns a bounded part of the result.
+    The CPU kernels compute blocks of 256 by 512 pairs along a diagonal. Squares of 128 save 2 % of a causal square of
+    4,096 rows, merges counted. A launch of 4,096 rows is as fast as a larger one and returns a bounded part of the
+    result.
     """
+    return (128, 4096) if problem.device.type == "cpu" else (INF, INF)
+
+
+def _backward_limits(problem: Problem) -> tuple[int, int]:
+    """The same backward: in float32 squares of 128 save 4 %; in bfloat16 small launches cost more than they save."""
     if problem.device.type != "cpu":
         return INF, INF
     return 128 if problem.dtype in (torch.float32, torch.float64) else INF, 4096
