@@ -152,6 +152,7 @@ def _keys_of_another_phase(plan: Plan) -> Plan:
         (_changed(tiles.LOW, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.HIGH, -1), "forward, computes the wrong pairs"),
         (_changed(tiles.M, -1), "forward, computes the wrong pairs"),
+        (_changed(tiles.UNDECIDED, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.K, 1), "does not hold at that place"),
         (_changed(tiles.Q_POSITION, 1), "does not hold at that place"),
         (_keys_of_another_phase, "does not hold at that place"),
@@ -267,3 +268,13 @@ def test_verify_wants_every_rank() -> None:
 def test_bad_requests_say_what_is_needed(call: Callable[[], object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_a_tile_that_is_not_asked_is_a_fault() -> None:
+    mask = ringattn.Predicate(lambda q, k: (q - k) % 3 == 0) & ringattn.Causal()
+    plan = ringattn.plan_all(mask, 90, "zigzag", "route", ring=3)[1]
+    plan.verify()
+    rows = plan.tile_rows.copy()
+    rows[0, tiles.UNDECIDED] = 0
+    with pytest.raises(PlanError, match="computes the wrong pairs"):
+        dataclasses.replace(plan, tile_rows=rows).verify()

@@ -60,6 +60,19 @@ def test_simulate_tells_machines_errors_limits_and_bytes(dtype: str) -> None:
         assert outcome["received_bytes"] == outcome["planned_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "schedules"), [("hard", ["ring", "route"]), ("linear", ["ring", "route", "scan"])]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_simulate_runs_every_mechanism(mechanism: str, schedules: list[str], dtype: str) -> None:
+    shape = ("--ring", "4", "--length", "129", "--dim", "8", "--backward")
+    shown = run("simulate", *shape, "--mechanism", mechanism, "--dtype", dtype, "--json")
+    assert shown.exit_code == 0, shown.output
+    value = json.loads(shown.stdout)
+    assert value["within"]
+    assert [x["schedule"] for x in value["schedules"]] == schedules
+
+
 @pytest.mark.parametrize("shape", [("0", "4"), ("3", "5"), ("1", "1")])
 def test_simulate_takes_any_length_and_number_of_ranks(shape: tuple[str, str]) -> None:
     assert run("simulate", "--length", shape[0], "--ring", shape[1], "--backward").exit_code == 0
