@@ -134,14 +134,15 @@ def explain(
     schedule: Schedule | str = "auto",
     kernel: Kernel | str = "auto",
 ) -> str:
-    """What `attention` would do with the same arguments, in words: this rank's plan, and the kernel and why.
+    """What `attention` would do with the same arguments, in words: this rank's plan, its layout and kernel, and why.
 
     Sends nothing, and needs no transport.
     """
     kv = sharding if kv_sharding is None else kv_sharding
     problem = _asking(_problem(q, k, v, mechanism, sharding, kv), mask, sharding, kv)
     taken, reason = chosen(kernel, problem)
-    return f"{_planned(problem, mask, sharding, kv, schedule).explain()}\n  kernel {taken}: {reason}"
+    planned = _planned(problem, mask, sharding, kv, schedule).explain()
+    return f"{planned}\n  layout: {sharding.reason}\n  kernel {taken}: {reason}"
 
 
 def _planned(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding, schedule: Schedule | str) -> Plan:

@@ -27,11 +27,13 @@ class Sharding:
         length: tokens of the whole sequence.
         mesh: the ranks.
         layout: who holds which positions.
+        reason: why this layout, where ``auto`` chose it.
     """
 
     length: int
     mesh: Mesh
     layout: Layout
+    reason: str = dataclasses.field(compare=False, repr=False)
     owned: dict[Any, Any] = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, length: int, mesh: Mesh, layout: Layout | str = "auto", mask: Mask | None = None) -> None:
@@ -48,12 +50,13 @@ class Sharding:
             raise InputError(f"A sequence's length is a number of tokens, from 0 to below 2^40; got {length!r}.")
         if not isinstance(mesh, Mesh):
             raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {mesh!r}.")
-        for name, value in (("length", length), ("mesh", mesh), ("layout", layouts.named(layout, mask, length))):
+        taken, reason = layouts.named(layout, mask, length)
+        values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason, "owned": {}}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "owned", {})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"length": self.length, "mesh": self.mesh, "layout": self.layout, "owned": {}}
+        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "owned": {}}
 
     @functools.cached_property
     def spans(self) -> Array:

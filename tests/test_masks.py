@@ -117,7 +117,9 @@ def test_auto_layout_is_the_simplest_that_balances() -> None:
         (Full(), "contiguous"),
         (None, "contiguous"),
     ):
-        assert str(ringattn.Sharding(10, ringattn.Mesh.virtual(2), "auto", mask).layout) == wanted
+        sharding = ringattn.Sharding(10, ringattn.Mesh.virtual(2), "auto", mask)
+        assert str(sharding.layout) == wanted
+        assert sharding.reason.startswith(f"auto took {wanted.partition(chr(40))[0]}: ")
 
 
 @given(data=st.data(), length=st.integers(0, 300), size=st.integers(1, 20), many=st.booleans())

@@ -48,11 +48,11 @@ class Request:
 
     def layout_named(self, layout: str) -> str:
         """The layout's name, where ``auto`` is what the mask makes it."""
-        return str(layouts.named(layout, self.mask, self.length)).partition("(")[0]
+        return str(layouts.named(layout, self.mask, self.length)[0]).partition("(")[0]
 
     def spans(self, layout: str) -> Array:
         """Who holds what, as `layouts` describes it."""
-        return layouts.named(layout, self.mask, self.length).spans(self.length, self.ring)
+        return layouts.named(layout, self.mask, self.length)[0].spans(self.length, self.ring)
 
     def tiles(self, layout: str) -> int:
         """How many tiles the layout cuts the mask into, or some more."""

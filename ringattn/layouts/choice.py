@@ -13,19 +13,19 @@ from ringattn.layouts.simple import Contiguous, Striped, Zigzag
 from ringattn.masks import Causal, Mask, checked
 
 
-def named(layout: Any, mask: Mask | None, length: int) -> Layout:
-    """The layout itself, or the one of this name; ``auto`` chooses by the mask (see `chosen`)."""
+def named(layout: Any, mask: Mask | None, length: int) -> tuple[Layout, str]:
+    """The layout itself, or the one of this name, and why; ``auto`` chooses by the mask (see `chosen`)."""
     if isinstance(layout, Layout):
-        return layout
+        return layout, "as asked"
     match layout:
         case "contiguous":
-            return Contiguous()
+            return Contiguous(), "as asked"
         case "zigzag":
-            return Zigzag()
+            return Zigzag(), "as asked"
         case "striped":
-            return Striped()
+            return Striped(), "as asked"
         case "balanced" if mask is not None:
-            return Balanced(mask)
+            return Balanced(mask), "as asked"
         case "balanced":
             raise InputError("layout='balanced' needs to know what to balance: give the mask, or Balanced(mask).")
         case "auto":
@@ -35,16 +35,17 @@ def named(layout: Any, mask: Mask | None, length: int) -> Layout:
     )
 
 
-def chosen(mask: Mask | None, length: int) -> Layout:
-    """What ``auto`` takes: balanced, and where that comes to the same or moves more than it gains, the simpler one.
+def chosen(mask: Mask | None, length: int) -> tuple[Layout, str]:
+    """What ``auto`` takes, and why: balanced, or what comes to the same, or moves less, and is simpler.
 
     One band over the whole sequence is contiguous when it is full or a window, whose rows weigh alike but for its ends,
     and zigzag when it is causal. Without a mask, contiguous.
     """
     if mask is None:
-        return Contiguous()
+        return Contiguous(), "auto took contiguous: no mask says that some tokens weigh more"
     regions = checked(mask).regions(length, length)
     if len(regions) > 1 or len(mask.undecided(length, length)):
-        return Balanced(mask)
-    one_triangle = Causal().regions(length, length)
-    return Zigzag() if length and np.array_equal(regions, one_triangle) else Contiguous()
+        return Balanced(mask), "auto took balanced: the mask has several parts, which weigh differently"
+    if length and np.array_equal(regions, Causal().regions(length, length)):
+        return Zigzag(), "auto took zigzag: one causal sequence, which it balances"
+    return Contiguous(), "auto took contiguous: one full or windowed band, whose rows weigh alike but for its ends"
