@@ -13,8 +13,10 @@ import ringattn
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.cli import options
-from ringattn.errors import InputError, PlanError
+from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.masks import Mask, shortened
+from ringattn.mechanisms.base import Mechanism, Summarising
+from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans import Plan
 
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
@@ -23,7 +25,7 @@ PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machi
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be planned: a mask over `length` tokens on `ring` ranks, and the heads of the call."""
+    """What is to be planned: a mask over `length` tokens on `ring` ranks, the heads of the call and what attends."""
 
     mask: Mask
     length: int
@@ -33,6 +35,12 @@ class Request:
     dim: int
     value_dim: int
     dtype: torch.dtype
+    mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Those that may serve the mechanism."""
+        return (*options.SCHEDULES, "scan") if isinstance(self.mechanism, Summarising) else options.SCHEDULES
 
     def plans(self, layout: str, schedule: str) -> list[Plan]:
         return ringattn.plan_all(
@@ -44,6 +52,7 @@ class Request:
             heads=(self.heads, self.kv_heads),
             head_dims=(self.dim, self.value_dim),
             dtype=self.dtype,
+            mechanism=self.mechanism,
         )
 
     def layout_named(self, layout: str) -> str:
@@ -60,8 +69,8 @@ class Request:
 
     def __str__(self) -> str:
         return (
-            f"{shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, {self.heads} query and "
-            f"{self.kv_heads} key heads of {self.dim}, {options.dtype_name(self.dtype)}"
+            f"{self.mechanism}, {shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, "
+            f"{self.heads} query and {self.kv_heads} key heads of {self.dim}, {options.dtype_name(self.dtype)}"
         )
 
 
@@ -80,7 +89,7 @@ class Combination:
         steps: of the rank that has most.
         memory: bytes of every buffer of forward and backward, of the rank that needs most.
         over_bound: key positions all ranks receive, over the least that a layout balanced to 2 % must; None where that
-            is nothing. Layouts that are less balanced may fall below 1.
+            is nothing, or sums over keys travel. Layouts that are less balanced may fall below 1.
     """
 
     layout: str
@@ -116,6 +125,7 @@ class Comparison:
         bound: key positions that all ranks together must receive, if each is within 2 % of the mean share.
         auto: what the library's ``auto`` takes for both; None where its layout is left out.
         left_out: layouts that would cut the mask into too many tiles, and how many.
+        refused: schedules that a layout does not suit, and why.
         verified: which plans were checked: ``all``, those of the one that is ``recommended``, or ``none``.
     """
 
@@ -124,6 +134,7 @@ class Comparison:
     combinations: list[Combination]
     auto: Combination | None
     left_out: dict[str, int]
+    refused: dict[str, str]
     verified: str
 
     @property
@@ -171,25 +182,32 @@ def compare(request: Request, names: Sequence[str], schedules: Sequence[str], ve
         raise InputError(_too_many(left_out, request.ring))
     bound = ringattn.lower_bound(request.mask, request.length, request.ring)
     known: dict[tuple[bytes, str], Combination] = {}
-    combinations = []
+    combinations, refused = [], {}
     with options.bar("layouts and schedules", len(compared) * len(schedules)) as advance:
         for layout, schedule in itertools.product(compared, schedules):
             key = (request.spans(layout).tobytes(), schedule)
-            if key not in known:
-                plans = request.plans(layout, schedule)
-                known[key] = measured(plans, layout, bound)
-                if verified == "all":
-                    check(plans, known[key].name)
-            combinations.append(dataclasses.replace(known[key], layout=layout))
+            try:
+                if key not in known:
+                    plans = request.plans(layout, schedule)
+                    known[key] = measured(plans, layout, bound)
+                    if verified == "all":
+                        check(plans, known[key].name)
+                combinations.append(dataclasses.replace(known[key], layout=layout))
+            except UnsupportedError as error:
+                refused[f"{layout} with {schedule}"] = str(error)
             advance()
-    return Comparison(request, bound, combinations, _auto(request, combinations, bound), left_out, verified)
+    if not combinations:
+        raise UnsupportedError(next(iter(refused.values())))
+    auto = _auto(request, combinations, bound)
+    return Comparison(request, bound, combinations, auto, left_out, refused, verified)
 
 
 def _auto(request: Request, combinations: Sequence[Combination], bound: float) -> Combination | None:
     if request.tiles("auto") > COMPARED_TILES:
         return None
     mesh = ringattn.Mesh.virtual(ring=request.ring)
-    one = ringattn.plan(request.mask, ringattn.Sharding(request.length, mesh, mask=request.mask))
+    sharding = ringattn.Sharding(request.length, mesh, mask=request.mask)
+    one = ringattn.plan(request.mask, sharding, mechanism=request.mechanism)
     layout, schedule = request.layout_named("auto"), schedule_of(one)
     same = [x for x in combinations if (x.layout, x.schedule) == (layout, schedule)]
     return same[0] if same else measured(request.plans(layout, schedule), layout, bound)
@@ -242,5 +260,5 @@ def measured(plans: Sequence[Plan], layout: str, bound: float) -> Combination:
         backward_messages=sum(t.backward_messages for t in moved),
         steps=max(len(plan.steps) for plan in plans),
         memory=max(plan.memory().total for plan in plans),
-        over_bound=sum(t.received_tokens for t in moved) / bound if bound else None,
+        over_bound=sum(t.received_tokens for t in moved) / bound if bound and plans[0].cargo == "keys" else None,
     )

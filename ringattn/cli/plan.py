@@ -27,7 +27,7 @@ LayoutNames = Annotated[
     ),
 ]
 ScheduleNames = Annotated[
-    str, typer.Option("--schedule", help="What moves when: all, to compare them, ring, route or auto.")
+    str, typer.Option("--schedule", help="What moves when: all, to compare them, ring, route, scan or auto.")
 ]
 Checked = Annotated[
     str,
@@ -51,6 +51,7 @@ def plan(
     mask: options.MaskText = "causal",
     layout: LayoutNames = "all",
     schedule: ScheduleNames = "all",
+    mechanism: options.MechanismName = "softmax",
     dtype: options.DtypeName = "bfloat16",
     verified: Checked = "auto",
     rank: Rank = None,
@@ -71,16 +72,26 @@ def plan(
 
       ringattn plan --ring 3 --length 2999 --mask "documents:1500,1,1498&causal" --json
 
+      ringattn plan --ring 8 --length 65536 --mechanism linear
+
       ringattn plan --ring 8 --length 8192 --layout zigzag --schedule route --rank 3
     """
     _refuse(layout, schedule, verified, rank, ring, draw)
     request = Request(
-        masks.parse(mask), length, ring, heads, kv_heads or heads, dim, value_dim or dim, options.dtype_named(dtype)
+        masks.parse(mask),
+        length,
+        ring,
+        heads,
+        kv_heads or heads,
+        dim,
+        value_dim or dim,
+        options.dtype_named(dtype),
+        options.mechanism_named(mechanism),
     )
     try:
         if "all" in (layout, schedule):
             names = options.LAYOUTS if layout == "all" else (request.layout_named(layout),)
-            schedules = options.SCHEDULES if schedule == "all" else (schedule,)
+            schedules = request.schedules if schedule == "all" else (schedule,)
             _compared(request, names, schedules, verified, rank, draw, as_json)
         else:
             _single(request, layout, schedule, verified, rank, draw, as_json)
@@ -92,7 +103,7 @@ def plan(
 def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ring: int, draw: Path | None) -> None:
     for option, given, known in (
         ("--layout", layout, ("all", *options.LAYOUTS, "auto")),
-        ("--schedule", schedule, ("all", *options.SCHEDULES, "auto")),
+        ("--schedule", schedule, ("all", *options.SCHEDULES, "scan", "auto")),
         ("--verify", verified, CHECKED),
     ):
         if given not in known:

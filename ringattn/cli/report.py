@@ -63,6 +63,8 @@ def _show_notes(console: Console, comparison: Comparison) -> None:
         )
     elif everything:
         notes.append("least: for this mask the bound is 0, and tells nothing")
+    for name, words in comparison.refused.items():
+        console.print(f"not {name}: {words}", highlight=False)
     for name, tiles in comparison.left_out.items():
         notes.append(
             f"left out: {name} would cut this mask into up to {options.readable_count(tiles)} tiles on {ring} ranks"
@@ -102,6 +104,7 @@ def comparison_for_machines(comparison: Comparison, choice: Recommendation) -> d
         "dtype": options.dtype_name(asked.dtype),
         "lower_bound": {"received_tokens": comparison.bound, "received_bytes_mean": comparison.bound_bytes},
         "combinations": [dataclasses.asdict(x) for x in comparison.combinations],
+        "refused": comparison.refused,
         "left_out": [{"layout": name, "tiles": size} for name, size in comparison.left_out.items()],
         "verified": comparison.verified,
         "recommended": {**dataclasses.asdict(choice.taken), "why": choice.why, "rule": RULE},

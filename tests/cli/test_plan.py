@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ringattn
@@ -240,3 +241,20 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPa
     shown = run("--draw", "plan.png", "--length", "64")
     assert shown.exit_code == 2
     assert "ringattn[plot]" in shown.stderr
+
+
+def test_a_mechanism_that_sums_keys_up_is_compared_with_scan() -> None:
+    shape = ("--ring", "4", "--length", "4096", "--mechanism", "linear")
+    shown = run(*shape, "--json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    scans = [x for x in found["combinations"] if x["schedule"] == "scan"]
+    assert [x["layout"] for x in scans] == ["contiguous", "zigzag", "balanced"]
+    assert "rank 0 sees rank 1's only in part" in found["refused"]["striped with scan"]
+    assert (found["recommended"]["layout"], found["recommended"]["schedule"]) == ("zigzag", "scan")
+    assert found["auto"]["schedule"] == "scan"
+    plans = Request(ringattn.Causal(), 4096, 4, 8, 8, 64, 64, torch.bfloat16, ringattn.Linear()).plans("zigzag", "scan")
+    assert scans[1]["received_bytes_max"] == max(plan.traffic().received_bytes or 0 for plan in plans)
+    assert "not striped with scan" in run(*shape).output
+    refused = run("--ring", "4", "--length", "64", "--layout", "striped", "--schedule", "scan")
+    assert refused.exit_code == 2 and "needs the keys themselves" in refused.output
