@@ -98,7 +98,8 @@ def _led(tiles: Tiles, leaf: int, most: int, rows: int) -> tuple[Batch | None, l
     """A batch whose pieces take each of so many queries once, if there is one, and the others."""
     batches = lower(tiles, leaf, most)
     for at, batch in enumerate(batches):
-        if batch.q == 0 and batch.q_step == 1 and batch.m * batch.count == rows and batch.q_next in (0, batch.m):
+        behind = batch.count == 1 or batch.q_next == batch.m
+        if batch.q == 0 and batch.q_step == 1 and behind and batch.m * batch.count == rows:
             return batch, batches[:at] + batches[at + 1 :]
     return None, batches
 
