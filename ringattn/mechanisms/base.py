@@ -151,9 +151,12 @@ class Mechanism(ABC):
         return dataclasses.replace(self, **held) if held else self
 
     def __str__(self) -> str:
-        """The mechanism without the content of its tensors: the same text on every rank of a call."""
+        """The mechanism without the content of its tensors: the same text on every rank, and in every step.
+
+        A field that changes from call to call, as a seed may, is declared with ``repr=False`` and not shown.
+        """
         shown = []
-        for field in dataclasses.fields(self):
+        for field in (field for field in dataclasses.fields(self) if field.repr):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
                 shape = "" if field.name in self.sharded else str(list(value.shape))

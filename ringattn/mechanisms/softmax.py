@@ -62,7 +62,7 @@ class Softmax(Mechanism):
     relative: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     dropout: float = 0.0
-    seed: int | None = None
+    seed: int | None = dataclasses.field(default=None, repr=False)
 
     tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias")
     sharded: ClassVar[tuple[str, ...]] = ("bias",)
