@@ -119,7 +119,7 @@ def attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     params = list(mechanism.params.values())
     out, extras = autograd.attention(q, k, v, params, number, mechanism.new_seed(), call_number)
-    return (out, extras[mechanism.extras.index("lse")]) if return_lse else out
+    return (out, extras[mechanism.extras.index("lse")].to(problem.accumulator)) if return_lse else out
 
 
 def explain(

@@ -87,10 +87,10 @@ class Arriving:
     dextras: tuple[torch.Tensor | None, ...]
 
     def of(self, place: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> Arriving:
-        """The same for the queries that ``place`` takes of each tensor, numbers in this dtype."""
+        """The same for the queries that ``place`` takes of each tensor, numbers in this dtype or a wider one."""
 
         def part(x: torch.Tensor) -> torch.Tensor:
-            return place(x).to(dtype) if x.is_floating_point() else place(x)
+            return place(x).to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else place(x)
 
         dextras = tuple(None if x is None else part(x) for x in self.dextras)
         return Arriving(tuple(map(part, self.saved)), part(self.dout), dextras)

@@ -16,6 +16,9 @@ What changes the scores is a function of the score or of global positions, and l
     S = cap tanh(scale Q K^T / cap) - alibi_h |i - j| + relative_h[i - j] + bias_h[i, j]
 
 (soft cap: Gemma 2, arXiv 2408.00118, section 2; ALiBi: arXiv 2108.12409, section 3, mirrored for keys that follow).
+Position terms may be a hundred times larger than what they decide, where a mask allows distant keys only: float32 would
+round them in the fifth digit of a weight. Scores that have any, and their log-sum-exp, are float64.
+
 A learned sink is one more score that every query sees and that has no value (gpt-oss): lse' = logaddexp(lse, sink_h),
 O shrinks by exp(lse - lse'), once, when all blocks are merged. Dropout keeps a weight with probability 1 - p, times
 1 / (1 - p), by a hash of the seed and the pair's global indices: any rank can redo any block's draw.
@@ -116,13 +119,16 @@ class Softmax(Mechanism):
         return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
 
     def empty(self, problem: Problem, length: int) -> State:
-        lse = problem.rows(problem.heads, length, 1).squeeze(-1)
+        positional = problem.params.keys() - {"sinks"}
+        lse = (
+            problem.rows(problem.heads, length, 1).squeeze(-1).to(torch.float64 if positional else problem.accumulator)
+        )
         return problem.rows(problem.heads, length, problem.value_dim), lse.fill_(-math.inf)
 
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         scores, _ = self._scores(problem, block, q, k)
         lse = scores.logsumexp(dim=-1)
-        weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+        weights = torch.exp(scores - _finite(lse).unsqueeze(-1)).to(v.dtype)
         if self.dropout:
             weights = weights * self._kept(problem, block)
         return (weights @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
@@ -131,14 +137,14 @@ class Softmax(Mechanism):
         (out, lse), (part_out, part_lse) = into, part
         # -inf - -inf, where neither side has a key, is nan: such a row keeps its zeros.
         weight = torch.sigmoid(torch.nan_to_num_(part_lse - lse, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
-        out.lerp_(part_out.to(out.dtype), weight.unsqueeze(-1))
+        out.lerp_(part_out.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
         torch.logaddexp(lse, part_lse, out=lse)
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         out, lse = state
         if "sinks" in problem.params:
             with_sink = torch.logaddexp(lse, problem.params["sinks"].to(lse.dtype)[:, None])
-            out *= torch.exp(lse - _finite(with_sink)).unsqueeze(-1)
+            out *= torch.exp(lse - _finite(with_sink)).to(out.dtype).unsqueeze(-1)
             lse = with_sink
         return out.to(problem.dtype), (lse,)
 
@@ -155,7 +161,7 @@ class Softmax(Mechanism):
         lse, dout = arriving.saved[1], arriving.dout
         scale, groups = self.scale_for(problem), (problem.kv_heads, -1)
         scores, slope = self._scores(problem, block, q, k)
-        weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1))
+        weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
         grouped = dout.unflatten(1, groups)
         dscores = grouped @ v.unsqueeze(2).transpose(-1, -2)
         given = weights
@@ -176,7 +182,7 @@ class Softmax(Mechanism):
     def finish_grad(self, problem: Problem, arriving: Arriving, dparams: Params) -> None:
         if "sinks" in problem.params:
             total, lse = dparams["sinks"], arriving.saved[1]
-            weight = torch.exp(problem.params["sinks"].to(total.dtype)[:, None] - _finite(lse))
+            weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
             total -= (weight * _delta(arriving.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
 
     def _scores(
@@ -190,8 +196,8 @@ class Softmax(Mechanism):
             scores, slope = self.softcap * bent, 1 - bent * bent
         for name, table in problem.params.items():
             if name != "sinks":
-                added = self._added(name, table, block).to(scores.dtype)
-                scores = scores + added.unflatten(0, (problem.kv_heads, -1))
+                added = self._added(name, table.double() if name != "bias" else table, block)
+                scores = scores + added.unflatten(0, (problem.kv_heads, -1)).double()
         return (scores if block.allowed is None else scores.masked_fill(~block.allowed, -math.inf)), slope
 
     @staticmethod
