@@ -237,7 +237,7 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     as many keys as that row or a later one allows. All ranks together hold each key once. For one causal document of
     L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
     """
-    regions = np.concatenate([mask.regions(length, length), mask.undecided(length, length)])
+    regions = np.concatenate(mask.divided(length, length))
     row_area = mask.row_areas(length, length)
     tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks
     bound = 0.0

@@ -42,7 +42,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output and the mechanism's extras."""
-    out, extras = engine.forward(_call(plan), q, k, v, params, seed, number)
+    with torch.autocast(q.device.type, enabled=False):  # what is computed in float32 is so on purpose
+        out, extras = engine.forward(_call(plan), q, k, v, params, seed, number)
     return out, list(extras)
 
 
@@ -72,7 +73,8 @@ def attention_backward(
     """The gradients. ``present`` tells which extras have one; ``dextras`` holds those."""
     given = iter(dextras)
     all_extras = tuple(next(given) if there else None for there in present)
-    return engine.backward(_call(plan), q, k, v, params, seed, number, tuple(saved), dout, all_extras)
+    with torch.autocast(q.device.type, enabled=False):
+        return engine.backward(_call(plan), q, k, v, params, seed, number, tuple(saved), dout, all_extras)
 
 
 @attention_backward.register_fake

@@ -82,7 +82,8 @@ def attention(
         schedule: a schedule, its name, or ``auto``, which `ringattn.plan(...).explain()` explains.
         kernel: a kernel, its name, or ``auto``.
         return_lse: whether to return the log-sum-exp too, ``[B, Hq, S_local]`` in float32 (float64 for float64),
-            -inf for a query that no key may reach. It is differentiable.
+            -inf for a query that no key may reach. It is differentiable. With learned sinks it includes them, and is
+            the sink where no key is. Only softmax has one.
 
     Returns:
         ``[B, Hq, S_local, Dv]`` in q's dtype; 0 for a query that no key may reach.
@@ -92,13 +93,13 @@ def attention(
         UnsupportedError: the schedule or kernel asked for cannot do this; nothing was sent.
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
+    if not isinstance(sharding, Sharding):
+        raise InputError(f"attention needs a ringattn.Sharding; got {sharding!r}.")
     kv = sharding if kv_sharding is None else kv_sharding
-    for owner in (sharding, kv):
-        if not isinstance(owner, Sharding):
-            raise InputError(f"attention needs a ringattn.Sharding; got {owner!r}.")
     transport = sharding.mesh.connected()
     call_number = transport.next_call()
     try:
+        _check_kinds(q, k, v, mask, kv, mechanism, schedule, kernel)
         problem = _problem(q, k, v, mechanism, sharding, kv)
         wanted = _wanted(q, k, v, mechanism)
         key = (mask, kv, schedule, kernel, str(mechanism), problem.batch, *_shapes(problem), problem.device, wanted)
@@ -113,7 +114,7 @@ def attention(
             raise UnsupportedError(f"{mechanism} has no log-sum-exp to return; leave return_lse out.")
     except Exception:
         # The other ranks are about to compare digests and would wait for ours.
-        agreement.refuse(transport, q.device)
+        agreement.refuse(transport, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise
     _, number = found
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -139,6 +140,7 @@ def explain(
     Sends nothing, and needs no transport.
     """
     kv = sharding if kv_sharding is None else kv_sharding
+    _check_kinds(q, k, v, mask, kv, mechanism, schedule, kernel)
     problem = _asking(_problem(q, k, v, mechanism, sharding, kv), mask, sharding, kv)
     taken, reason = chosen(kernel, problem)
     planned = _planned(problem, mask, sharding, kv, schedule).explain()
@@ -177,7 +179,7 @@ def _prepared(
         "shapes": f"{problem.batch} x {heads} heads of {dims}, {sharding.length} queries, {kv.length} keys",
         "dtype": str(problem.dtype).removeprefix("torch."),
         "mask": mask.signature(sharding.length, kv.length),
-        "layout": str(sharding.layout) if kv == sharding else f"{sharding.layout}, keys {kv.layout}",
+        "layout": sharding.signature if kv == sharding else f"{sharding.signature}, keys {kv.signature}",
         "schedule": str(schedule) if isinstance(schedule, str) else repr(schedule),
         "mechanism": str(problem.mechanism),
         "gradients": wanted,
@@ -188,8 +190,26 @@ def _prepared(
 
 def _asking(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding) -> Problem:
     """The problem, with what undecided tiles ask where there are any."""
-    undecided = checked(mask).undecided(sharding.length, kv.length)
+    undecided = mask.undecided(sharding.length, kv.length)
     return dataclasses.replace(problem, allows=mask.allows) if len(undecided) else problem
+
+
+def _check_kinds(
+    q: object, k: object, v: object, mask: object, kv: object, mechanism: object, schedule: object, kernel: object
+) -> None:
+    """Raises InputError where an argument is not even of the kind that is needed."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"{name} must be a tensor; got {type(x).__name__}.")
+    checked(mask)
+    if not isinstance(kv, Sharding):
+        raise InputError(f"kv_sharding must be a ringattn.Sharding; got {kv!r}.")
+    if not isinstance(mechanism, Mechanism):
+        raise InputError(f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {mechanism!r}.")
+    if not isinstance(schedule, (str, Schedule)):
+        raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {schedule!r}.")
+    if not isinstance(kernel, (str, Kernel)):
+        raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {kernel!r}.")
 
 
 def _wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mechanism: Mechanism) -> str:
@@ -229,8 +249,6 @@ def _problem(
                 f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
                 f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
             )
-    if not isinstance(mechanism, Mechanism):
-        raise InputError(f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {mechanism!r}.")
     problem = Problem(mechanism.bare, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
     mechanism.check(problem, sharding.count, kv.length)
     return problem

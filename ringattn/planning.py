@@ -113,8 +113,9 @@ def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
             f"Queries and keys must be sharded over the same mesh; got {sharding.mesh} and {kv_sharding.mesh}."
         )
     lengths = sharding.length, kv_sharding.length
-    parts = checked(mask).regions(*lengths), mask.undecided(*lengths)
-    return Demand(mask, *parts, sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size)
+    return Demand(
+        mask, *checked(mask).divided(*lengths), sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size
+    )
 
 
 def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from ringattn import agreement, layouts
@@ -62,6 +64,11 @@ class Sharding:
     def spans(self) -> Array:
         """Every rank's spans, as `layouts` describes them."""
         return self.layout.spans(self.length, self.mesh.sequence_size)
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """The layout's text and a digest of its spans: equal where every rank holds the same positions alone."""
+        return f"{self.layout}#{hashlib.blake2b(np.ascontiguousarray(self.spans).tobytes(), digest_size=8).hexdigest()}"
 
     @functools.cached_property
     def counts(self) -> list[int]:
@@ -162,6 +169,6 @@ def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:
         "call": call,
         "shapes": f"{sharding.length} tokens of {list(x.shape[1:])}",
         "dtype": str(x.dtype).removeprefix("torch."),
-        "layout": str(sharding.layout),
+        "layout": sharding.signature,
     }
     agreement.check(sharding.mesh.connected(), fields, x.device)

@@ -20,6 +20,7 @@ from ringattn import bands, layouts, tiles
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
 from ringattn.errors import PlanError
 from ringattn.plans import HOLD_OFFSET, HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
+from ringattn.tiles import Tiles
 
 Weights = npt.NDArray[np.uint64]
 
@@ -59,12 +60,14 @@ class _Keys:
 def verify_rank(plan: Plan, keys: _Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
     keys = _Keys(plan.k_spans) if keys is None else keys
-    if not {*plan.home_sends[:, 0].tolist(), *plan.tile_phases.tolist()} <= {0, *plan.slots}:
+    _verify_form(plan)
+    if not {*plan.home_sends[:, 0].tolist()} <= {*plan.slots} or not {*plan.tile_phases.tolist()} <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps, keys)
         _verify_slots(plan, name, steps)
         _verify_coverage(plan, name, steps, keys)
+    _verify_canonical(plan)
 
 
 def verify(plans: Sequence[Plan]) -> None:
@@ -97,6 +100,21 @@ def verify(plans: Sequence[Plan]) -> None:
 
 
 # -- one rank -------------------------------------------------------------------------------------------------------
+
+
+def _verify_form(plan: Plan) -> None:
+    """Every tile has a phase, queries and keys, and steps and strides that go forward."""
+    columns = [tiles.M, tiles.N, tiles.Q_STEP, tiles.K_STEP, tiles.Q_STRIDE, tiles.K_STRIDE]
+    if len(plan.tile_phases) != len(plan.tile_rows) or (plan.tile_rows[:, columns] < 1).any():
+        raise PlanError(f"Rank {plan.rank} has tiles without a phase, without pairs, or with a step below 1.")
+
+
+def _verify_canonical(plan: Plan) -> None:
+    """Bands are as tight as their tiles, as kernels take them to be: a wider one holds no other pair, but they err."""
+    rows = Tiles(plan.tile_rows).regions
+    regions, kept = bands.tighten(rows)
+    if len(kept) != len(rows) or not np.array_equal(regions, rows):
+        raise PlanError(f"Rank {plan.rank} has tiles whose bands are not canonical: wider than the tiles.")
 
 
 def _weights(length: int) -> Weights:
@@ -186,6 +204,7 @@ def _verify_summed(plan: Plan, name: str, step: Step, held: list[Array]) -> None
     """Tiles that attend to summaries allow every pair, and name the keys that their summary is a sum over."""
     rows = step.tiles.rows
     full = bands.areas(step.tiles.regions) == rows[:, tiles.M] * rows[:, tiles.N]
+    full &= rows[:, tiles.UNDECIDED] == 0
     for tile, row in enumerate(rows.tolist()):
         keys = row[tiles.K_POSITION] + row[tiles.K_STRIDE] * np.arange(row[tiles.N])
         if not (full[tile] and 0 <= row[tiles.K] < len(held) and np.array_equal(held[row[tiles.K]], keys)):

@@ -76,7 +76,7 @@ def test_explain_says_what_attention_would_do_and_why() -> None:
     part = ringattn.Sharding(40, mesh, "zigzag")
     said = ringattn.explain(q, k, v, ringattn.Causal(), sharding=part)
     assert said.startswith("rank 0 of 2, ring: causal, 40 tokens zigzag, 2 ranks")
-    assert said.endswith("kernel sdpa: auto took the fastest kernel")
+    assert said.endswith("kernel sdpa: auto took the fastest kernel for this mechanism")
     narrow = ringattn.explain(q, k, v[..., :5], ringattn.Causal(), sharding=part, schedule="ring")
     assert "kernel reference: auto fell to it: sdpa needs value heads as wide as query heads; got D=8, Dv=5" in narrow
 

@@ -149,6 +149,8 @@ def test_large_tables_are_read_in_bounded_parts() -> None:
         ({"softcap": "30"}, "softcap must be a finite number"),
         ({"dropout": 1.0}, "probability from 0 to below 1"),
         ({"dropout": -0.1}, "probability from 0 to below 1"),
+        ({"dropout": None}, "dropout must be a finite number"),
+        ({"seed": True}, "seed is a number"),
         ({"seed": -1}, "seed is a number from 0 to below 2"),
         ({"sinks": [1.0]}, "sinks must be a tensor of floating point numbers"),
         ({"alibi": torch.ones(4, dtype=torch.int64)}, "alibi must be a tensor of floating point numbers"),
@@ -173,8 +175,6 @@ def test_bad_features_say_what_is_needed(given: dict[str, Any], words: str) -> N
         (ringattn.Softmax(relative=torch.ones(2, 3)), "sdpa has no relative position bias"),
         (ringattn.Softmax(bias=torch.ones(2, 6, 6)), "sdpa has no additive bias"),
         (ringattn.Softmax(dropout=0.1), "sdpa has no dropout that can be replayed"),
-        (ringattn.Hard(), r"sdpa computes Softmax; got Hard\(\)"),
-        (ringattn.Linear(), r"sdpa computes Softmax; got Linear\(\)"),
     ],
 )
 def test_sdpa_refuses_by_name_and_auto_says_so(mechanism: Any, words: str) -> None:
@@ -209,3 +209,58 @@ def test_new_tensors_reuse_the_plan_and_keep_no_old_ones() -> None:
         mechanism = ringattn.Softmax(dropout=0.1, seed=seed)
         ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism)
     assert len(sharding.owned) == 2, "another seed is no other plan"
+
+
+@pytest.mark.parametrize("slopes", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_slopes_of_low_precision_are_multiplied_in_full(slopes: torch.dtype, dtype: torch.dtype) -> None:
+    """Only far keys are allowed: distances rounded to bfloat16, or beyond float16, would decide everything."""
+    g = torch.Generator().manual_seed(0)
+    sharding = ringattn.Sharding(3000, ringattn.init())
+    q, k, v = (torch.randn(1, 2, 3000, 8, generator=g).to(dtype) for _ in range(3))
+    alibi = torch.tensor([0.5, 0.125], dtype=slopes)
+
+    def out(*x: torch.Tensor) -> torch.Tensor:
+        mechanism = ringattn.Softmax(alibi=x[3])
+        return ringattn.attention(x[0], x[1], x[2], ringattn.Prefix(16), sharding=sharding, mechanism=mechanism)
+
+    exact = out(q.double(), k.double(), v.double(), alibi.double())
+    assert (out(q, k, v, alibi).double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [ringattn.Softmax(), ringattn.Softmax(softcap=2.0), ringattn.Hard(), ringattn.Linear()],
+    ids=str,
+)
+def test_autocast_outside_changes_nothing_inside(mechanism: Any) -> None:
+    sharding = ringattn.Sharding(64, ringattn.init())
+
+    def run(enabled: bool) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        xs = [torch.randn(1, 2, 64, 16, generator=g, requires_grad=True) for _ in range(3)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ringattn.attention(xs[0], xs[1], xs[2], ringattn.Causal(), sharding=sharding, mechanism=mechanism)
+        out.sum().backward()
+        return [out.detach(), *(x.grad for x in xs if x.grad is not None)]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_hard_gives_nan_where_a_score_is_nan_and_nowhere_else() -> None:
+    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    k[0, 0, 3, 0] = torch.nan
+    for kernel in ("auto", ringattn.kernels.reference.Reference(rows=2, columns=2)):  # type: ignore[attr-defined]
+        sharding = ringattn.Sharding(8, ringattn.init())
+        out = ringattn.attention(
+            q, k, v, ringattn.Causal(), sharding=sharding, mechanism=ringattn.Hard(), kernel=kernel
+        )
+        assert out[:, :, :3].isfinite().all() and out[:, :, 3:].isnan().all()
+
+
+def test_numbers_of_any_type_are_one_number() -> None:
+    import numpy as np
+
+    given: dict[str, Any] = {"scale": np.float32(0.5), "dropout": 0, "seed": np.int64(3)}
+    assert ringattn.Softmax(**given) == ringattn.Softmax(0.5, seed=3)
+    assert str(ringattn.Softmax(**given)) == str(ringattn.Softmax(0.5))

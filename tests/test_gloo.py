@@ -81,6 +81,9 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
     length, mask = (24, ringattn.Causal()) if what != "mask" or not odd else (24, ringattn.Full())
     sharding = ringattn.Sharding(length, mesh, "striped" if odd and what == "layout" else "contiguous")
     heads = 4 if odd and what == "shapes" else 2
+    if what == "explicit":
+        runs = [[(0, 8)], [(8, 16)], [(16, 24)]]
+        sharding = ringattn.Sharding(24, mesh, ringattn.Explicit(runs[::-1] if odd else runs))
     dtype = torch.bfloat16 if odd and what == "dtype" else torch.float32
     q, k, v = (torch.randn(1, heads, sharding.count, 8, dtype=dtype) for _ in range(3))
     q.requires_grad_(not (odd and what == "gradients"))
@@ -88,6 +91,8 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
     scale = 0.5 if odd and what == "mechanism" else None
     if odd and what == "refused":
         q = q[:, :, :1]
+    if odd and what == "nothing":
+        q = None  # type: ignore[assignment]
     try:
         out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule, mechanism=ringattn.Softmax(scale))
         if what == "call":
@@ -98,15 +103,30 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "what", ["shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients", "call", "refused"]
+    "what",
+    [
+        "shapes",
+        "dtype",
+        "mask",
+        "layout",
+        "explicit",
+        "schedule",
+        "mechanism",
+        "gradients",
+        "call",
+        "refused",
+        "nothing",
+    ],
 )
 def test_ranks_that_disagree_all_learn_who_differs_in_what(gloo: Workers, what: str) -> None:
     for run in (gloo.run(3, _disagree, what), ringattn.simulate(_disagree, what, ring=3).results):
-        if what == "refused":
-            assert run[1].startswith("InputError: Rank 1 holds 8 of the 24 queries")
+        if what in ("refused", "nothing"):
+            own = "Rank 1 holds 8 of the 24 queries" if what == "refused" else "q must be a tensor; got NoneType"
+            assert run[1].startswith(f"InputError: {own}")
             assert all(said.startswith("AgreementError: Rank 1 refused this call") for said in (run[0], run[2]))
             continue
-        assert all(said.startswith("AgreementError") and f"{what} (rank 0, 2: " in said for said in run), run
+        field = "layout" if what == "explicit" else what
+        assert all(said.startswith("AgreementError") and f"{field} (rank 0, 2: " in said for said in run), run
         assert all("; rank 1: " in said for said in run)
 
 

@@ -284,3 +284,62 @@ def test_layouts_draw_and_describe_themselves() -> None:
         bars = sum(len(bar.get_paths()) for bar in axes.collections)
         assert bars == sum(n if stride > 1 else 1 for *_, n, stride in layout.spans(100, 4).tolist())
         assert layout.describe(100, 4).startswith(f"{layout}: 100 tokens on 4 ranks, 25 to 25 tokens a rank in ")
+
+
+def test_masks_that_ask_are_divided_once_a_level() -> None:
+    asked: list[int] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        asked.append(1)
+        return (q * k) % 5 < 3
+
+    mask: Mask = Predicate(counted)
+    for i in range(20):
+        mask = mask & Prefix(500 + i) if i % 2 else mask | Window(i)
+    assert len(mask.divided(600, 600)[0]) > 0 and len(asked) == 3, "600 rows are asked for, 256 at a time"
+
+
+def test_signatures_of_masks_that_ask_differ_where_the_masks_do() -> None:
+    def of(fn: Any, length: int = 1024) -> str:
+        return Predicate(fn).signature(length, length)
+
+    def same(fn: Any) -> Any:
+        fn.__qualname__ = "mask"
+        return fn
+
+    fns = [
+        same(lambda q, k: q + k >= 0),
+        same(lambda q, k: q + k < 0),
+        same(lambda q, k: (q < 768) | (k < 768)),
+        same(lambda q, k: (q // 256 == k // 256) & (q % 2 == 0)),
+        same(lambda q, k: (q // 256 + k // 256 == 3) & (q % 2 == 0)),
+    ]
+    assert len({of(fn) for fn in fns}) == len(fns)
+
+    class Even:
+        def __call__(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (q + k) % 2 == 0
+
+    assert of(Even()) == of(Even())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Blocks([[1, 0], [1]], 2), "all rows of one length"),
+        (lambda: Blocks([[1]], 3).dense(range(9), range(3)), "ends at query position 3; got 8"),
+        (lambda: Documents(5), "takes a list of lengths; got 5"),
+        (lambda: Predicate(3), "needs a function"),  # type: ignore[arg-type]
+        (lambda: ringattn.Explicit([[0, 4], [4, 8]]), "a list of runs"),  # type: ignore[list-item]
+        (lambda: ringattn.Explicit([[(0.5, 4)]]), "a list of runs"),  # type: ignore[list-item]
+        (lambda: ringattn.plan_all(Documents([3, 5], [2, 2]), 8, kv_length=4, ring=2), "mask of two sequences, name"),
+    ],
+)
+def test_more_bad_input_says_what_is_needed(make: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_blocks_take_tensors() -> None:
+    grid = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
+    assert Blocks(grid, 2) == Blocks([[1, 0], [0, 1]], 2)

@@ -278,3 +278,25 @@ def test_a_tile_that_is_not_asked_is_a_fault() -> None:
     rows[0, tiles.UNDECIDED] = 0
     with pytest.raises(PlanError, match="computes the wrong pairs"):
         dataclasses.replace(plan, tile_rows=rows).verify()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _changed(tiles.Q_STEP, -1),
+        _changed(tiles.K_STRIDE, -9),
+        lambda plan: dataclasses.replace(plan, tile_phases=plan.tile_phases[:-1]),
+        lambda plan: dataclasses.replace(plan, tile_rows=np.where(plan.tile_rows == 1, -1, plan.tile_rows)),
+        lambda plan: dataclasses.replace(plan, home_sends=plan.home_sends * np.array([0, 1, 1, 1])),
+    ],
+)
+def test_plans_out_of_form_are_refused_as_plans(fault: Fault) -> None:
+    with pytest.raises(PlanError):
+        fault(_plans("route")[3]).verify()
+
+
+def test_a_band_wider_than_its_tile_is_a_fault() -> None:
+    """It holds no other pairs, but kernels read bands as canonical and would compute others."""
+    plan = ringattn.plan_all(ringattn.Causal(), 16, "striped", "route", ring=2)[1]
+    with pytest.raises(PlanError, match="canonical"):
+        _changed(tiles.HIGH, 1)(plan).verify()

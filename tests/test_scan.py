@@ -164,3 +164,10 @@ def _moved(mesh: ringattn.Mesh, length: int) -> tuple[int, int]:
 
 def test_bytes_counted_on_gloo_do_not_depend_on_the_length(gloo: Workers) -> None:
     assert gloo.run(4, _moved, 512) == gloo.run(4, _moved, 4096)
+
+
+def test_a_summary_is_attended_to_whole() -> None:
+    plans = ringattn.plan_all(ringattn.Causal(), 64, "contiguous", "scan", ring=2, **SHAPE)
+    undecided = _table("tile_rows", tiles.UNDECIDED, 1)(plans[1])
+    with pytest.raises(PlanError, match=r"not the sum over exactly its keys|wrong pairs"):
+        undecided.verify()

@@ -10,12 +10,16 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Mechanism, Params, Problem, State
 from ringattn.tiles import Tiles
 
 
 class Kernel(ABC):
     """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.derive`)."""
+
+    @abstractmethod
+    def serves(self, mechanism: Mechanism) -> bool:
+        """Whether the kernel is written for this mechanism."""
 
     @abstractmethod
     def refuses(self, problem: Problem) -> str | None:

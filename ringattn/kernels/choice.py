@@ -23,10 +23,11 @@ def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
     """
     named = {str(candidate): candidate for candidate in CANDIDATES}
     if kernel == "auto":
-        refusal = CANDIDATES[0].refuses(problem)
+        serving = [candidate for candidate in CANDIDATES if candidate.serves(problem.mechanism)]
+        refusal = serving[0].refuses(problem)
         if refusal is None:
-            return CANDIDATES[0], "auto took the fastest kernel"
-        taken = next(candidate for candidate in CANDIDATES if candidate.refuses(problem) is None)
+            return serving[0], "auto took the fastest kernel for this mechanism"
+        taken = next(candidate for candidate in serving if candidate.refuses(problem) is None)
         return taken, f"auto fell to it: {refusal}"
     asked = named.get(kernel) if isinstance(kernel, str) else kernel
     if not isinstance(asked, Kernel):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn import bands
-from ringattn.bands import Array
+from ringattn.bands import Array, Regions
 from ringattn.errors import InputError
 from ringattn.layouts.base import Layout, make_runs, shares_of
 from ringattn.masks import Mask, checked
@@ -89,11 +89,23 @@ class Balanced(Layout):
 
 def _bends(mask: Mask, length: int) -> tuple[Array, Array]:
     """Where the row area of a mask bends, and by how much."""
-    if not len(mask.undecided(length, length)):
-        return bands.bends(mask.regions(length, length))
+    regions, undecided = fitting(mask, length)
+    if not len(undecided):
+        return bands.bends(regions)
     second = np.diff(mask.row_areas(length, length), n=2, prepend=[0, 0])
     at = np.flatnonzero(second)
     return at, second[at]
+
+
+def fitting(mask: Mask, length: int) -> tuple[Regions, Regions]:
+    """The mask, divided, as one of so many queries and as many keys; an error that says so where it is not."""
+    try:
+        return checked(mask).divided(length, length)
+    except InputError as error:
+        raise InputError(
+            f"A layout that goes by the mask takes it as one of {length} queries and as many keys. {error} Where it is "
+            f"a mask of two sequences, name another layout, such as 'contiguous'."
+        ) from error
 
 
 class _Deal:

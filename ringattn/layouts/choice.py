@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ringattn.errors import InputError
-from ringattn.layouts.balanced import Balanced
+from ringattn.layouts.balanced import Balanced, fitting
 from ringattn.layouts.base import Layout
 from ringattn.layouts.simple import Contiguous, Striped, Zigzag
-from ringattn.masks import Causal, Mask, checked
+from ringattn.masks import Causal, Mask
 
 
 def named(layout: Any, mask: Mask | None, length: int) -> tuple[Layout, str]:
@@ -43,8 +43,8 @@ def chosen(mask: Mask | None, length: int) -> tuple[Layout, str]:
     """
     if mask is None:
         return Contiguous(), "auto took contiguous: no mask says that some tokens weigh more"
-    regions = checked(mask).regions(length, length)
-    if len(regions) > 1 or len(mask.undecided(length, length)):
+    regions, undecided = fitting(mask, length)
+    if len(regions) > 1 or len(undecided):
         return Balanced(mask), "auto took balanced: the mask has several parts, which weigh differently"
     if length and np.array_equal(regions, Causal().regions(length, length)):
         return Zigzag(), "auto took zigzag: one causal sequence, which it balances"

@@ -68,7 +68,10 @@ class Explicit(Layout):
     runs: tuple[tuple[tuple[int, int], ...], ...]
 
     def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
-        given = tuple(tuple((operator.index(start), operator.index(stop)) for start, stop in rank) for rank in runs)
+        try:
+            given = tuple(tuple((operator.index(start), operator.index(stop)) for start, stop in rank) for rank in runs)
+        except TypeError as error:
+            raise InputError(f"Explicit takes for each rank a list of runs (start, stop); got {runs!r}.") from error
         if any(b <= a for rank in given for a, b in rank) or any(
             left[1] > right[0] for rank in given for left, right in itertools.pairwise(rank)
         ):

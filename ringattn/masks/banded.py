@@ -78,8 +78,13 @@ class Documents(Mask):
     kv_lengths: tuple[int, ...]
 
     def __init__(self, lengths: Any, kv_lengths: Any = None) -> None:
-        own = tuple(count(n, "A document's length") for n in lengths)
-        other = own if kv_lengths is None else tuple(count(n, "A document's length") for n in kv_lengths)
+        try:
+            own, other = (
+                tuple(count(n, "A document's length") for n in each)
+                for each in (lengths, lengths if kv_lengths is None else kv_lengths)
+            )
+        except TypeError as error:
+            raise InputError(f"Documents takes a list of lengths; got {lengths!r} and {kv_lengths!r}.") from error
         if len(own) != len(other):
             raise InputError(f"Documents needs as many kv_lengths as lengths; got {len(other)} and {len(own)}.")
         object.__setattr__(self, "lengths", own)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +54,16 @@ class Mask(ABC):
     def allows(self, q: Positions, k: Positions) -> Allowed:
         """Whether each pair of the (broadcast) positions is allowed."""
 
+    asks: ClassVar[bool] = False
+    """Whether some pairs can only be known by asking `allows`."""
+
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        """`regions` and `undecided` together."""
+        return self.regions(q_length, k_length), bands.empty()
+
     def undecided(self, q_length: int, k_length: int) -> Regions:
         """Regions apart from `regions` of whose pairs `allows` must be asked: those of predicates."""
-        return bands.empty()
+        return self.divided(q_length, k_length)[1]
 
     def local(self, positions: Positions) -> Positions:
         """The position of each token within its document; without documents, the position itself."""
@@ -72,9 +79,11 @@ class Mask(ABC):
     def signature(self, q_length: int, k_length: int) -> str:
         """The mask's text and, where it must be asked, a digest of its answers: equal for equal masks alone."""
         text = str(self)
-        if not len(self.undecided(q_length, k_length)):
+        if not self.asks:
             return text
         h = hashlib.blake2b(digest_size=8)
+        for regions in self.divided(q_length, k_length):
+            h.update(repr(regions.shape).encode() + np.ascontiguousarray(regions).tobytes())
         for _, band, allowed in self._asked(q_length, k_length):
             h.update(np.packbits(band & allowed).tobytes())
         return f"{text}#{h.hexdigest()}"
@@ -166,11 +175,15 @@ class And(Mask):
     left: Mask
     right: Mask
 
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return bands.intersect(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
+    @property
+    def asks(self) -> bool:  # type: ignore[override]
+        return self.left.asks or self.right.asks
 
-    def undecided(self, q_length: int, k_length: int) -> Regions:
-        return _doubted(self, bands.intersect, q_length, k_length)
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.divided(q_length, k_length)[0]
+
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        return _combined(bands.intersect, *(side.divided(q_length, k_length) for side in (self.left, self.right)))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) & self.right.allows(q, k)
@@ -189,11 +202,15 @@ class Or(Mask):
     left: Mask
     right: Mask
 
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return bands.union(self.left.regions(q_length, k_length), self.right.regions(q_length, k_length))
+    @property
+    def asks(self) -> bool:  # type: ignore[override]
+        return self.left.asks or self.right.asks
 
-    def undecided(self, q_length: int, k_length: int) -> Regions:
-        return _doubted(self, bands.union, q_length, k_length)
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.divided(q_length, k_length)[0]
+
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        return _combined(bands.union, *(side.divided(q_length, k_length) for side in (self.left, self.right)))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) | self.right.allows(q, k)
@@ -211,11 +228,16 @@ class Not(Mask):
 
     mask: Mask
 
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return bands.complement(_possible(self.mask, q_length, k_length), q_length, k_length)
+    @property
+    def asks(self) -> bool:  # type: ignore[override]
+        return self.mask.asks
 
-    def undecided(self, q_length: int, k_length: int) -> Regions:
-        return self.mask.undecided(q_length, k_length)
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.divided(q_length, k_length)[0]
+
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        certain, undecided = self.mask.divided(q_length, k_length)
+        return bands.complement(np.concatenate([certain, undecided]), q_length, k_length), undecided
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return ~self.mask.allows(q, k)
@@ -227,14 +249,11 @@ class Not(Mask):
         return f"~({self.mask})" if isinstance(self.mask, (And, Or)) else f"~{self.mask}"
 
 
-def _possible(mask: Mask, q_length: int, k_length: int) -> Regions:
-    """The regions outside of which the mask allows nothing."""
-    return np.concatenate([mask.regions(q_length, k_length), mask.undecided(q_length, k_length)])
-
-
-def _doubted(mask: And | Or, combine: Callable[[Regions, Regions], Regions], q_length: int, k_length: int) -> Regions:
-    """What of the possible pairs of a combination is not certain: nothing, where neither side must be asked."""
-    if not any(len(side.undecided(q_length, k_length)) for side in (mask.left, mask.right)):
-        return bands.empty()
-    possible = combine(*(_possible(side, q_length, k_length) for side in (mask.left, mask.right)))
-    return bands.difference(possible, mask.regions(q_length, k_length))
+def _combined(
+    combine: Callable[[Regions, Regions], Regions], left: tuple[Regions, Regions], right: tuple[Regions, Regions]
+) -> tuple[Regions, Regions]:
+    """What two divided masks together are sure of, and what of the possible pairs they are not."""
+    certain = combine(left[0], right[0])
+    if not len(left[1]) and not len(right[1]):
+        return certain, bands.empty()
+    return certain, bands.difference(combine(np.concatenate(left), np.concatenate(right)), certain)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,10 @@ class Blocks(Mask):
     bits: bytes = dataclasses.field(repr=False)
 
     def __init__(self, bitmap: Any, size: int) -> None:
-        grid = np.asarray(bitmap)
+        try:
+            grid = np.asarray(bitmap.detach().cpu().bool() if isinstance(bitmap, torch.Tensor) else bitmap)
+        except ValueError as error:
+            raise InputError(f"Blocks needs a matrix of booleans, all rows of one length: {error}") from error
         if grid.ndim != 2 or not (grid.dtype == np.bool_ or np.isin(grid, (0, 1)).all()):
             raise InputError(f"Blocks needs a matrix of booleans; got {grid.dtype} of shape {list(grid.shape)}.")
         if count(size, "Blocks' size") < 1:
@@ -47,7 +51,7 @@ class Blocks(Mask):
         ):
             object.__setattr__(self, name, value)
 
-    @property
+    @functools.cached_property
     def bitmap(self) -> Allowed:
         """The boolean matrix."""
         flat = np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=self.shape[0] * self.shape[1])
@@ -63,6 +67,9 @@ class Blocks(Mask):
         return _rectangles(self.bitmap, self.size, q_length, k_length)
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
+        for positions, blocks, what in ((q, self.shape[0], "query"), (k, self.shape[1], "key")):
+            if positions.size and positions.max() >= blocks * self.size:
+                raise InputError(f"Blocks ends at {what} position {blocks * self.size}; got {positions.max()}.")
         allowed: Allowed = self.bitmap[q // self.size, k // self.size]
         return allowed
 
@@ -92,11 +99,18 @@ class Predicate(Mask):
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return self._classes(q_length, k_length)[0]
+    asks: ClassVar[bool] = True
 
-    def undecided(self, q_length: int, k_length: int) -> Regions:
-        return self._classes(q_length, k_length)[1]
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise InputError(f"Predicate needs a function of query and key positions; got {self.fn!r}.")
+        try:
+            hash(self.fn)
+        except TypeError as error:
+            raise InputError(f"Predicate's function must be hashable, as plans are kept by mask: {error}.") from error
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.divided(q_length, k_length)[0]
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         try:
@@ -112,7 +126,7 @@ class Predicate(Mask):
             shape = list(found.shape)
             raise InputError(f"{self}'s function must return a value a pair; it returned shape {shape}.") from error
 
-    def _classes(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
         """What is allowed block by block, and the blocks that hold both kinds of pairs."""
         if max(q_length, k_length) > MOST_ASKED:
             raise UnsupportedError(
@@ -136,7 +150,7 @@ class Predicate(Mask):
         return {"fn": self.fn, "_classified": {}}
 
     def __str__(self) -> str:
-        return f"predicate:{getattr(self.fn, '__qualname__', repr(self.fn))}"
+        return f"predicate:{getattr(self.fn, '__qualname__', type(self.fn).__qualname__)}"
 
 
 def _rectangles(grid: Allowed, size: int, q_length: int, k_length: int) -> Regions:

@@ -14,6 +14,8 @@ ranks may exchange summaries in place of keys and values.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -21,6 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from ringattn.errors import InputError
 
 State = tuple[torch.Tensor, ...]
 Params = Mapping[str, torch.Tensor]
@@ -94,6 +98,13 @@ class Arriving:
 
         dextras = tuple(None if x is None else part(x) for x in self.dextras)
         return Arriving(tuple(map(part, self.saved)), part(self.dout), dextras)
+
+
+def finite(value: object, name: str) -> float:
+    """A finite number as a float, or an InputError that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number; got {value!r}.")
+    return float(value)
 
 
 def rows_at(at: slice) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -17,8 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.errors import InputError
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State, finite
 
 _NOWHERE = torch.iinfo(torch.int64).max  # behind every key
 _AT_ONCE = 1 << 16  # candidates scored at once
@@ -36,8 +35,8 @@ class Hard(Mechanism):
     extras: ClassVar[tuple[str, ...]] = ("position",)
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
-            raise InputError(f"Hard's scale must be a finite number; got {self.scale!r}.")
+        if self.scale is not None:
+            object.__setattr__(self, "scale", finite(self.scale, "Hard's scale"))
 
     def empty(self, problem: Problem, length: int) -> State:
         score = problem.rows(problem.heads, length, 1).squeeze(-1).to(torch.float64)
@@ -49,15 +48,16 @@ class Hard(Mechanism):
         q = q.unflatten(1, (problem.kv_heads, -1)).double() * scale
         scores = _exact(q, k.double(), block.allowed)
         best, column = scores.amax(dim=-1), scores.argmax(dim=-1)  # argmax takes the first of equals
-        reached = best > -math.inf
+        reached = best != -math.inf
         position = torch.where(reached, block.k_positions(q.device)[column], _NOWHERE)
         index = column.flatten(2).unsqueeze(-1).expand(-1, -1, -1, problem.value_dim)
         value = v.gather(2, index).unflatten(2, column.shape[2:]) * reached.unsqueeze(-1)
+        value = value.masked_fill(best.isnan().unsqueeze(-1), math.nan)  # as softmax would have it
         return best.flatten(1, 2), position.flatten(1, 2), value.flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
         (score, position, value), (part_score, part_position, part_value) = into, part
-        wins = (part_score > score) | ((part_score == score) & (part_position < position))
+        wins = (part_score > score) | ((part_score == score) & (part_position < position)) | part_score.isnan()
         score.copy_(torch.where(wins, part_score, score))
         position.copy_(torch.where(wins, part_position, position))
         value.copy_(torch.where(wins.unsqueeze(-1), part_value.to(value.dtype), value))
@@ -97,7 +97,8 @@ def _exact(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> to
     # |error of a dot product| <= D eps |q| |k|, of both scores compared; twice that to be sure
     lengths = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1)[:, :, None, None]
     margin = 4 * q.shape[-1] * torch.finfo(torch.float64).eps * lengths
-    near = (scores >= (scores.amax(dim=-1) - margin).unsqueeze(-1)) & (scores > -math.inf)
+    # written so that a NaN is a candidate, and where margins are NaN every key is
+    near = ~(scores < (scores.amax(dim=-1) - margin).unsqueeze(-1)) & (scores != -math.inf)
     out = torch.full_like(scores, -math.inf)
     for b, g, h, i, j in (x.unbind(1) for x in near.nonzero().split(_AT_ONCE)):
         products = q[b, g, h, i] * k[b, g, j]

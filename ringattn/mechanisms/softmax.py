@@ -28,12 +28,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import ClassVar
 
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
 
 
@@ -55,7 +56,7 @@ class Softmax(Mechanism):
             in global order.
         dropout: probability of dropping a weight, from 0 to below 1.
         seed: of the dropout; None draws one for each call from PyTorch's default CPU generator, which must be seeded
-            alike on every rank.
+            alike on every rank; replicas that are seeded alike drop alike.
     """
 
     scale: float | None = None
@@ -74,14 +75,18 @@ class Softmax(Mechanism):
     def __post_init__(self) -> None:
         for name in ("scale", "softcap", "dropout"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise InputError(f"Softmax's {name} must be a finite number; got {value!r}.")
+            if value is not None or name == "dropout":
+                # one text for one number, whatever its type: ranks compare it
+                object.__setattr__(self, name, finite(value, f"Softmax's {name}"))
         if self.softcap is not None and self.softcap <= 0:
             raise InputError(f"Softmax's softcap must be above 0, or None for none; got {self.softcap!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {self.dropout!r}.")
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63):
-            raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {self.seed!r}.")
+        if self.seed is not None:
+            whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
+            if not whole or not 0 <= self.seed < 1 << 63:
+                raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {self.seed!r}.")
+            object.__setattr__(self, "seed", int(self.seed))
         for name in self.tensors:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
@@ -90,7 +95,7 @@ class Softmax(Mechanism):
     def new_seed(self) -> int:
         if not self.dropout:
             return 0
-        return int(torch.randint(1 << 62, ()).item()) if self.seed is None else self.seed
+        return int(torch.randint(1 << 62, (), device="cpu").item()) if self.seed is None else self.seed
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         heads = problem.heads
