@@ -154,10 +154,14 @@ def test_large_tables_are_read_in_bounded_parts() -> None:
         ({"seed": -1}, "seed is a number from 0 to below 2"),
         ({"sinks": [1.0]}, "sinks must be a tensor of floating point numbers"),
         ({"alibi": torch.ones(4, dtype=torch.int64)}, "alibi must be a tensor of floating point numbers"),
-        ({"sinks": torch.ones(3)}, r"sinks must have shape \[4\]; got \[3\]"),
-        ({"alibi": torch.ones(4, 1)}, r"alibi must have shape \[4\]; got \[4, 1\]"),
+        ({"sinks": torch.ones(3)}, r"sinks must have shape \[4\], one for each query head; got \[3\]"),
+        ({"alibi": torch.ones(4, 1)}, r"alibi must have shape \[4\], one for each query head; got \[4, 1\]"),
+        ({"sinks": torch.ones(4, device="meta")}, "sinks must be where q, k and v are, on cpu; got meta"),
         ({"relative": torch.ones(4, 6)}, r"relative must have shape \[4, 2 R \+ 1\]"),
-        ({"bias": torch.ones(4, 12, 12)}, r"bias must have shape \[4, 6, 12\]; got \[4, 12, 12\].*split\(bias, 1\)"),
+        (
+            {"bias": torch.ones(4, 12, 12)},
+            r"bias must have shape \[4, 6, 12\]: .*split\(bias, 1\).*; got \[4, 12, 12\]",
+        ),
     ],
 )
 def test_bad_features_say_what_is_needed(given: dict[str, Any], words: str) -> None:

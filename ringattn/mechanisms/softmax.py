@@ -99,24 +99,22 @@ class Softmax(Mechanism):
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         heads = problem.heads
-        needed = {"sinks": (heads,), "alibi": (heads,), "bias": (heads, queries, keys)}
+        # the middle entry of a relative table is that of distance 0: an odd number of them
+        distances = 0 if self.relative is None or self.relative.dim() != 2 else self.relative.shape[1] | 1
+        shapes = {
+            "sinks": ((heads,), f"[{heads}], one for each query head"),
+            "alibi": ((heads,), f"[{heads}], one for each query head"),
+            "relative": ((heads, distances), f"[{heads}, 2 R + 1], query heads and an odd number of distances"),
+            "bias": (
+                (heads, queries, keys),
+                f"[{heads}, {queries}, {keys}]: query heads, this rank's queries (sharding.split(bias, 1)), all keys",
+            ),
+        }
         for name, x in self.params.items():
-            if name == "relative":
-                if x.dim() != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:
-                    raise InputError(
-                        f"relative must have shape [{heads}, 2 R + 1], heads and an odd number of distances; "
-                        f"got {list(x.shape)}."
-                    )
-            elif tuple(x.shape) != needed[name]:
-                raise InputError(
-                    f"{name} must have shape {list(needed[name])}; got {list(x.shape)}. Query heads come first"
-                    + (
-                        ", then this rank's queries (sharding.split(bias, 1)), then all keys."
-                        if name == "bias"
-                        else "."
-                    )
-                )
-            if x.device != problem.device and x.device.type != "meta":
+            shape, words = shapes[name]
+            if tuple(x.shape) != shape:
+                raise InputError(f"{name} must have shape {words}; got {list(x.shape)}.")
+            if x.device != problem.device:
                 raise InputError(f"{name} must be where q, k and v are, on {problem.device}; got {x.device}.")
 
     def scale_for(self, problem: Problem) -> float:
@@ -124,10 +122,9 @@ class Softmax(Mechanism):
         return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
 
     def empty(self, problem: Problem, length: int) -> State:
-        positional = problem.params.keys() - {"sinks"}
-        lse = (
-            problem.rows(problem.heads, length, 1).squeeze(-1).to(torch.float64 if positional else problem.accumulator)
-        )
+        lse = problem.rows(problem.heads, length, 1).squeeze(-1)
+        if problem.params.keys() - {"sinks"}:
+            lse = lse.double()
         return problem.rows(problem.heads, length, problem.value_dim), lse.fill_(-math.inf)
 
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
