@@ -101,22 +101,13 @@ def attention(
     try:
         _check_kinds(q, k, v, mask, kv, mechanism, schedule, kernel)
         problem = _problem(q, k, v, mechanism, sharding, kv)
-        wanted = _wanted(q, k, v, mechanism)
-        key = (mask, kv, schedule, kernel, str(mechanism), problem.batch, *_shapes(problem), problem.device, wanted)
-        found = sharding.owned.get(key)
-        if found is None:
-            refusal = transport.refuses(q.device)
-            if refusal is not None:
-                raise UnsupportedError(refusal)
-            found = _prepared(problem, mask, sharding, kv, schedule, kernel, wanted)
-            sharding.owned[key] = found
+        number = _handle(problem, mask, sharding, kv, schedule, kernel, _wanted(q, k, v, mechanism))
         if return_lse and "lse" not in mechanism.extras:
             raise UnsupportedError(f"{mechanism} has no log-sum-exp to return; leave return_lse out.")
     except Exception:
         # The other ranks are about to compare digests and would wait for ours.
         agreement.refuse(transport, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise
-    _, number = found
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     params = list(mechanism.params.values())
     out, extras = autograd.attention(q, k, v, params, number, mechanism.new_seed(), call_number)
@@ -141,10 +132,10 @@ def explain(
     """
     kv = sharding if kv_sharding is None else kv_sharding
     _check_kinds(q, k, v, mask, kv, mechanism, schedule, kernel)
-    problem = _asking(_problem(q, k, v, mechanism, sharding, kv), mask, sharding, kv)
-    taken, reason = chosen(kernel, problem)
-    planned = _planned(problem, mask, sharding, kv, schedule).explain()
-    return f"{planned}\n  layout: {sharding.reason}\n  kernel {taken}: {reason}"
+    problem = _problem(q, k, v, mechanism, sharding, kv)
+    planned = _planned(problem, mask, sharding, kv, schedule)
+    taken, reason = chosen(kernel, _asking(problem, planned))
+    return f"{planned.explain()}\n  layout: {sharding.reason}\n  kernel {taken}: {reason}"
 
 
 def _planned(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding, schedule: Schedule | str) -> Plan:
@@ -161,6 +152,27 @@ def _planned(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding, sch
     )
 
 
+def _handle(
+    problem: Problem,
+    mask: Mask,
+    sharding: Sharding,
+    kv: Sharding,
+    schedule: Schedule | str,
+    kernel: Kernel | str,
+    wanted: str,
+) -> int:
+    """The handle of the call, which is prepared once and then kept by the sharding."""
+    form = str(problem.mechanism), problem.batch, *_shapes(problem), problem.device
+    key = mask, kv, schedule, kernel, form, wanted
+    if key not in sharding.owned:
+        refusal = sharding.mesh.connected().refuses(problem.device)
+        if refusal is not None:
+            raise UnsupportedError(refusal)
+        sharding.owned[key] = _prepared(problem, mask, sharding, kv, schedule, kernel, wanted)
+    _, number = sharding.owned[key]
+    return int(number)
+
+
 def _prepared(
     problem: Problem,
     mask: Mask,
@@ -174,7 +186,7 @@ def _prepared(
     heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
     own = _planned(problem, mask, sharding, kv, schedule)
     own.verify()
-    problem = _asking(problem, mask, sharding, kv)
+    problem = _asking(problem, own)
     fields = {
         "shapes": f"{problem.batch} x {heads} heads of {dims}, {sharding.length} queries, {kv.length} keys",
         "dtype": str(problem.dtype).removeprefix("torch."),
@@ -188,10 +200,9 @@ def _prepared(
     return call, autograd.handle(call)
 
 
-def _asking(problem: Problem, mask: Mask, sharding: Sharding, kv: Sharding) -> Problem:
+def _asking(problem: Problem, plan: Plan) -> Problem:
     """The problem, with what undecided tiles ask where there are any."""
-    undecided = mask.undecided(sharding.length, kv.length)
-    return dataclasses.replace(problem, allows=mask.allows) if len(undecided) else problem
+    return dataclasses.replace(problem, allows=plan.mask.allows) if len(plan.undecided) else problem
 
 
 def _check_kinds(

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Params, State
+from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.plans import Exchange, Step
 from ringattn.transports.base import Message
 
@@ -38,7 +38,15 @@ class Queries:
 
 
 class Gradients(Traveller):
-    """The gradients of a cargo, accumulated where it was attended to and sent home."""
+    """The gradients of a cargo, accumulated where it was attended to and sent home.
+
+    Attributes:
+        own: the gradients of this rank's keys and values, accumulated.
+    """
+
+    def __init__(self, problem: Problem, length: int) -> None:
+        dk, dv = (problem.rows(problem.kv_heads, length, dim) for dim in (problem.dim, problem.value_dim))
+        self.own = dk, dv
 
     @abstractmethod
     def compute(self, step: Step, queries: Queries) -> None:
@@ -47,11 +55,6 @@ class Gradients(Traveller):
     @abstractmethod
     def add_arrived(self, exchange: Exchange) -> None:
         """Adds what came home to this rank's own gradients, in the order of the exchange's items."""
-
-    @property
-    @abstractmethod
-    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of this rank's keys and values, accumulated."""
 
 
 class Cargo(Traveller):

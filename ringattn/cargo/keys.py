@@ -56,14 +56,8 @@ class KeyGradients(Gradients):
     """Accumulated gradients of the keys and values of every phase, and their way home."""
 
     def __init__(self, keys: Keys) -> None:
-        self._keys, self._call, problem = keys, keys.call, keys.problem
-        length = keys.of(0)[0].shape[2]
-        dk, dv = (problem.rows(problem.kv_heads, length, dim) for dim in (problem.dim, problem.value_dim))
-        self._own = dk, dv
-
-    @property
-    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._own
+        super().__init__(keys.problem, keys.of(0)[0].shape[2])
+        self._keys, self._call = keys, keys.call
 
     def compute(self, step: Step, queries: Queries) -> None:
         self._call.kernel.backward(
@@ -78,7 +72,7 @@ class KeyGradients(Gradients):
 
     def _of(self, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The accumulators of a phase, which begin as zeros when they are first asked for."""
-        return self._own if phase == 0 else _halves(self._rows(phase).zero_(), self._keys.problem)
+        return self.own if phase == 0 else _halves(self._rows(phase).zero_(), self._keys.problem)
 
     def sends(self, exchange: Exchange) -> list[Message]:
         staging, packed = Staging(self._call, "home staging", self._call.home_dtype), self._call.plan.packed
@@ -93,7 +87,7 @@ class KeyGradients(Gradients):
 
     def add_arrived(self, exchange: Exchange) -> None:
         for item, rows in self._arrivals(exchange):
-            for total, part in zip(self._own, _halves(rows, self._keys.problem), strict=True):
+            for total, part in zip(self.own, _halves(rows, self._keys.problem), strict=True):
                 at = 0
                 for start, stop in item.spans.tolist():
                     total[:, :, start:stop].add_(part[:, :, at : at + stop - start])

@@ -88,19 +88,13 @@ class SummaryGradients(Gradients):
     """Gradients of the summaries of every phase, and of this rank's keys and values."""
 
     def __init__(self, cargo: Summaries) -> None:
-        self._cargo, self._call, problem = cargo, cargo.call, cargo.problem
-        length = cargo.k.shape[2]
-        dk, dv = (problem.rows(problem.kv_heads, length, dim) for dim in (problem.dim, problem.value_dim))
-        self._own = dk, dv
-
-    @property
-    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._own
+        super().__init__(cargo.problem, cargo.k.shape[2])
+        self._cargo, self._call = cargo, cargo.call
 
     def compute(self, step: Step, queries: Queries) -> None:
         cargo, wide = self._cargo, self._cargo.wide
         if step.phase == 0:
-            into = (queries.dq, *self._own)
+            into = (queries.dq, *self.own)
             self._call.kernel.backward(
                 cargo.problem, queries.q, cargo.k, cargo.v, queries.arriving, step.tiles, into, queries.dparams
             )
@@ -137,7 +131,7 @@ class SummaryGradients(Gradients):
             for run, row in zip(runs, rows, strict=True):
                 part = self._cargo.wide(row)
                 totals[run] = totals[run] + part if run in totals else part
-        dk, dv = self._own
+        dk, dv = self.own
         for (start, stop), total in totals.items():
             for at, k, v in self._cargo.parts(start, stop):
                 for own, part in zip(

@@ -168,72 +168,80 @@ def count(value: object, name: str) -> int:
     return int(value)
 
 
+class Combination(Mask):
+    """A mask made of masks."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks it is made of."""
+
+    @property
+    def asks(self) -> bool:  # type: ignore[override]
+        return any(part.asks for part in self.parts)
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.divided(q_length, k_length)[0]
+
+    @abstractmethod
+    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]: ...
+
+    def local(self, positions: Positions) -> Positions:
+        least: Positions = np.minimum.reduce([part.local(positions) for part in self.parts])
+        return least
+
+
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
+class And(Combination):
     """The pairs that both masks allow."""
 
     left: Mask
     right: Mask
 
     @property
-    def asks(self) -> bool:  # type: ignore[override]
-        return self.left.asks or self.right.asks
-
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return self.divided(q_length, k_length)[0]
+    def parts(self) -> tuple[Mask, ...]:
+        return self.left, self.right
 
     def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        return _combined(bands.intersect, *(side.divided(q_length, k_length) for side in (self.left, self.right)))
+        return _combined(bands.intersect, *(side.divided(q_length, k_length) for side in self.parts))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) & self.right.allows(q, k)
-
-    def local(self, positions: Positions) -> Positions:
-        return np.minimum(self.left.local(positions), self.right.local(positions))
 
     def __str__(self) -> str:
         return "&".join(f"({side})" if isinstance(side, Or) else str(side) for side in (self.left, self.right))
 
 
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
+class Or(Combination):
     """The pairs that either mask allows."""
 
     left: Mask
     right: Mask
 
     @property
-    def asks(self) -> bool:  # type: ignore[override]
-        return self.left.asks or self.right.asks
-
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return self.divided(q_length, k_length)[0]
+    def parts(self) -> tuple[Mask, ...]:
+        return self.left, self.right
 
     def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        return _combined(bands.union, *(side.divided(q_length, k_length) for side in (self.left, self.right)))
+        return _combined(bands.union, *(side.divided(q_length, k_length) for side in self.parts))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) | self.right.allows(q, k)
-
-    def local(self, positions: Positions) -> Positions:
-        return np.minimum(self.left.local(positions), self.right.local(positions))
 
     def __str__(self) -> str:
         return f"{self.left}|{self.right}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Not(Mask):
+class Not(Combination):
     """The pairs that the mask does not allow."""
 
     mask: Mask
 
     @property
-    def asks(self) -> bool:  # type: ignore[override]
-        return self.mask.asks
-
-    def regions(self, q_length: int, k_length: int) -> Regions:
-        return self.divided(q_length, k_length)[0]
+    def parts(self) -> tuple[Mask, ...]:
+        return (self.mask,)
 
     def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
         certain, undecided = self.mask.divided(q_length, k_length)
@@ -241,9 +249,6 @@ class Not(Mask):
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return ~self.mask.allows(q, k)
-
-    def local(self, positions: Positions) -> Positions:
-        return self.mask.local(positions)
 
     def __str__(self) -> str:
         return f"~({self.mask})" if isinstance(self.mask, (And, Or)) else f"~{self.mask}"
