@@ -18,9 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
 from ringattn import reference
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.onednn import OneDNN
+from ringattn.kernels.reference import Reference
+from ringattn.kernels.sdpa import Sdpa
 from ringattn.layouts import Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
-from ringattn.mechanisms.base import Mechanism
+from ringattn.mechanisms.base import Mechanism, Problem, State
 from ringattn.schedules.base import Schedule
 
 LAYOUTS: tuple[Layout, ...] = (ringattn.Contiguous(), ringattn.Zigzag(), ringattn.Striped())
@@ -31,6 +35,39 @@ SCHEDULES: tuple[Schedule, ...] = (
     ringattn.Route(lookahead=0),
 )
 FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferred(Kernel):
+    """A kernel where it can compute the problem, the reference kernel elsewhere."""
+
+    kernel: Kernel
+
+    def serves(self, problem: Problem) -> bool:
+        return True
+
+    def refuses(self, problem: Problem) -> str | None:
+        return None
+
+    def _taken(self, problem: Problem) -> Kernel:
+        return Reference() if self.kernel.refuses(problem) else self.kernel
+
+    def forward(self, problem: Problem, *rest: Any) -> State:
+        return self._taken(problem).forward(problem, *rest)
+
+    def backward(self, problem: Problem, *rest: Any) -> None:
+        self._taken(problem).backward(problem, *rest)
+
+    def __str__(self) -> str:
+        return f"{self.kernel} or reference"
+
+
+KERNELS: tuple[Kernel | str, ...] = (
+    "auto",
+    "reference",
+    Preferred(Sdpa()),
+    Preferred(OneDNN(rows=8, columns=12, least=8, grain=4)),  # of which short sequences have many blocks
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +84,7 @@ class Case:
     value_dim: int = 8
     layout: Layout | str = "auto"
     schedule: Schedule | str = "auto"
-    kernel: str = "auto"
+    kernel: Kernel | str = "auto"
     dtype: torch.dtype = torch.float32
     use_lse: bool = False
     seed: int = 0
@@ -197,7 +234,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
         value_dim=draw(st.sampled_from((dim, dim, 3, 12))),
         layout=draw(layouts(length, ranks)),
         schedule=draw(st.one_of(st.just("auto"), st.sampled_from(SCHEDULES))),
-        kernel=draw(st.sampled_from(("auto", "reference"))),
+        kernel=draw(st.sampled_from(KERNELS)),
         dtype=draw(st.sampled_from(dtypes)),
         use_lse=softmax and draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),

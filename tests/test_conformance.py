@@ -33,7 +33,7 @@ def test_exact(case: Case) -> None:
     assert max(found.values()) <= LIMIT[case.dtype], found
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize("kernel", ["onednn", "sdpa", "reference"])
 @pytest.mark.parametrize("schedule", ["ring", "route"])
 def test_64_ranks(schedule: str, kernel: str) -> None:
     case = Case(length=1000, mask=ringattn.Causal(), ranks=64, groups=2, schedule=schedule, kernel=kernel)

@@ -172,29 +172,38 @@ def test_bad_features_say_what_is_needed(given: dict[str, Any], words: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "words"),
+    ("kernel", "mechanism", "words"),
     [
-        (ringattn.Softmax(softcap=2.0), "sdpa has no soft cap"),
-        (ringattn.Softmax(alibi=torch.ones(2)), "sdpa has no ALiBi"),
-        (ringattn.Softmax(relative=torch.ones(2, 3)), "sdpa has no relative position bias"),
-        (ringattn.Softmax(bias=torch.ones(2, 6, 6)), "sdpa has no additive bias"),
-        (ringattn.Softmax(dropout=0.1), "sdpa has no dropout that can be replayed"),
+        ("sdpa", ringattn.Softmax(softcap=2.0), "sdpa has no soft cap"),
+        ("sdpa", ringattn.Softmax(alibi=torch.ones(2)), "sdpa has no ALiBi"),
+        ("onednn", ringattn.Softmax(alibi=torch.ones(2)), "onednn has no ALiBi"),
+        ("sdpa", ringattn.Softmax(relative=torch.ones(2, 3)), "sdpa has no relative position bias"),
+        ("onednn", ringattn.Softmax(relative=torch.ones(2, 3)), "onednn has no relative position bias"),
+        ("sdpa", ringattn.Softmax(bias=torch.ones(2, 6, 6)), "sdpa has no additive bias"),
+        ("onednn", ringattn.Softmax(bias=torch.ones(2, 6, 6)), "onednn has no additive bias"),
+        ("sdpa", ringattn.Softmax(dropout=0.1), "sdpa has no dropout that can be replayed"),
+        ("onednn", ringattn.Softmax(dropout=0.1), "onednn has no dropout that can be replayed"),
     ],
 )
-def test_sdpa_refuses_by_name_and_auto_says_so(mechanism: Any, words: str) -> None:
+def test_kernels_refuse_by_name_and_auto_says_so(kernel: str, mechanism: ringattn.Softmax, words: str) -> None:
     x, sharding = torch.randn(1, 2, 6, 8), ringattn.Sharding(6, ringattn.init())
     with pytest.raises(UnsupportedError, match=words):
-        ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism, kernel="sdpa")
-    said_by_sdpa = words.replace("\\", "")
+        ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism, kernel=kernel)
     said = ringattn.explain(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism)
-    assert f"auto fell to it: {said_by_sdpa}" in said
+    if mechanism.softcap is None:
+        fell = said[said.index("kernel reference: auto fell to it: ") :]
+        assert words in fell
+    else:
+        assert "kernel onednn: auto took the fastest" in said
 
 
-def test_sinks_run_in_sdpa() -> None:
+def test_sinks_run_in_the_fast_kernels() -> None:
     x, sharding = torch.randn(1, 2, 6, 8), ringattn.Sharding(6, ringattn.init())
     mechanism = ringattn.Softmax(sinks=torch.randn(2))
     said = ringattn.explain(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism)
-    assert "kernel sdpa: auto took the fastest kernel" in said
+    assert "kernel onednn: auto took the fastest kernel" in said
+    same = ringattn.explain(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism, kernel="sdpa")
+    assert "kernel sdpa: as asked" in same
 
 
 def test_new_tensors_reuse_the_plan_and_keep_no_old_ones() -> None:

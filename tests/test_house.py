@@ -48,7 +48,7 @@ MAY: dict[str, set[str]] = {
     "kernels.base": {"mechanisms.base", "tiles"},
     "kernels.lowering": {"bands", "tiles"},
     "kernels.choice": {"errors", "mechanisms.base", "kernels.base"}
-    | {"kernels.chunked", "kernels.reference", "kernels.sdpa"},
+    | {"kernels.chunked", "kernels.onednn", "kernels.reference", "kernels.sdpa"},
     # a kernel serves one mechanism, and may be lowered to
     "kernels": {"bands", "tiles", "mechanisms.base", "mechanisms.softmax", "kernels.base", "kernels.lowering"},
     "call": PLANS | {"agreement", "kernels.base", "mechanisms.base", "transports.base"},

@@ -11,16 +11,21 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn import bands, tiles
 from ringattn.errors import InputError, UnsupportedError
+from ringattn.kernels import onednn
+from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
-from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, coalesce, lower
+from ringattn.kernels.lowering import CAUSAL, FULL, Batch, banded, coalesce, lower
+from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
+from ringattn.masks import parse
 from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.tiles import Tiles
-from tests.conformance import LAYOUTS
+from tests.conformance import LAYOUTS, Case, errors, oracle, simulated
 from tests.conformance import masks as any_mask
 
+LIMIT = 1e-6
 CPU = torch.device("cpu")
 
 
@@ -29,7 +34,7 @@ def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
     out = np.zeros(shape, dtype=int)
     for b in batches:
         i, j = np.arange(b.m)[:, None], np.arange(b.n)[None, :]
-        pairs = {FULL: np.full((b.m, b.n), True), CAUSAL: j <= i, FLIPPED: j >= i}[b.kind]
+        pairs = (b.low <= i - j) & (i - j <= b.high)
         for nth in range(b.count):
             q = b.q + nth * b.q_next + np.arange(b.m) * b.q_step
             k = b.k + nth * b.k_next + np.arange(b.n) * b.k_step
@@ -68,6 +73,7 @@ def test_lowering_computes_every_pair_once(
             assert np.array_equal(_counted(batches, (length, length)), wanted)
             assert all(b.m == b.n <= leaf for b in batches if b.kind != FULL)
             assert all(max(b.m, b.n) * b.count <= most for b in batches)
+            assert np.array_equal(_counted(banded(Tiles(rows), most), (length, length)), wanted)
 
 
 def _tiles(mask: ringattn.Mask, length: int, layout: ringattn.Layout, ranks: int, q_rank: int, k_rank: int) -> Tiles:
@@ -80,11 +86,11 @@ def test_launches_are_few_and_alike() -> None:
     zigzag, contiguous = ringattn.Zigzag(), ringattn.Contiguous()
     causal, window = ringattn.Causal(), ringattn.Window(1024)
     # a zigzag rank's own keys are one causal square, its neighbour's one rectangle
-    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 0)) == [Batch(CAUSAL, 4096, 4096, 1, 1, 0, 0)]
-    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 1)) == [Batch(FULL, 2048, 4096, 1, 1, 2048, 0)]
-    assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [Batch(FULL, 4096, 2048, 1, 1, 0, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 0)) == [Batch(0, 4095, 4096, 4096, 1, 1, 0, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 1)) == [Batch(-4095, 2047, 2048, 4096, 1, 1, 2048, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [Batch(-2047, 4095, 4096, 2048, 1, 1, 0, 0)]
     # a window of 1,024 over 8,192 rows is two launches
-    assert [b.count for b in lower(_tiles(window, 8192, contiguous, 1, 0, 0))] == [8, 7]
+    assert [b.count for b in lower(_tiles(window, 8192, contiguous, 1, 0, 0))] == [7, 8]
     # halved down to squares of 128, a causal square is a launch a level
     halved = lower(_tiles(causal, 1024, contiguous, 1, 0, 0), 128)
     assert sorted((b.kind, b.m, b.count) for b in halved) == [
@@ -95,7 +101,7 @@ def test_launches_are_few_and_alike() -> None:
     ]
     # equal documents are one
     packed = ringattn.Documents([64] * 32) & causal
-    assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [Batch(CAUSAL, 64, 64, 1, 1, 0, 0, 32, 64, 64)]
+    assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [Batch(0, 63, 64, 64, 1, 1, 0, 0, 32, 64, 64)]
 
 
 def test_coalescing_never_joins_what_is_not_one_band() -> None:
@@ -119,19 +125,97 @@ def _problem(**changes: object) -> Problem:
         ({"mechanism": Softmax(scale=0.0)}, "a scale above 0; got 0.0"),
     ],
 )
-def test_sdpa_refuses_in_words_and_auto_says_why(changes: dict[str, object], words: str) -> None:
-    problem = _problem(**changes)
+def test_sdpa_refuses_in_words(changes: dict[str, object], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
-        chosen("sdpa", problem)
-    kernel, reason = chosen("auto", problem)
-    assert isinstance(kernel, Reference) and reason.startswith("auto fell to it: sdpa")
+        chosen("sdpa", _problem(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken", "reason"),
+    [
+        ({}, OneDNN(), "auto took the fastest kernel for this mechanism"),
+        ({"value_dim": 12}, OneDNN(), "auto took the fastest kernel for this mechanism"),
+        ({"dtype": torch.float64}, Sdpa(), "auto fell to it: onednn computes in float32; got float64"),
+        (
+            {"dtype": torch.float64, "value_dim": 12},
+            Reference(),
+            "auto fell to it: onednn computes in float32; got float64; "
+            "sdpa needs value heads as wide as query heads; got D=8, Dv=12",
+        ),
+        (
+            {"device": torch.device("cuda"), "dtype": torch.float16},
+            Sdpa(),
+            "auto took the fastest kernel for this mechanism",
+        ),
+        (
+            {"device": torch.device("cuda")},
+            Reference(),
+            "auto fell to it: sdpa on CUDA takes bfloat16 and float16; got torch.float32",
+        ),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_and_says_why(changes: dict[str, object], taken: Kernel, reason: str) -> None:
+    assert chosen("auto", _problem(**changes)) == (taken, reason)
 
 
 def test_choice() -> None:
-    assert chosen("auto", _problem()) == (Sdpa(), "auto took the fastest kernel for this mechanism")
     assert chosen(Reference(rows=3), _problem())[0] == Reference(rows=3)
-    with pytest.raises(InputError, match="'auto', 'sdpa', 'chunked', 'reference'"):
+    with pytest.raises(InputError, match="'auto', 'onednn', 'sdpa', 'chunked', 'reference'"):
         chosen("flash", _problem())
+    with pytest.raises(UnsupportedError, match="onednn runs on CPUs; got cuda"):
+        chosen("onednn", _problem(device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize(
+    ("mask", "layout", "heads", "features"),
+    [
+        ("causal", "zigzag", (2, 1), ("sinks",)),
+        ("causal", "striped", (3, 1), ("softcap",)),
+        ("window:511&causal", "contiguous", (1, 1), ()),
+        ("window:300,200", "contiguous", (2, 2), ("softcap",)),
+        ("documents:700,1,1299&causal", "balanced", (4, 2), ()),
+        ("full", "contiguous", (5, 1), ()),
+    ],
+)
+def test_large_blocks_are_exact_and_computed_by_onednn(
+    mask: str, layout: str, heads: tuple[int, int], features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than what hypothesis draws: whole grains and leftovers, bands across blocks, two sequences."""
+    case = Case(
+        length=2000,
+        mask=parse(mask),
+        ranks=2,
+        batch=2,
+        kv_heads=heads[1],
+        groups=heads[0] // heads[1],
+        dim=16,
+        value_dim=24,
+        layout=layout,
+        kernel="onednn",
+        use_lse=True,
+        features=frozenset(features),
+    )
+    linear, products = onednn._linear, []
+
+    def counted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        products.append(len(x) * len(y))
+        return linear(x, y)
+
+    monkeypatch.setattr(onednn, "_linear", counted)
+    found = errors(simulated(case), oracle(case))
+    assert max(found.values()) <= LIMIT, found
+    assert sum(products) > 2000 * 2000 / 8
+
+
+def test_onednn_does_not_look_at_what_is_masked() -> None:
+    """Keys beyond the band lie in the same blocks: whatever they hold, a query's output is the same."""
+    sharding = ringattn.Sharding(600, ringattn.init())
+    q, k, v = (torch.randn(1, 1, 600, 16) for _ in range(3))
+    expected = ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, kernel="onednn")
+    k[:, :, 500:] = torch.nan
+    out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, kernel="onednn")
+    assert torch.equal(out[:, :, :500], expected[:, :, :500])
+    assert out[:, :, 500:].isnan().all()
 
 
 @pytest.mark.gpu

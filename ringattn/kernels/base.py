@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Mechanism, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.tiles import Tiles
 
 
@@ -18,8 +18,8 @@ class Kernel(ABC):
     """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.derive`)."""
 
     @abstractmethod
-    def serves(self, mechanism: Mechanism) -> bool:
-        """Whether the kernel is written for this mechanism."""
+    def serves(self, problem: Problem) -> bool:
+        """Whether the kernel is written for this mechanism on this kind of device."""
 
     @abstractmethod
     def refuses(self, problem: Problem) -> str | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.chunked import Chunked
+from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.mechanisms.base import Problem
 
-CANDIDATES: tuple[Kernel, ...] = (Sdpa(), Chunked(), Reference())
+CANDIDATES: tuple[Kernel, ...] = (OneDNN(), Sdpa(), Chunked(), Reference())
 """What ``auto`` chooses from, fastest first; the last can do everything."""
 
 
@@ -23,12 +25,10 @@ def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
     """
     named = {str(candidate): candidate for candidate in CANDIDATES}
     if kernel == "auto":
-        serving = [candidate for candidate in CANDIDATES if candidate.serves(problem.mechanism)]
-        refusal = serving[0].refuses(problem)
-        if refusal is None:
-            return serving[0], "auto took the fastest kernel for this mechanism"
-        taken = next(candidate for candidate in serving if candidate.refuses(problem) is None)
-        return taken, f"auto fell to it: {refusal}"
+        refusals = [(candidate, candidate.refuses(problem)) for candidate in CANDIDATES if candidate.serves(problem)]
+        taken = next(candidate for candidate, refusal in refusals if refusal is None)
+        words = "; ".join(itertools.takewhile(bool, (refusal or "" for _, refusal in refusals)))
+        return taken, f"auto fell to it: {words}" if words else "auto took the fastest kernel for this mechanism"
     asked = named.get(kernel) if isinstance(kernel, str) else kernel
     if not isinstance(asked, Kernel):
         raise InputError(f"kernel must be a Kernel or one of {['auto', *named]}; got {kernel!r}.")

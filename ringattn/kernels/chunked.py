@@ -12,7 +12,7 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, places
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, Summarising
 from ringattn.tiles import Tiles
 
 LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
@@ -23,11 +23,11 @@ MOST = 4096  # rows of one launch: what it holds in the accumulator's dtype stay
 class Chunked(Kernel):
     """Summaries for what is full, tiles for what is not."""
 
-    def serves(self, mechanism: Mechanism) -> bool:
-        return isinstance(mechanism, Summarising)
+    def serves(self, problem: Problem) -> bool:
+        return isinstance(problem.mechanism, Summarising)
 
     def refuses(self, problem: Problem) -> str | None:
-        if not self.serves(problem.mechanism):
+        if not self.serves(problem):
             return f"chunked computes mechanisms whose keys can be summed up; got {problem.mechanism}"
         if problem.allows is not None:
             return "chunked knows bands of pairs; the mask holds a predicate"

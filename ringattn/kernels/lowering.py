@@ -1,4 +1,4 @@
-"""Tiles lowered to what flash kernels know: full rectangles and causal squares, few and alike.
+"""Tiles lowered to what kernels know: for flash kernels full rectangles and causal squares, few and alike.
 
 First, tiles that together form one band are joined: a zigzag rank's own keys are three tiles and one causal square.
 Then every band is cut into pieces that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of both
@@ -27,13 +27,14 @@ FULL, CAUSAL, FLIPPED = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """``count`` equal pieces of ``m`` queries and ``n`` keys.
+    """``count`` equal pieces of ``m`` queries and ``n`` keys, of which those pairs count with ``low <= i - j <= high``.
 
     The first begins at rows ``q`` and ``k``, each further one ``q_next`` and ``k_next`` rows later. Rows are taken
     every ``q_step`` and ``k_step``.
     """
 
-    kind: int
+    low: int
+    high: int
     m: int
     n: int
     q_step: int
@@ -44,6 +45,13 @@ class Batch:
     q_next: int = 0
     k_next: int = 0
 
+    @property
+    def kind(self) -> int:
+        """Of the pieces of `lower`: FULL, CAUSAL or FLIPPED."""
+        if self.low == 1 - self.n and self.high == self.m - 1:
+            return FULL
+        return CAUSAL if self.low == 0 else FLIPPED
+
 
 def lower(tiles: Tiles, leaf: int = INF, most: int = INF) -> list[Batch]:
     """The batches of pieces that compute these tiles: every pair once, and no launch without a pair.
@@ -52,16 +60,33 @@ def lower(tiles: Tiles, leaf: int = INF, most: int = INF) -> list[Batch]:
         leaf: rows of the largest square left on a diagonal.
         most: queries, and keys, of one launch at most.
     """
+    origin, regions, steps = _joined(tiles)
+    pieces = _limited(_halved(_cut(origin, regions, steps), min(leaf, most)), most)
+    kind, m, n = pieces[:, :3].T
+    low, high = np.where(kind == CAUSAL, 0, 1 - n), np.where(kind == FLIPPED, 0, m - 1)
+    return _batches(np.concatenate([np.stack([low, high], axis=1), pieces[:, 1:]], axis=1), most)
+
+
+def banded(tiles: Tiles, most: int) -> list[Batch]:
+    """The same pairs in pieces of any band, for kernels that need not cut them.
+
+    Args:
+        most: queries, and keys, of all pieces of a batch at most, but for one that is larger itself.
+    """
+    origin, regions, steps = _joined(tiles)
+    return _batches(np.concatenate([regions[:, [LO, HI, Q1, K1]], steps, origin], axis=1), most)
+
+
+def _joined(tiles: Tiles) -> tuple[Array, Array, Array]:
+    """Neighbours joined: first rows, canonical regions whose boxes begin at 0, 0, and steps."""
     rows = tiles.rows
     plain = (rows[:, t.Q_STEP] == 1) & (rows[:, t.K_STEP] == 1)
     joined, strided = coalesce(_boxes(rows[plain])), rows[~plain]
-    pieces = np.concatenate(
-        [
-            _cut(joined[:, [Q0, K0]], _canonical(joined), np.ones((len(joined), 2), dtype=np.int64)),
-            _cut(strided[:, [t.Q, t.K]], Tiles(strided).regions, strided[:, [t.Q_STEP, t.K_STEP]]),
-        ]
+    return (
+        np.concatenate([joined[:, [Q0, K0]], strided[:, [t.Q, t.K]]]),
+        np.concatenate([_canonical(joined), Tiles(strided).regions]),
+        np.concatenate([np.ones((len(joined), 2), dtype=np.int64), strided[:, [t.Q_STEP, t.K_STEP]]]),
     )
-    return _batches(_limited(_halved(pieces, min(leaf, most)), most), most)
 
 
 def _boxes(rows: Array) -> Array:
@@ -198,9 +223,10 @@ def _batches(pieces: Array, most: int) -> list[Batch]:
     """Equal pieces joined into batches where they lie at equal distances and do not overlap."""
     pieces = pieces[np.lexsort(pieces.T[::-1])]
     batches: list[Batch] = []
-    for kind, m, n, q_step, k_step, q, k in pieces.tolist():
+    for *alike, q, k in pieces.tolist():
+        low, high, m, n, q_step, k_step = alike
         last = batches[-1] if batches else None
-        if last is not None and (last.kind, last.m, last.n, last.q_step, last.k_step) == (kind, m, n, q_step, k_step):
+        if last is not None and [last.low, last.high, last.m, last.n, last.q_step, last.k_step] == alike:
             q_next = q - (last.q + last.q_next * (last.count - 1))
             k_next = k - (last.k + last.k_next * (last.count - 1))
             apart = q_next >= (m - 1) * q_step + 1 and k_next >= (n - 1) * k_step + 1
@@ -208,7 +234,7 @@ def _batches(pieces: Array, most: int) -> list[Batch]:
             if apart and small and (last.count == 1 or (q_next, k_next) == (last.q_next, last.k_next)):
                 batches[-1] = dataclasses.replace(last, count=last.count + 1, q_next=q_next, k_next=k_next)
                 continue
-        batches.append(Batch(kind, m, n, q_step, k_step, q, k))
+        batches.append(Batch(low, high, m, n, q_step, k_step, q, k))
     return batches
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ringattn import tiles as t
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State, rows_at
+from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, rows_at
 from ringattn.tiles import Tiles
 
 
@@ -29,7 +29,7 @@ class Reference(Kernel):
     rows: int = 256
     columns: int = 1024
 
-    def serves(self, mechanism: Mechanism) -> bool:
+    def serves(self, problem: Problem) -> bool:
         return True
 
     def refuses(self, problem: Problem) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, Place, flipped, lower, places
-from ringattn.mechanisms.base import Arriving, Mechanism, Params, Problem, State
+from ringattn.mechanisms.base import Arriving, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.tiles import Tiles
 
@@ -26,8 +26,8 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Sdpa(Kernel):
     """PyTorch's flash kernels."""
 
-    def serves(self, mechanism: Mechanism) -> bool:
-        return isinstance(mechanism, Softmax)
+    def serves(self, problem: Problem) -> bool:
+        return isinstance(problem.mechanism, Softmax)
 
     def refuses(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Softmax):

@@ -61,7 +61,7 @@ class Config:
     replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
     layout: Annotated[str, _ranks("Who holds which tokens: auto, balanced, contiguous, zigzag, striped.")] = "auto"
     schedule: Annotated[str, _ranks("What moves when: auto, ring, route.")] = "auto"
-    kernel: Annotated[str, _ranks("How attention is computed: auto, sdpa, reference.")] = "auto"
+    kernel: Annotated[str, _ranks("How attention is computed: auto, onednn, sdpa, reference.")] = "auto"
     dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"
 
     layers: Annotated[int, _model("Decoder blocks.", min=1)] = 2

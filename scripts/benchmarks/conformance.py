@@ -21,7 +21,7 @@ from tests.conformance import Case, cases, cross_cases, errors, oracle, simulate
 
 LIMIT = {torch.float64: 1e-14, torch.float32: 1e-6}
 SCANS = (ringattn.Scan(), ringattn.Scan(lookahead=0))
-KERNELS = ("auto", "sdpa", "chunked", "reference")
+KERNELS = ("auto", "onednn", "sdpa", "chunked", "reference")
 
 
 @st.composite

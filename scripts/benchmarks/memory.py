@@ -37,6 +37,7 @@ class Call:
     dtype: torch.dtype
     mask: str
     schedule: str
+    mechanism: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def measure(_: Worker, call: Call) -> Usage:
     mask = masks.parse(call.mask)
     sharding = ringattn.Sharding(call.length, mesh, mask=mask)
     shape = {"heads": (call.heads, call.kv_heads), "head_dims": (call.dim, call.dim), "dtype": call.dtype}
-    plan = ringattn.plan(mask, sharding, schedule=call.schedule, **shape)  # type: ignore[arg-type]
+    mechanism = ringattn.Linear() if call.mechanism == "linear" else ringattn.Softmax()
+    plan = ringattn.plan(mask, sharding, schedule=call.schedule, mechanism=mechanism, **shape)  # type: ignore[arg-type]
 
     # as projections give them: [B, S, H, D], of which attention sees a transposed view. Gradients then come back in
     # the layout of the leaves, and torch keeps them as they are instead of copying them.
@@ -64,7 +66,7 @@ def measure(_: Worker, call: Call) -> Usage:
 
     leaves = [random(heads).requires_grad_() for heads in (call.heads, call.kv_heads, call.kv_heads)]
     q, k, v = (x.transpose(1, 2) for x in leaves)
-    out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=call.schedule)
+    out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=call.schedule, mechanism=mechanism)
     out.backward(random(call.heads).transpose(1, 2))
     counters, traffic = mesh.connected().counters, plan.traffic()
     return Usage(
@@ -88,7 +90,7 @@ def report(call: Call, ranks: int, console: Console) -> bool:
     long, short = run(call, ranks), run(dataclasses.replace(call, length=BASELINE), ranks)
     dtype = str(call.dtype).removeprefix("torch.")
     table = Table(
-        title=f"{call.schedule}: {call.mask}, {call.length} tokens on {ranks} Gloo ranks, "
+        title=f"{call.mechanism} by {call.schedule}: {call.mask}, {call.length} tokens on {ranks} Gloo ranks, "
         f"{call.heads} query and {call.kv_heads} key heads of {call.dim}, {dtype}"
     )
     table.add_column("rank")
@@ -127,7 +129,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--mask", default="causal")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's heap as it is")
-    parser.add_argument("--schedule", choices=["ring", "route"], help="both unless given")
+    parser.add_argument("--mechanism", choices=["softmax", "linear"], default="softmax")
+    parser.add_argument(
+        "--schedule", choices=["ring", "route", "scan"], help="route, and ring or linear's scan, unless given"
+    )
     return parser.parse_args()
 
 
@@ -137,10 +142,12 @@ def main() -> int:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by the workers when they start
     console = Console(width=None if sys.stdout.isatty() else 160)
     good = True
-    for schedule in [options.schedule] if options.schedule else ["ring", "route"]:
+    other = "scan" if options.mechanism == "linear" else "ring"
+    for schedule in [options.schedule] if options.schedule else [other, "route"]:
         dtype = getattr(torch, options.dtype)
         shape = (options.length, options.heads, options.kv_heads, options.dim, dtype)
-        good = report(Call(*shape, options.mask, schedule), options.ranks, console) and good
+        call = Call(*shape, options.mask, schedule, options.mechanism)
+        good = report(call, options.ranks, console) and good
     console.print(f"peaks within {ALLOWED}× of plan.memory() and traffic exact: {'yes' if good else 'NO'}")
     return 0 if good else 1
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn import functional
-from ringattn.kernels import sdpa
+from ringattn.kernels import onednn
 from ringattn.sharding import Sharding
 from ringattn.training.config import Config
 from ringattn.training.data import Corpus, read_corpus
@@ -71,7 +71,7 @@ def train(_: Worker, length: int, steps: int) -> Steps:
     planning = Stopwatch()
     Sharding.spans.func = planning.wrap(Sharding.spans.func)  # type: ignore[attr-defined]
     functional._prepared = planning.wrap(functional._prepared)
-    sdpa.lower = planning.wrap(sdpa.lower)  # type: ignore[attr-defined]
+    onednn.banded = planning.wrap(onednn.banded)  # type: ignore[attr-defined]
 
     config = replace(Config(), length=length)
     mesh, corpus = ringattn.init(), Corpus(read_corpus(None)[0], 0)

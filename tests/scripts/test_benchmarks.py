@@ -57,8 +57,9 @@ def test_contestants_compute_the_case(team: Team, mask: str) -> None:
     assert team.time() > 0
 
 
-def test_memory_reads_counters_that_equal_the_plan(team: Team) -> None:
-    for usage in team.call(measure, Call(301, 4, 2, 16, torch.float32, "causal", "route")):
+@pytest.mark.parametrize(("schedule", "mechanism"), [("route", "softmax"), ("scan", "linear")])
+def test_memory_reads_counters_that_equal_the_plan(team: Team, schedule: str, mechanism: str) -> None:
+    for usage in team.call(measure, Call(301, 4, 2, 16, torch.float32, "causal", schedule, mechanism)):
         assert usage.moved == usage.planned
         assert usage.peak > sum(usage.planned_memory.values())
 
