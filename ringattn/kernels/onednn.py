@@ -9,8 +9,7 @@ is merged:
     O' = 2^(m - m') O + P v
 
 (FlashAttention-2, arXiv 2307.08691, section 3.1; backward section 3.2.2, with S transposed, so that all products but
-one read their operands as they lie). The arithmetic is float32, whatever the inputs, so that in bfloat16 results are
-more exact than the flash kernel's.
+one read their operands as they lie). Scores and outputs are computed in float32, whatever the inputs.
 
 Shapes: N pieces that are alike, h key heads, G query heads to each, m query rows and n keys of a piece, D and Dv dims
 of a head; P = N h, r rows and c keys of a block.
@@ -19,6 +18,7 @@ of a head; P = N h, r rows and c keys of a block.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ from ringattn.tiles import Tiles
 MOST = 4096  # rows of all pieces of a batch
 LOG2_E = math.log2(math.e)
 
-Hidden = tuple[slice, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Outside = tuple[slice, torch.Tensor]
 """Columns of a block that an edge of the band crosses, and which pairs of the block's rows and those it leaves out."""
 
 
@@ -80,7 +81,7 @@ class OneDNN(Kernel):
         state = problem.mechanism.empty(problem, q.shape[2]) if state is None else state
         scores = _Scores.of(problem)
         for part in self._parts(problem, tiles):
-            self._attend(part, scores, part.queries(q), part.keys(k), part.keys(v), *map(part.queries, state))
+            self._attend(part, scores, part.of(q, k, v), *map(part.queries, state))
         return state
 
     def backward(
@@ -91,14 +92,13 @@ class OneDNN(Kernel):
         v: torch.Tensor,
         arriving: Arriving,
         tiles: Tiles,
-        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        gradients: Triple,
         dparams: Params,
     ) -> None:
         scores = _Scores.of(problem)
         for part in self._parts(problem, tiles):
-            inputs, output = (part.queries(q), part.keys(k), part.keys(v)), arriving.of(part.queries, torch.float32)
-            places = part.queries, part.keys, part.keys
-            self._attend_grad(part, scores, *inputs, output, *(at(x) for at, x in zip(places, gradients, strict=True)))
+            output = arriving.of(part.queries, torch.float32)
+            self._attend_grad(part, scores, part.of(q, k, v), output, part.of(*gradients))
 
     def _parts(self, problem: Problem, tiles: Tiles) -> Iterator[_Part]:
         """Large pieces one by one and head by head, small ones as many at once as fill a block."""
@@ -115,7 +115,7 @@ class OneDNN(Kernel):
                         upto = min(head + heads, problem.kv_heads)
                         yield _Part(batch, place, slice(piece, piece + step), slice(head, upto), group)
 
-    def _blocks(self, part: _Part) -> Iterator[tuple[slice, list[tuple[slice, list[Hidden]]]]]:
+    def _blocks(self, part: _Part) -> Iterator[tuple[slice, list[tuple[slice, list[Outside]]]]]:
         """Rows, and blocks of the columns that the band leaves of them."""
         band = part.batch
         # rows of all heads of a group make a block; what is left over comes where a causal band has the fewest keys
@@ -127,90 +127,52 @@ class OneDNN(Kernel):
                 stop = min(band.n, stop + (start - stop) % self.grain)
                 start = max(0, start - (start - stop) % self.grain)
             second = start + ((stop - start) % self.grain if stop - start >= self.least else stop - start)
-            yield rows, [(cut, part.hidden(rows, cut)) for cut in _slices(start, second, stop, self.columns)]
+            yield rows, [(cut, part.outside(rows, cut)) for cut in _slices(start, second, stop, self.columns)]
 
-    def _attend(
-        self,
-        part: _Part,
-        scores: _Scores,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
+    def _attend(self, part: _Part, scores: _Scores, inputs: Triple, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merges what the part's keys contribute into out ``[N, h, G, m, Dv]`` and lse ``[N, h, G, m]``."""
+        q, k, v = inputs
         for rows, blocks in self._blocks(part):
             queries = _rows(q, rows) * scores.factor
-            so_far = _rows(lse, rows).double() * LOG2_E
-            # finite, so that a row which sees no key of a block, or has not seen any yet, takes no -inf from -inf
-            peak = so_far.float().clamp_(min=torch.finfo(torch.float32).min)
-            total = torch.exp2(so_far - peak).float()  # 1 but for the rounding of peak; 0 where no key was seen
-            values = _rows(out, rows) * total.unsqueeze(-1)
-            for columns, hidden in blocks:
-                block = self._product(queries, _columns(k, columns))
+            running = _Running(_rows(out, rows), _rows(lse, rows))
+            for columns, outside in blocks:
+                whole = self._whole(queries, columns)
+                block = _product(queries, _columns(k, columns), whole)
                 scores.bend(block)
-                for crossed, outside in hidden:
-                    block.unflatten(1, (part.group, -1))[..., crossed].masked_fill_(outside, -math.inf)
-                higher = torch.maximum(peak, block.amax(-1))
-                weights = torch.exp2(block.sub_(higher.unsqueeze(-1)), out=block)
-                shrink = torch.exp2(peak - higher)
-                total.mul_(shrink).add_(weights.sum(-1))
-                values.mul_(shrink.unsqueeze(-1)).add_(self._product(weights, _columns(v, columns).transpose(1, 2)))
-                peak = higher
-            values /= total.unsqueeze(-1)
-            total = (peak.double() + total.double().log2_()) / LOG2_E
-            for whole, rest in ((out[..., rows, :], values), (lse[..., rows], total)):
-                whole.copy_(rest.view(whole.shape))
+                _hide(block.unflatten(1, (part.group, -1)), outside)
+                running.add(block, _columns(v, columns), whole)
+                del block  # its memory is the next one's
+            for place, updated in zip((out[..., rows, :], lse[..., rows]), running.state(), strict=True):
+                place.copy_(updated.view(place.shape))
 
-    def _attend_grad(
-        self,
-        part: _Part,
-        scores: _Scores,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        arriving: Arriving,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-    ) -> None:
+    def _attend_grad(self, part: _Part, scores: _Scores, inputs: Triple, arriving: Arriving, gradients: Triple) -> None:
         """Adds the part's contributions to the gradients of its queries, keys and values."""
-        (out, lse), dout, dlse = arriving.saved, arriving.dout, arriving.dextras[0]
+        (q, k, v), (dq, dk, dv) = inputs, gradients
         for rows, blocks in self._blocks(part):
-            queries = _rows(q, rows) * scores.factor
-            exact = _rows(lse, rows).double() * LOG2_E
-            level = exact.float()
-            # weights are taken from a rounded log-sum-exp; what they are multiplied with makes up for it
-            rounding = torch.exp2(level - exact).float()
-            given = _rows(dout, rows) * rounding.unsqueeze(-1)
-            delta = (given * _rows(out, rows)).sum(-1)
-            if dlse is not None:
-                delta -= _rows(dlse, rows) * rounding
-            total = torch.zeros_like(queries).transpose(1, 2)
-            for columns, hidden in blocks:
-                keys = _columns(k, columns)
-                block = self._product(keys, queries)
-                slope = scores.bend(block)
-                for crossed, outside in hidden:
-                    block.unflatten(2, (part.group, -1))[:, crossed].masked_fill_(outside.t().unsqueeze(1), -math.inf)
-                weights = torch.exp2(block.sub_(level.unsqueeze(1)), out=block)
-                _add(dv, columns, self._product(weights, given.transpose(1, 2)))
-                dscores = self._product(_columns(v, columns), given).sub_(delta.unsqueeze(1)).mul_(weights)
+            given = _Given.of(_rows(q, rows), arriving.of(functools.partial(_rows, rows=rows), torch.float32))
+            queries, total = given.queries * scores.factor, torch.zeros_like(given.queries).transpose(1, 2)
+            for columns, outside in blocks:
+                whole, keys = self._whole(queries, columns), _columns(k, columns)
+                weights = _product(keys, queries, whole)
+                slope = scores.bend(weights)
+                _hide(weights.unflatten(2, (part.group, -1)).transpose(1, 2).transpose(2, 3), outside)
+                torch.exp2(weights.sub_(given.level), out=weights)
+                dscores = _product(_columns(v, columns), given.dout, whole).sub_(given.delta).mul_(weights)
                 if slope is not None:
                     dscores *= slope
-                # scores are in base 2: what their factor has to do with that is taken back
-                _add(dk, columns, self._product(dscores, queries.transpose(1, 2)), 1 / LOG2_E)
-                total += self._product(keys.transpose(1, 2), dscores.transpose(1, 2))
-            _add(dq, rows, total.transpose(1, 2), scores.factor / LOG2_E)
+                # what is left are sums of products: their operands may be as narrow as the inputs are
+                dtype = scores.narrow if whole else torch.float32
+                weights, dscores = weights.to(dtype), dscores.to(dtype)
+                _add(dv, columns, _product(weights, given.dout.to(dtype).transpose(1, 2), whole))
+                _add(dk, columns, _product(dscores, given.queries.to(dtype).transpose(1, 2), whole), scores.scale)
+                total += _product(keys.to(dtype).transpose(1, 2), dscores.transpose(1, 2), whole)
+                del weights, dscores, slope  # their memory is the next ones'
+            _add(dq, rows, total.transpose(1, 2), scores.scale)
 
-    def _product(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``x y^T`` of ``[P, a, d]`` and ``[P, b, d]``."""
-        if x.shape[0] > 1:
-            return torch.bmm(x, y.transpose(1, 2))
-        _, *sides = sorted((x.shape[1], y.shape[1], x.shape[2]))
-        whole = sides[0] >= self.least and all(side % self.grain == 0 for side in sides)
-        return (_linear if whole else torch.nn.functional.linear)(x[0], y[0]).unsqueeze(0)
+    def _whole(self, queries: torch.Tensor, columns: slice) -> bool:
+        """Whether a block of these queries and columns is one that oneDNN's product is for."""
+        pieces, *sides = queries.shape[0], queries.shape[1], columns.stop - columns.start
+        return pieces == 1 and all(side >= self.least and side % self.grain == 0 for side in sides)
 
     def __str__(self) -> str:
         return "onednn"
@@ -236,7 +198,11 @@ class _Part:
         """``[N, h, n, …]``."""
         return self.places[1](x)[self.pieces, self.heads]
 
-    def hidden(self, rows: slice, columns: slice) -> list[Hidden]:
+    def of(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Triple:
+        """What is computed together of these, or of their gradients."""
+        return self.queries(q), self.keys(k), self.keys(v)
+
+    def outside(self, rows: slice, columns: slice) -> list[Outside]:
         """What of a block lies beyond the band: pairs with i - j below its low, to the right, or above its high."""
         beyond = (
             (max(columns.start, rows.start - self.batch.low + 1), columns.stop),
@@ -253,17 +219,26 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-    """What makes scores of products, in base 2: the queries' factor, and the soft cap."""
+    """What makes scores of products, in base 2: the queries' factor, which is the scale's, and the soft cap.
 
-    factor: float
+    Gradients of bfloat16 inputs are sums of bfloat16 products where the processor has them, as in the flash kernel.
+    """
+
+    scale: float
     cap: float | None
+    narrow: torch.dtype
 
     @staticmethod
     def of(problem: Problem) -> _Scores:
         mechanism = problem.mechanism
         assert isinstance(mechanism, Softmax)
         cap = None if mechanism.softcap is None else mechanism.softcap * LOG2_E
-        return _Scores(mechanism.scale_for(problem) * LOG2_E, cap)
+        has_bfloat16 = problem.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return _Scores(mechanism.scale_for(problem), cap, torch.bfloat16 if has_bfloat16 else torch.float32)
+
+    @property
+    def factor(self) -> float:
+        return self.scale * LOG2_E
 
     def bend(self, products: torch.Tensor) -> torch.Tensor | None:
         """The soft cap, in place. Returns its derivative, None where there is none to tell."""
@@ -273,6 +248,68 @@ class _Scores:
         slope = 1 - products * products
         products.mul_(self.cap)
         return slope
+
+
+class _Running:
+    """The softmax of some rows so far, in base 2: their highest score, and the sums of weights and weighted values."""
+
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        so_far = lse.double() * LOG2_E
+        # finite, so that a row which sees no key of a block, or has not seen any yet, takes no -inf from -inf
+        self.peak = so_far.float().clamp_(min=torch.finfo(torch.float32).min)
+        self.total = torch.exp2(so_far - self.peak).float()  # 1 but for the rounding of peak; 0 before any key
+        self.values = out * self.total.unsqueeze(-1)
+
+    def add(self, scores: torch.Tensor, v: torch.Tensor, whole: bool) -> None:
+        """Adds a block's keys. Its scores ``[P, G r, c]`` are overwritten."""
+        peak = torch.maximum(self.peak, scores.amax(-1))
+        weights = torch.exp2(scores.sub_(peak.unsqueeze(-1)), out=scores)
+        shrink = torch.exp2(self.peak - peak)
+        self.total.mul_(shrink).add_(weights.sum(-1))
+        self.values.mul_(shrink.unsqueeze(-1)).add_(_product(weights, v.transpose(1, 2), whole))
+        self.peak = peak
+
+    def state(self) -> State:
+        """Output and log-sum-exp."""
+        total = self.total.double()
+        return self.values / self.total.unsqueeze(-1), (self.peak + total.log2_()) / LOG2_E
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The output side of some rows: queries ``[P, G r, D]``, and a block of scores ``[P, c, G r]`` beside them.
+
+    Weights are taken from a log-sum-exp that is rounded in base 2. All that they are multiplied with, dout and
+    ``delta = rowsum(dO o O) - dlse``, makes up for it.
+    """
+
+    queries: torch.Tensor
+    dout: torch.Tensor
+    level: torch.Tensor
+    delta: torch.Tensor
+
+    @staticmethod
+    def of(queries: torch.Tensor, arriving: Arriving) -> _Given:
+        (out, lse), dlse = arriving.saved, arriving.dextras[0]
+        exact = lse.double() * LOG2_E
+        level = exact.float()
+        rounding = torch.exp2(level - exact).float()
+        dout = arriving.dout * rounding.unsqueeze(-1)
+        delta = (dout * out).sum(-1)
+        if dlse is not None:
+            delta -= dlse * rounding
+        return _Given(queries, dout, level.unsqueeze(1), delta.unsqueeze(1))
+
+
+def _hide(block: torch.Tensor, outside: list[Outside]) -> None:
+    """Sets the scores ``[P, G, r, c]`` of pairs beyond the band to -inf."""
+    for columns, pairs in outside:
+        block[..., columns].masked_fill_(pairs, -math.inf)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, whole: bool) -> torch.Tensor:
+    """``x y^T`` of ``[P, a, d]`` and ``[P, b, d]``."""
+    return _linear(x[0], y[0]).unsqueeze(0) if whole else torch.bmm(x, y.transpose(1, 2))
 
 
 def _linear(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
