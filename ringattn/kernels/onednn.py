@@ -37,6 +37,8 @@ LOG2_E = math.log2(math.e)
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Outside = tuple[slice, torch.Tensor]
 """Columns of a block that an edge of the band crosses, and which pairs of the block's rows and those it leaves out."""
+Rows = tuple[slice, list[tuple[slice, list[Outside]]]]
+"""Rows of a piece, and blocks of the columns that the band leaves of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +99,13 @@ class OneDNN(Kernel):
     ) -> None:
         scores = _Scores.of(problem)
         for part in self._parts(problem, tiles):
-            output = arriving.of(part.queries, torch.float32)
+            output = arriving.of(part.queries, problem.dtype)  # as they are
             self._attend_grad(part, scores, part.of(q, k, v), output, part.of(*gradients))
 
     def _parts(self, problem: Problem, tiles: Tiles) -> Iterator[_Part]:
         """Large pieces one by one and head by head, small ones as many at once as fill a block."""
         group = problem.heads // problem.kv_heads
-        for batch in tiles.derive(banded, MOST):
+        for batch, blocks in tiles.derive(_lowered, self, group):
             size = group * batch.m * batch.n
             large = min(group * batch.m, batch.n) >= self.least
             heads = 1 if large else max(1, min(problem.kv_heads, self.rows * self.columns // (size * batch.count)))
@@ -113,26 +115,12 @@ class OneDNN(Kernel):
                 for piece in range(0, count, step):
                     for head in range(0, problem.kv_heads, heads):
                         upto = min(head + heads, problem.kv_heads)
-                        yield _Part(batch, place, slice(piece, piece + step), slice(head, upto), group)
-
-    def _blocks(self, part: _Part) -> Iterator[tuple[slice, list[tuple[slice, list[Outside]]]]]:
-        """Rows, and blocks of the columns that the band leaves of them."""
-        band = part.batch
-        # rows of all heads of a group make a block; what is left over comes where a causal band has the fewest keys
-        most = self.rows // part.group if self.rows % part.group == 0 else self.grain
-        for rows in _slices(0, band.m % most, band.m, most):
-            start, stop = max(0, rows.start - band.high), min(band.n, rows.stop - band.low)
-            if stop - start >= self.least:
-                # keys beyond the band that make the columns whole grains cost less than a product of another shape
-                stop = min(band.n, stop + (start - stop) % self.grain)
-                start = max(0, start - (start - stop) % self.grain)
-            second = start + ((stop - start) % self.grain if stop - start >= self.least else stop - start)
-            yield rows, [(cut, part.outside(rows, cut)) for cut in _slices(start, second, stop, self.columns)]
+                        yield _Part(place, slice(piece, piece + step), slice(head, upto), group, blocks)
 
     def _attend(self, part: _Part, scores: _Scores, inputs: Triple, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merges what the part's keys contribute into out ``[N, h, G, m, Dv]`` and lse ``[N, h, G, m]``."""
         q, k, v = inputs
-        for rows, blocks in self._blocks(part):
+        for rows, blocks in part.blocks:
             queries = _rows(q, rows) * scores.factor
             running = _Running(_rows(out, rows), _rows(lse, rows))
             for columns, outside in blocks:
@@ -148,7 +136,7 @@ class OneDNN(Kernel):
     def _attend_grad(self, part: _Part, scores: _Scores, inputs: Triple, arriving: Arriving, gradients: Triple) -> None:
         """Adds the part's contributions to the gradients of its queries, keys and values."""
         (q, k, v), (dq, dk, dv) = inputs, gradients
-        for rows, blocks in self._blocks(part):
+        for rows, blocks in part.blocks:
             given = _Given.of(_rows(q, rows), arriving.of(functools.partial(_rows, rows=rows), torch.float32))
             queries, total = given.queries * scores.factor, torch.zeros_like(given.queries).transpose(1, 2)
             for columns, outside in blocks:
@@ -182,11 +170,11 @@ class OneDNN(Kernel):
 class _Part:
     """Pieces and key heads of a batch that are computed together."""
 
-    batch: Batch
     places: tuple[Place, Place]
     pieces: slice
     heads: slice
     group: int
+    blocks: list[Rows]
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, h, G, m, …]``."""
@@ -201,20 +189,6 @@ class _Part:
     def of(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Triple:
         """What is computed together of these, or of their gradients."""
         return self.queries(q), self.keys(k), self.keys(v)
-
-    def outside(self, rows: slice, columns: slice) -> list[Outside]:
-        """What of a block lies beyond the band: pairs with i - j below its low, to the right, or above its high."""
-        beyond = (
-            (max(columns.start, rows.start - self.batch.low + 1), columns.stop),
-            (columns.start, min(columns.stop, rows.stop - 1 - self.batch.high)),
-        )
-        out = []
-        for side, (start, stop) in enumerate(beyond):
-            if start < stop:
-                offset = torch.arange(rows.start, rows.stop).unsqueeze(1) - torch.arange(start, stop)
-                outside = offset > self.batch.high if side else offset < self.batch.low
-                out.append((slice(start - columns.start, stop - columns.start), outside))
-        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +273,41 @@ class _Given:
         if dlse is not None:
             delta -= dlse * rounding
         return _Given(queries, dout, level.unsqueeze(1), delta.unsqueeze(1))
+
+
+def _lowered(tiles: Tiles, kernel: OneDNN, group: int) -> list[tuple[Batch, list[Rows]]]:
+    """Batches of pieces, and the blocks of one of each."""
+    edges: dict[tuple[int, ...], torch.Tensor] = {}  # the same ones come again and again
+    return [(batch, list(_blocks(batch, kernel, group, edges))) for batch in banded(tiles, MOST)]
+
+
+def _blocks(band: Batch, kernel: OneDNN, group: int, edges: dict[tuple[int, ...], torch.Tensor]) -> Iterator[Rows]:
+    # rows of all heads of a group make a block; what is left over comes where a causal band has the fewest keys
+    most = kernel.rows // group if kernel.rows % group == 0 else kernel.grain
+    for rows in _slices(0, band.m % most, band.m, most):
+        start, stop = max(0, rows.start - band.high), min(band.n, rows.stop - band.low)
+        if stop - start >= kernel.least:
+            # keys beyond the band that make the columns whole grains cost less than a product of another shape
+            stop = min(band.n, stop + (start - stop) % kernel.grain)
+            start = max(0, start - (start - stop) % kernel.grain)
+        second = start + ((stop - start) % kernel.grain if stop - start >= kernel.least else stop - start)
+        cuts = _slices(start, second, stop, kernel.columns)
+        yield rows, [(columns, _outside(band, rows, columns, edges)) for columns in cuts]
+
+
+def _outside(band: Batch, rows: slice, columns: slice, edges: dict[tuple[int, ...], torch.Tensor]) -> list[Outside]:
+    """What of a block lies beyond the band: pairs with i - j below its low, to the right, or above its high."""
+    below = max(columns.start, rows.start - band.low + 1), columns.stop
+    above = columns.start, min(columns.stop, rows.stop - 1 - band.high)
+    out = []
+    for sign, bound, (start, stop) in ((1, band.low, below), (-1, -band.high, above)):
+        if start < stop:
+            key = sign, bound - sign * (rows.start - start), rows.stop - rows.start, stop - start
+            if key not in edges:
+                offset = torch.arange(key[2]).unsqueeze(1) - torch.arange(key[3])
+                edges[key] = sign * offset < key[1]
+            out.append((slice(start - columns.start, stop - columns.start), edges[key]))
+    return out
 
 
 def _hide(block: torch.Tensor, outside: list[Outside]) -> None:
