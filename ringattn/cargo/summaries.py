@@ -20,7 +20,7 @@ from ringattn.plans import Exchange, Step
 from ringattn.tiles import Tiles
 from ringattn.transports.base import Message
 
-AT_ONCE = 4096  # keys summed up at once: their copy in the accumulator's dtype is all the memory it takes
+AT_ONCE = 1024  # rows worked on at once: a few copies of them in the accumulator's dtype are all the memory it takes
 Run = tuple[int, int]
 
 
@@ -152,11 +152,14 @@ class SummaryGradients(Gradients):
 
 
 def _folds(tiles: Tiles) -> list[tuple[slice, torch.Tensor]]:
-    """For every run of queries, the rows of the summaries it attends to, ascending."""
+    """Runs of queries, some rows at a time, and the rows of the summaries they attend to, ascending."""
     rows: dict[tuple[int, int, int], list[int]] = {}
     for row in tiles.rows.tolist():
         rows.setdefault((row[t.Q], row[t.M], row[t.Q_STEP]), []).append(row[t.K])
-    return [
-        (slice(first, first + (count - 1) * step + 1, step), torch.tensor(sorted(of)))
-        for (first, count, step), of in rows.items()
-    ]
+    folds = []
+    for (first, count, step), of in rows.items():
+        summaries = torch.tensor(sorted(of))
+        for start in range(0, count, AT_ONCE):
+            stop = min(start + AT_ONCE, count)
+            folds.append((slice(first + start * step, first + (stop - 1) * step + 1, step), summaries))
+    return folds

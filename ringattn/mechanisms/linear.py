@@ -42,7 +42,7 @@ class Linear(Summarising):
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         numerator, denominator = state
-        return (numerator / _safe(denominator).unsqueeze(-1)).to(problem.dtype), (denominator,)
+        return numerator.div_(_safe(denominator).unsqueeze(-1)).to(problem.dtype), (denominator,)
 
     def tile_grad(
         self,
