@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -39,6 +39,7 @@ Outside = tuple[slice, torch.Tensor]
 """Columns of a block that an edge of the band crosses, and which pairs of the block's rows and those it leaves out."""
 Rows = tuple[slice, list[tuple[slice, list[Outside]]]]
 """Rows of a piece, and blocks of the columns that the band leaves of them."""
+Edge = Callable[[int, int], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class OneDNN(Kernel):
                 whole, keys = self._whole(queries, columns), _columns(k, columns)
                 weights = _product(keys, queries, whole)
                 slope = scores.bend(weights)
-                _hide(weights.unflatten(2, (part.group, -1)).transpose(1, 2).transpose(2, 3), outside)
+                _hide(weights.unflatten(2, (part.group, -1)).permute(0, 2, 3, 1), outside)
                 torch.exp2(weights.sub_(given.level), out=weights)
                 dscores = _product(_columns(v, columns), given.dout, whole).sub_(given.delta).mul_(weights)
                 if slope is not None:
@@ -277,13 +278,19 @@ class _Given:
 
 def _lowered(tiles: Tiles, kernel: OneDNN, group: int) -> list[tuple[Batch, list[Rows]]]:
     """Batches of pieces, and the blocks of one of each."""
-    edges: dict[tuple[int, ...], torch.Tensor] = {}  # the same ones come again and again
-    return [(batch, list(_blocks(batch, kernel, group, edges))) for batch in banded(tiles, MOST)]
-
-
-def _blocks(band: Batch, kernel: OneDNN, group: int, edges: dict[tuple[int, ...], torch.Tensor]) -> Iterator[Rows]:
-    # rows of all heads of a group make a block; what is left over comes where a causal band has the fewest keys
+    # rows of all heads of a group make a block
     most = kernel.rows // group if kernel.rows % group == 0 else kernel.grain
+
+    @functools.cache
+    def edge(sign: int, bound: int) -> torch.Tensor:
+        """Pairs with ``sign (i - j) < bound``: the same few edges cross block after block."""
+        return sign * (torch.arange(most).unsqueeze(1) - torch.arange(most + kernel.grain)) < bound
+
+    return [(batch, list(_blocks(batch, kernel, most, edge))) for batch in banded(tiles, MOST)]
+
+
+def _blocks(band: Batch, kernel: OneDNN, most: int, edge: Edge) -> Iterator[Rows]:
+    """What is left over of the rows comes first, where a causal band has the fewest keys."""
     for rows in _slices(0, band.m % most, band.m, most):
         start, stop = max(0, rows.start - band.high), min(band.n, rows.stop - band.low)
         if stop - start >= kernel.least:
@@ -292,21 +299,19 @@ def _blocks(band: Batch, kernel: OneDNN, group: int, edges: dict[tuple[int, ...]
             start = max(0, start - (start - stop) % kernel.grain)
         second = start + ((stop - start) % kernel.grain if stop - start >= kernel.least else stop - start)
         cuts = _slices(start, second, stop, kernel.columns)
-        yield rows, [(columns, _outside(band, rows, columns, edges)) for columns in cuts]
+        yield rows, [(columns, _outside(band, rows, columns, edge)) for columns in cuts]
 
 
-def _outside(band: Batch, rows: slice, columns: slice, edges: dict[tuple[int, ...], torch.Tensor]) -> list[Outside]:
+def _outside(band: Batch, rows: slice, columns: slice, edge: Edge) -> list[Outside]:
     """What of a block lies beyond the band: pairs with i - j below its low, to the right, or above its high."""
     below = max(columns.start, rows.start - band.low + 1), columns.stop
     above = columns.start, min(columns.stop, rows.stop - 1 - band.high)
     out = []
     for sign, bound, (start, stop) in ((1, band.low, below), (-1, -band.high, above)):
         if start < stop:
-            key = sign, bound - sign * (rows.start - start), rows.stop - rows.start, stop - start
-            if key not in edges:
-                offset = torch.arange(key[2]).unsqueeze(1) - torch.arange(key[3])
-                edges[key] = sign * offset < key[1]
-            out.append((slice(start - columns.start, stop - columns.start), edges[key]))
+            pairs = edge(sign, bound - sign * (rows.start - start))
+            crossed = slice(start - columns.start, stop - columns.start)
+            out.append((crossed, pairs[: rows.stop - rows.start, : stop - start]))
     return out
 
 

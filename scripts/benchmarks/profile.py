@@ -1,7 +1,7 @@
 """Where the time of an attention call goes: a rank's mean over ranks and calls, on Gloo ranks of one thread each.
 
-Operators are grouped: PyTorch's attention kernels; merging and adding what they return; copying, zeroing and packing
-buffers; waiting for other ranks; the rest, which is Python, dispatch and Gloo's own copying.
+Operators are grouped: matrix products; passes over scores and sums; copying, zeroing and packing buffers; waiting for
+other ranks; the rest, which is Python, dispatch and Gloo's own copying.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from scripts.benchmarks.contestants import measured
 from scripts.benchmarks.teams import Team, Worker
 
 GROUPS = {
-    "kernels": ("aten::_scaled_dot_product_flash",),
-    "merges": (
-        "aten::lerp",
-        "aten::sigmoid",
-        "aten::logaddexp",
-        "aten::nan_to_num",
-        "aten::sub",
-        "aten::add",
+    "products": ("mkldnn::_linear", "aten::bmm", "aten::_scaled_dot_product_flash"),
+    "passes": (
         "aten::exp",
+        "aten::sub",
+        "aten::mul",
+        "aten::add",
+        "aten::div",
+        "aten::amax",
+        "aten::sum",
+        "aten::maximum",
+        "aten::masked_fill",
+        "aten::clamp",
+        "aten::log",
     ),
     "copies": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::clone", "aten::cat", "aten::flip"),
 }
