@@ -71,7 +71,7 @@ def train(_: Worker, length: int, steps: int) -> Steps:
     planning = Stopwatch()
     Sharding.spans.func = planning.wrap(Sharding.spans.func)  # type: ignore[attr-defined]
     functional._prepared = planning.wrap(functional._prepared)
-    onednn.banded = planning.wrap(onednn.banded)  # type: ignore[attr-defined]
+    onednn._lowered = planning.wrap(onednn._lowered)
 
     config = replace(Config(), length=length)
     mesh, corpus = ringattn.init(), Corpus(read_corpus(None)[0], 0)
