@@ -72,10 +72,8 @@ class OneDNN(Kernel):
             return "onednn computes in float32; got float64"
         if problem.allows is not None:
             return "onednn knows bands of pairs; the mask holds a predicate"
-        names = {"alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
-        for field, name in names.items():
-            if getattr(mechanism, field) is not None:
-                return f"onednn has no {name}: scores with position terms are float64"
+        for term in mechanism.terms("alibi", "relative", "bias"):
+            return f"onednn has no {term}: scores with position terms are float64"
         return "onednn has no dropout that can be replayed from global positions" if mechanism.dropout else None
 
     def forward(

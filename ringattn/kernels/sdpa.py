@@ -34,10 +34,8 @@ class Sdpa(Kernel):
             return f"sdpa computes Softmax; got {problem.mechanism}"
         if problem.allows is not None:
             return "sdpa knows bands of pairs; the mask holds a predicate"
-        names = {"softcap": "soft cap", "alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
-        for field, name in names.items():
-            if getattr(problem.mechanism, field) is not None:
-                return f"sdpa has no {name}: PyTorch's flash kernels do not take it, or give no gradient for it"
+        for term in problem.mechanism.terms("softcap", "alibi", "relative", "bias"):
+            return f"sdpa has no {term}: PyTorch's flash kernels do not take it, or give no gradient for it"
         if problem.mechanism.dropout:
             return "sdpa has no dropout that can be replayed from global positions"
         if _scale(problem) <= 0:

@@ -117,6 +117,11 @@ class Softmax(Mechanism):
             if x.device != problem.device:
                 raise InputError(f"{name} must be where q, k and v are, on {problem.device}; got {x.device}.")
 
+    def terms(self, *fields: str) -> list[str]:
+        """Those of these fields that change the scores of this softmax, in words."""
+        names = {"softcap": "soft cap", "alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
+        return [names[field] for field in fields if getattr(self, field) is not None]
+
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""
         return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
