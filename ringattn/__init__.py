@@ -1,7 +1,6 @@
 """ringattn: exact attention over sequences too long for one device. See README.md."""
 
 from ringattn import reference
-from ringattn.accounting import Balance, Memory, Traffic, balance, lower_bound
 from ringattn.errors import (
     AgreementError,
     DeadlockError,
@@ -20,15 +19,16 @@ from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
-from ringattn.planning import plan, plan_all
-from ringattn.plans import Plan
+from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
+from ringattn.plans.planning import plan, plan_all
+from ringattn.plans.steps import Plan
+from ringattn.plans.verification import verify
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
 from ringattn.sharding import Sharding
 from ringattn.simulator import Simulation, simulate
 from ringattn.startup import init
-from ringattn.verification import verify
 
 __all__ = [
     "AgreementError",

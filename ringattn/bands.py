@@ -182,13 +182,13 @@ def dense(rows: Regions, q_positions: Array, k_positions: Array) -> Mask:
 
 def row_areas(rows: Regions, length: int) -> Array:
     """The number of allowed keys of every query, ``[length]``."""
-    position, weight = bends(rows)
+    position, weight = breakpoints(rows)
     second = np.zeros(length + 2, dtype=np.int64)
     second[position] = weight
     return np.cumsum(np.cumsum(second))[:length]
 
 
-def bends(rows: Regions) -> tuple[Array, Array]:
+def breakpoints(rows: Regions) -> tuple[Array, Array]:
     """Where the number of allowed keys of a query bends: the second difference of `row_areas`, where it is not 0.
 
     Along the queries a region's count rises by one a row, stays, and falls by one a row. It is piecewise linear: its

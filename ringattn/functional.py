@@ -7,16 +7,16 @@ from typing import Literal, overload
 
 import torch
 
-from ringattn import agreement, autograd
-from ringattn.call import Call
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.planning import plan
-from ringattn.plans import Plan
+from ringattn.plans.planning import plan
+from ringattn.plans.steps import Plan
+from ringattn.runtime import agreement, op
+from ringattn.runtime.call import Call
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
 
@@ -110,7 +110,7 @@ def attention(
         raise
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     params = list(mechanism.params.values())
-    out, extras = autograd.attention(q, k, v, params, number, mechanism.new_seed(), call_number)
+    out, extras = op.attention(q, k, v, params, number, mechanism.new_seed(), call_number)
     return (out, extras[mechanism.extras.index("lse")].to(problem.accumulator)) if return_lse else out
 
 
@@ -165,7 +165,7 @@ def _handle(
     form = str(problem.mechanism), problem.batch, *_shapes(problem), problem.device
     key = mask, kv, schedule, kernel, form, wanted
     if key not in sharding.owned:
-        refusal = sharding.mesh.connected().refuses(problem.device)
+        refusal = sharding.mesh.connected().refusal(problem.device)
         if refusal is not None:
             raise UnsupportedError(refusal)
         sharding.owned[key] = _prepared(problem, mask, sharding, kv, schedule, kernel, wanted)
@@ -197,12 +197,12 @@ def _prepared(
         "gradients": wanted,
     }
     call = Call(own, problem, chosen(kernel, problem)[0], sharding.mesh.connected(), fields)
-    return call, autograd.handle(call)
+    return call, op.handle(call)
 
 
 def _asking(problem: Problem, plan: Plan) -> Problem:
-    """The problem, with what undecided tiles ask where there are any."""
-    return dataclasses.replace(problem, allows=plan.mask.allows) if len(plan.undecided) else problem
+    """The problem, with what partial tiles ask where there are any."""
+    return dataclasses.replace(problem, allows=plan.mask.allows) if len(plan.partial) else problem
 
 
 def _check_kinds(
@@ -260,6 +260,6 @@ def _problem(
                 f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
                 f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
             )
-    problem = Problem(mechanism.bare, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
+    problem = Problem(mechanism.without_tensors, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device)
     mechanism.check(problem, sharding.count, kv.length)
     return problem

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringattn import agreement, layouts
+from ringattn import layouts
 from ringattn.bands import INF, Array
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.mesh import Mesh
+from ringattn.runtime import agreement
 
 
 @dataclasses.dataclass(frozen=True, init=False)

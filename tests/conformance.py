@@ -43,14 +43,14 @@ class Preferred(Kernel):
 
     kernel: Kernel
 
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         return True
 
-    def refuses(self, problem: Problem) -> str | None:
+    def refusal(self, problem: Problem) -> str | None:
         return None
 
     def _taken(self, problem: Problem) -> Kernel:
-        return Reference() if self.kernel.refuses(problem) else self.kernel
+        return Reference() if self.kernel.refusal(problem) else self.kernel
 
     def forward(self, problem: Problem, *rest: Any) -> State:
         return self._taken(problem).forward(problem, *rest)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn import autograd
 from ringattn.errors import InputError, UnsupportedError
+from ringattn.runtime import op
 from tests.workers import Workers
 
 
@@ -30,16 +30,16 @@ def _one(length: int = 20) -> ringattn.Sharding:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    sharding, op = _one(), autograd.attention
+    sharding, called = _one(), op.attention
     calls: list[Any] = []
 
     def spy(*args: Any) -> Any:
         calls.append(args)
-        return op(*args)
+        return called(*args)
 
-    monkeypatch.setattr(autograd, "attention", spy)
+    monkeypatch.setattr(op, "attention", spy)
     ringattn.attention(*_inputs(dtype=dtype), ringattn.Causal(), sharding=sharding)
-    torch.library.opcheck(op, calls[0])
+    torch.library.opcheck(called, calls[0])
 
 
 def test_the_plan_lives_as_long_as_the_graph() -> None:
@@ -48,10 +48,10 @@ def test_the_plan_lives_as_long_as_the_graph() -> None:
     gc.collect()
     out.sum().backward()
     assert q.grad is not None
-    before = len(autograd._CALLS)
+    before = len(op._CALLS)
     del out
     gc.collect()
-    assert len(autograd._CALLS) < before, "and no longer"
+    assert len(op._CALLS) < before, "and no longer"
 
 
 def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:

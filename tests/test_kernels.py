@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn import bands, tiles
+from ringattn import bands
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels import onednn
 from ringattn.kernels.base import Kernel
@@ -21,7 +21,8 @@ from ringattn.kernels.sdpa import Sdpa
 from ringattn.masks import parse
 from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.tiles import Tiles
+from ringattn.plans import tiles
+from ringattn.plans.tiles import Tiles
 from tests.conformance import LAYOUTS, Case, errors, oracle, simulated
 from tests.conformance import masks as any_mask
 

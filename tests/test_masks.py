@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn import bands, layouts, masks, tiles
+from ringattn import bands, layouts, masks
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
+from ringattn.plans import tiles
 from tests.conformance import LAYOUTS
 from tests.conformance import masks as any_mask
 
@@ -25,7 +26,7 @@ def test_regions_are_the_pairs_a_mask_allows(data: st.DataObject, length: int) -
     mask = data.draw(any_mask(length))
     where = np.arange(length)
     allowed = mask.dense(where, where).numpy()
-    certain, asked = mask.regions(length, length), mask.undecided(length, length)
+    certain, asked = mask.regions(length, length), mask.partial(length, length)
     inside, doubtful = (bands.dense(regions, where, where) for regions in (certain, asked))
     assert np.array_equal(inside | (doubtful & allowed), allowed) and not (inside & doubtful).any()
     assert bands.area(certain) == inside.sum() and bands.area(asked) == doubtful.sum()
@@ -218,8 +219,8 @@ def test_a_cut_holds_every_pair_once(
     counted = np.zeros((length, length), dtype=int)
     for q_rank, k_rank, *tile in tiles.cut(mask.regions(length, length), q_spans, k_spans).tolist():
         queries, keys = layouts.positions(q_spans, q_rank), layouts.positions(k_spans, k_rank)
-        q, m, q_step, k, n, k_step, lo, hi, q_position, q_stride, k_position, k_stride, undecided = tile
-        assert not undecided
+        q, m, q_step, k, n, k_step, lo, hi, q_position, q_stride, k_position, k_stride, partial = tile
+        assert not partial
         for i in range(m):
             allowed = [j for j in range(n) if lo <= i - j <= hi]
             assert allowed, "every row of a tile holds a pair"
@@ -254,10 +255,10 @@ def test_blocks_and_predicates_refuse_what_they_cannot_do() -> None:
 
 def test_a_predicate_is_asked_again_only_where_blocks_hold_both() -> None:
     mask = Predicate(lambda q, k: q >= k)
-    certain, asked = mask.regions(1024, 1024), mask.undecided(1024, 1024)
+    certain, asked = mask.regions(1024, 1024), mask.partial(1024, 1024)
     assert bands.area(asked) == 4 * 256**2 and bands.area(certain) == 6 * 256**2
     assert len((mask & Documents([256] * 4)).regions(1024, 1024)) == 0
-    assert len((mask | Documents([256] * 4)).undecided(1024, 1024)) == 0
+    assert len((mask | Documents([256] * 4)).partial(1024, 1024)) == 0
     assert mask.signature(99, 99) != Predicate(lambda q, k: q > k).signature(99, 99)
     assert mask.signature(99, 99) == Predicate(lambda q, k: k <= q).signature(99, 99)
 
@@ -296,7 +297,7 @@ def test_masks_that_ask_are_divided_once_a_level() -> None:
     mask: Mask = Predicate(counted)
     for i in range(20):
         mask = mask & Prefix(500 + i) if i % 2 else mask | Window(i)
-    assert len(mask.divided(600, 600)[0]) > 0 and len(asked) == 3, "600 rows are asked for, 256 at a time"
+    assert len(mask.classify(600, 600)[0]) > 0 and len(asked) == 3, "600 rows are asked for, 256 at a time"
 
 
 def test_signatures_of_masks_that_ask_differ_where_the_masks_do() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Problem, State, Summarising
+from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Problem, State, Summarising
 from ringattn.mechanisms.softmax import Softmax
 
 _G = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ MECHANISMS: tuple[Mechanism, ...] = (
 
 
 def _problem(mechanism: Mechanism) -> Problem:
-    return Problem(mechanism.bare, 2, 4, 2, 8, 6, torch.float64, torch.device("cpu"), mechanism.params, 3)
+    return Problem(mechanism.without_tensors, 2, 4, 2, 8, 6, torch.float64, torch.device("cpu"), mechanism.params, 3)
 
 
 def _block(problem: Problem, seed: int, masked: bool) -> State:
@@ -67,12 +67,12 @@ def test_summaries_stand_for_their_keys(seed: int, cut: int) -> None:
         for h, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6), (4, 5, 6), (4, 5, 6))
     )
     saved = out, 1 + torch.rand(2, 4, 5, generator=g, dtype=torch.float64)
-    block, arriving = _at(slice(0, 7, 1), None), Arriving(saved, dout, (None,))
+    block, output_grad = _at(slice(0, 7, 1), None), OutputGrad(saved, dout, (None,))
     parts = [mechanism.summarise(problem, k[:, :, s], v[:, :, s]) for s in (slice(cut), slice(cut, None))]
     assert _close(mechanism.attend(problem, q, parts[0] + parts[1]), mechanism.tile(problem, block, q, k, v))
-    dq, dsummary = mechanism.attend_grad(problem, q, parts[0] + parts[1], arriving)
+    dq, dsummary = mechanism.attend_grad(problem, q, parts[0] + parts[1], output_grad)
     found = (dq, *mechanism.summarise_grad(problem, k, v, dsummary))
-    assert _close(found, mechanism.tile_grad(problem, block, q, k, v, arriving, {}))
+    assert _close(found, mechanism.tile_grad(problem, block, q, k, v, output_grad, {}))
 
 
 @given(mechanism=st.sampled_from(MECHANISMS), seeds=st.tuples(*[st.integers(0, 99)] * 3), masked=st.booleans())

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn import tiles
 from ringattn.errors import InputError, PlanError
-from ringattn.plans import HOLD_PHASE, SEND_PHASE, Plan
+from ringattn.plans import tiles
+from ringattn.plans.steps import RECV_PHASE, SEND_PHASE, Plan
 from ringattn.schedules.base import Schedule
 from tests.conformance import LAYOUTS, SCHEDULES
 from tests.conformance import masks as any_mask
@@ -88,9 +88,9 @@ def test_the_lower_bound_of_one_causal_sequence_is_the_formula() -> None:
 
 def test_ring_relays_no_further_than_anybody_needs() -> None:
     for plan in _plans("ring", ringattn.Window(5), layout="contiguous"):
-        assert plan.holds[:, HOLD_PHASE].tolist() == ([1] if plan.rank else [])
+        assert plan.receives[:, RECV_PHASE].tolist() == ([1] if plan.rank else [])
     causal = _plans("ring", ringattn.Causal(), layout="contiguous")
-    assert [len(plan.holds) for plan in causal] == [0, 1, 2, 3]
+    assert [len(plan.receives) for plan in causal] == [0, 1, 2, 3]
 
 
 def test_auto_takes_what_receives_less_and_says_so() -> None:
@@ -152,7 +152,7 @@ def _keys_of_another_phase(plan: Plan) -> Plan:
         (_changed(tiles.LOW, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.HIGH, -1), "forward, computes the wrong pairs"),
         (_changed(tiles.M, -1), "forward, computes the wrong pairs"),
-        (_changed(tiles.UNDECIDED, 1), "forward, computes the wrong pairs"),
+        (_changed(tiles.PARTIAL, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.K, 1), "does not hold at that place"),
         (_changed(tiles.Q_POSITION, 1), "does not hold at that place"),
         (_keys_of_another_phase, "does not hold at that place"),
@@ -182,23 +182,23 @@ def _longer(name: str, column: int) -> Fault:
 
 def _late(plan: Plan) -> Plan:
     """The first exchange moved behind all others, its tiles left where they were."""
-    holds = plan.holds.copy()
-    holds[holds[:, HOLD_PHASE] == holds[0, HOLD_PHASE], HOLD_PHASE] = 9
-    order = np.argsort(holds[:, HOLD_PHASE], kind="stable")
-    return dataclasses.replace(plan, holds=holds[order])
+    receives = plan.receives.copy()
+    receives[receives[:, RECV_PHASE] == receives[0, RECV_PHASE], RECV_PHASE] = 9
+    order = np.argsort(receives[:, RECV_PHASE], kind="stable")
+    return dataclasses.replace(plan, receives=receives[order])
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
         (_cut_rows("sends"), "messages to rank|are not the|the wrong rows|that are not"),
-        (_cut_rows("home_sends"), "does not send home the gradient"),
-        (_cut_rows("home_receives"), "A gradient does not reach its owner"),
+        (_cut_rows("grad_sends"), "does not send home the gradient"),
+        (_cut_rows("grad_receives"), "A gradient does not reach its owner"),
         (_late, "a phase whose keys it never held"),
-        (_longer("holds", 4), "takes rows|that are not|does not hold"),
+        (_longer("receives", 4), "takes rows|that are not|does not hold"),
         (_longer("sends", 4), "takes rows|that are not"),
         (lambda plan: dataclasses.replace(plan, gradient_wire="input"), "planned for another"),
-        (lambda plan: dataclasses.replace(plan, home_sends=plan.home_sends + np.array([9, 0, 0, 0])), "never held"),
+        (lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends + np.array([9, 0, 0, 0])), "never held"),
     ],
 )
 def test_faults_between_ranks(fault: Fault, words: str) -> None:
@@ -275,7 +275,7 @@ def test_a_tile_that_is_not_asked_is_a_fault() -> None:
     plan = ringattn.plan_all(mask, 90, "zigzag", "route", ring=3)[1]
     plan.verify()
     rows = plan.tile_rows.copy()
-    rows[0, tiles.UNDECIDED] = 0
+    rows[0, tiles.PARTIAL] = 0
     with pytest.raises(PlanError, match="computes the wrong pairs"):
         dataclasses.replace(plan, tile_rows=rows).verify()
 
@@ -287,7 +287,7 @@ def test_a_tile_that_is_not_asked_is_a_fault() -> None:
         _changed(tiles.K_STRIDE, -9),
         lambda plan: dataclasses.replace(plan, tile_phases=plan.tile_phases[:-1]),
         lambda plan: dataclasses.replace(plan, tile_rows=np.where(plan.tile_rows == 1, -1, plan.tile_rows)),
-        lambda plan: dataclasses.replace(plan, home_sends=plan.home_sends * np.array([0, 1, 1, 1])),
+        lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends * np.array([0, 1, 1, 1])),
     ],
 )
 def test_plans_out_of_form_are_refused_as_plans(fault: Fault) -> None:

@@ -13,9 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn import tiles
 from ringattn.errors import InputError, PlanError, UnsupportedError
-from ringattn.plans import HOLD_START, HOLD_STOP, SEND_STOP, Plan
+from ringattn.plans import tiles
+from ringattn.plans.steps import RECV_START, RECV_STOP, SEND_STOP, Plan
 from tests.conformance import Case, errors, gathered, layouts, local_run, masks, oracle, simulated
 from tests.workers import Workers
 
@@ -88,12 +88,12 @@ def _cut(name: str) -> Fault:
         (_table("tile_rows", tiles.K, 9), "not the sum over exactly its keys"),
         (_table("tile_rows", tiles.LOW, 1), "not the sum over exactly its keys"),
         (_table("tile_rows", tiles.N, -1), "not the sum over exactly its keys"),
-        (_table("holds", HOLD_START, 1), "not the sum over exactly its keys"),
-        (_table("holds", HOLD_STOP, -1), "not the sum over exactly its keys"),
+        (_table("receives", RECV_START, 1), "not the sum over exactly its keys"),
+        (_table("receives", RECV_STOP, -1), "not the sum over exactly its keys"),
         (_table("sends", SEND_STOP, -1), "that are not the"),
         (_cut("sends"), "sends 1 messages|sends 0 messages|sends 2 messages|that are not"),
-        (_cut("home_sends"), "does not send home"),
-        (_cut("home_receives"), "does not reach its owner"),
+        (_cut("grad_sends"), "does not send home"),
+        (_cut("grad_receives"), "does not reach its owner"),
         (lambda plan: dataclasses.replace(plan, cargo="keys"), "another mask, sharding, cargo"),
     ],
 )
@@ -168,6 +168,6 @@ def test_bytes_counted_on_gloo_do_not_depend_on_the_length(gloo: Workers) -> Non
 
 def test_a_summary_is_attended_to_whole() -> None:
     plans = ringattn.plan_all(ringattn.Causal(), 64, "contiguous", "scan", ring=2, **SHAPE)
-    undecided = _table("tile_rows", tiles.UNDECIDED, 1)(plans[1])
+    partial = _table("tile_rows", tiles.PARTIAL, 1)(plans[1])
     with pytest.raises(PlanError, match=r"not the sum over exactly its keys|wrong pairs"):
-        undecided.verify()
+        partial.verify()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -43,6 +43,8 @@ DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloa
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
+T = TypeVar("T")
+
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")  # simpler ones first
 SCHEDULES = ("ring", "route")
 
@@ -66,10 +68,6 @@ def mechanism_named(name: str) -> Mechanism:
     return known[name]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def schedules_named(name: str | None) -> tuple[str, ...]:
     return SCHEDULES if name is None else (name,)
 
@@ -90,32 +88,6 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def readable_bytes(count: float) -> str:
-    """Bytes with a unit.
-
-    >>> readable_bytes(999), readable_bytes(1_150_000)
-    ('999 B', '1.15 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def readable_count(count: float) -> str:
-    """A number in short.
-
-    >>> readable_count(562125), readable_count(12)
-    ('562k', '12')
-    """
-    for unit in ("", "k", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}T"
-
-
 @contextlib.contextmanager
 def working(label: str) -> Iterator[None]:
     """A moving bar and the time it has taken, for work whose end is not known beforehand."""
@@ -131,3 +103,11 @@ def bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[], 
     with progress_bar(shown=shown) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)
+
+
+def track(label: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, under a progress bar."""
+    with bar(label, len(items)) as advance:
+        for item in items:
+            yield item
+            advance()

@@ -67,7 +67,7 @@ class Problem:
     def rows(self, start: int, stop: int) -> NDArray[np.bool_]:
         return self.mask.dense(np.arange(start, stop), np.arange(self.length)).numpy()
 
-    def truth(self, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
+    def expected(self, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
         """The oracle's results; `seen` is told each row it has come to."""
 
         def rows(start: int, stop: int) -> NDArray[np.bool_]:
@@ -111,18 +111,18 @@ def joined(parts: Sequence[Part]) -> list[torch.Tensor]:
     return [torch.cat(tensors, 2)[:, :, order] for tensors in zip(*(p.tensors for p in parts), strict=True)]
 
 
-def errors(results: Sequence[torch.Tensor], truth: reference.Evaluation) -> dict[str, float]:
+def errors(results: Sequence[torch.Tensor], expected: reference.Evaluation) -> dict[str, float]:
     """By name; only of what was computed."""
-    gradients, sizes = truth.gradients, truth.magnitudes
-    expected = (truth.out, gradients.dq, gradients.dk, gradients.dv)
+    gradients, sizes = expected.gradients, expected.magnitudes
+    exact = (expected.out, gradients.dq, gradients.dk, gradients.dv)
     magnitudes = (sizes.out, sizes.dq, sizes.dk, sizes.dv)
     return {
         name: reference.error(actual.double().numpy(), wanted, size)
-        for name, actual, wanted, size in zip(NAMES, results, expected, magnitudes, strict=False)
+        for name, actual, wanted, size in zip(NAMES, results, exact, magnitudes, strict=False)
     }
 
 
-def limits(problem: Problem, ranks: int, truth: reference.Evaluation) -> dict[str, float]:
+def limits(problem: Problem, ranks: int, expected: reference.Evaluation) -> dict[str, float]:
     """The largest errors allowed, by name.
 
     float32: 1e-6, and 3e-6 from 64 ranks on, whose merges add up; float64 in proportion to its precision.
@@ -135,7 +135,7 @@ def limits(problem: Problem, ranks: int, truth: reference.Evaluation) -> dict[st
         limit = (1e-6 if ranks < 64 else 3e-6) * precision * (10 if problem.dtype == torch.float64 else 1)
         return dict.fromkeys(names, limit)
     whole = _in_one_piece(problem) if isinstance(problem.mechanism, Softmax) else _on_one_rank(problem)
-    return {name: 2 * error for name, error in errors(whole, truth).items()}
+    return {name: 2 * error for name, error in errors(whole, expected).items()}
 
 
 def _on_one_rank(problem: Problem) -> list[torch.Tensor]:

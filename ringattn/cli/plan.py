@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ringattn import masks
+from ringattn.advice.comparison import Combination, Comparison, Request, check, compare, refuse_too_many
+from ringattn.advice.recommendation import recommend
 from ringattn.cli import options, report
-from ringattn.cli.comparison import Combination, Comparison, Request, check, compare, refuse_too_many
-from ringattn.cli.recommendation import recommend
 from ringattn.errors import InputError, PlanError
-from ringattn.plans import Plan
+from ringattn.plans.steps import Plan
 
 CHECKED = ("auto", "all", "recommended", "none")
 # Tokens times ranks up to which all combinations, or the recommended one, are checked unless --verify says otherwise:
@@ -126,7 +127,7 @@ def _compared(
     if verified == "auto":
         size = request.length * request.ring
         verified = "all" if size <= CHECK_ALL else "recommended" if size <= CHECK_ONE else "none"
-    comparison = compare(request, names, schedules, verified)
+    comparison = compare(request, names, schedules, verified, partial(options.track, "layouts and schedules"))
     choice = recommend(comparison.combinations)
     plans: list[Plan] = []
     if verified == "recommended" or rank is not None or draw is not None:
@@ -169,7 +170,7 @@ def _draw(
 ) -> None:
     if path is None:
         return
-    from ringattn.cli.figures import draw_plans
+    from ringattn.advice.figures import draw_plans
 
     try:
         with options.working("drawing"):

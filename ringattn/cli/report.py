@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 import ringattn
+from ringattn.advice.comparison import Comparison, Request
+from ringattn.advice.recommendation import RULE, Recommendation
 from ringattn.cli import options
-from ringattn.cli.comparison import Comparison, Request
-from ringattn.cli.recommendation import RULE, Recommendation
-from ringattn.plans import Plan
+from ringattn.plans.steps import Plan
+from ringattn.readable import dtype_name, readable_bytes, readable_count
 
 COLUMNS = (
     "most pairs\n/ mean",
@@ -41,9 +42,9 @@ def show_comparison(comparison: Comparison, choice: Recommendation) -> None:
         table.add_row(
             "→" if taken else "",
             *(x.layout, x.schedule, f"{x.area:.3f}", f"{x.tokens:.3f}"),
-            *map(options.readable_bytes, (x.received_bytes_mean, x.received_bytes_max, x.sent_bytes_max)),
-            options.readable_bytes(x.backward_received_bytes_max),
-            *(str(x.messages), str(x.steps), options.readable_bytes(x.memory)),
+            *map(readable_bytes, (x.received_bytes_mean, x.received_bytes_max, x.sent_bytes_max)),
+            readable_bytes(x.backward_received_bytes_max),
+            *(str(x.messages), str(x.steps), readable_bytes(x.memory)),
             "—" if x.over_bound is None else f"{x.over_bound:.2f}",
             style="bold green" if taken else None,
         )
@@ -58,7 +59,7 @@ def _show_notes(console: Console, comparison: Comparison) -> None:
     notes = []
     if comparison.bound:
         notes.append(
-            f"least: a layout balanced to 2 % must receive {options.readable_bytes(comparison.bound_bytes)} a rank, "
+            f"least: a layout balanced to 2 % must receive {readable_bytes(comparison.bound_bytes)} a rank, "
             f"{comparison.bound / everything:.1%} of what handing everything round would take; others may fall below"
         )
     elif everything:
@@ -66,9 +67,7 @@ def _show_notes(console: Console, comparison: Comparison) -> None:
     for name, words in comparison.refused.items():
         console.print(f"not {name}: {words}", highlight=False)
     for name, tiles in comparison.left_out.items():
-        notes.append(
-            f"left out: {name} would cut this mask into up to {options.readable_count(tiles)} tiles on {ring} ranks"
-        )
+        notes.append(f"left out: {name} would cut this mask into up to {readable_count(tiles)} tiles on {ring} ranks")
     checked = {
         "all": "checked: the plans of every combination, all ranks' together",
         "recommended": "checked: the plans of the recommended combination only (--verify all checks every one)",
@@ -101,7 +100,7 @@ def comparison_for_machines(comparison: Comparison, choice: Recommendation) -> d
         "kv_heads": asked.kv_heads,
         "dim": asked.dim,
         "value_dim": asked.value_dim,
-        "dtype": options.dtype_name(asked.dtype),
+        "dtype": dtype_name(asked.dtype),
         "lower_bound": {"received_tokens": comparison.bound, "received_bytes_mean": comparison.bound_bytes},
         "combinations": [dataclasses.asdict(x) for x in comparison.combinations],
         "refused": comparison.refused,
@@ -147,15 +146,15 @@ def show_ranks(plans: Sequence[Plan], request: Request) -> None:
         table.add_row(
             str(plan.rank),
             str(plan.tokens),
-            options.readable_count(plan.area),
+            readable_count(plan.area),
             str(len(plan.steps)),
             str(sum(len(tiles) for tiles in plan.tiles.values())),
             str(moved.received_tokens),
             str(moved.sent_tokens),
             str(moved.messages),
-            options.readable_bytes(moved.received_bytes or 0),
-            options.readable_bytes(moved.backward_received_bytes or 0),
-            options.readable_bytes(plan.memory().total),
+            readable_bytes(moved.received_bytes or 0),
+            readable_bytes(moved.backward_received_bytes or 0),
+            readable_bytes(plan.memory().total),
             plan.hash,
         )
     console.print(table)

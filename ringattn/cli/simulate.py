@@ -16,7 +16,8 @@ from ringattn import masks, reference
 from ringattn.cli import options
 from ringattn.cli.parity import NAMES, Part, Problem, attend, errors, joined, limits
 from ringattn.mesh import Mesh
-from ringattn.plans import Plan
+from ringattn.plans.steps import Plan
+from ringattn.readable import dtype_name, readable_bytes
 from ringattn.transports.base import Transport
 
 
@@ -87,10 +88,10 @@ def simulate(
     )
     plans = {name: _plans(problem, ring, layout, name) for name in _schedules(problem, ring, layout, schedule)}
     started = time.perf_counter()
-    truth = _oracle(problem)
+    expected = _oracle(problem)
     oracle_seconds = time.perf_counter() - started
-    bounds = limits(problem, ring, truth)
-    outcomes = [_run(problem, layout, name, plans[name], truth, bounds) for name in plans]
+    bounds = limits(problem, ring, expected)
+    outcomes = [_run(problem, layout, name, plans[name], expected, bounds) for name in plans]
     if as_json:
         options.print_json(_machine(problem, ring, outcomes, oracle_seconds))
     else:
@@ -125,7 +126,7 @@ def _plans(problem: Problem, ring: int, layout: str, schedule: str) -> list[Plan
 def _oracle(problem: Problem) -> reference.Evaluation:
     with options.progress_bar() as progress:
         bar = progress.add_task("float64 oracle", total=problem.length)
-        return problem.truth(lambda row: progress.update(bar, completed=row))
+        return problem.expected(lambda row: progress.update(bar, completed=row))
 
 
 class _Messages(ProgressColumn):
@@ -146,7 +147,7 @@ def _run(
     layout: str,
     schedule: str,
     plans: list[Plan],
-    truth: reference.Evaluation,
+    expected: reference.Evaluation,
     bounds: dict[str, float],
 ) -> Outcome:
     moved = [plan.traffic() for plan in plans]
@@ -168,7 +169,7 @@ def _run(
         seconds = time.perf_counter() - started
     return Outcome(
         schedule,
-        errors(joined(simulation.results), truth),
+        errors(joined(simulation.results), expected),
         bounds,
         seconds,
         sum(counters.received_bytes for counters in simulation.traffic),
@@ -192,7 +193,7 @@ def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_second
         "mask": str(problem.mask),
         "mechanism": str(problem.mechanism),
         "length": problem.length,
-        "dtype": options.dtype_name(problem.dtype),
+        "dtype": dtype_name(problem.dtype),
         "oracle_seconds": oracle_seconds,
         "schedules": shown,
         "within": all(outcome.within for outcome in outcomes),
@@ -203,7 +204,7 @@ def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: 
     console = options.console()
     console.print(
         f"{problem.mechanism}, {masks.shortened(str(problem.mask), 60)}: {problem.length} tokens on {ring} ranks, "
-        f"{problem.heads} query and {problem.kv_heads} key heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
+        f"{problem.heads} query and {problem.kv_heads} key heads of {problem.dim}, {dtype_name(problem.dtype)}",
         highlight=False,
     )
     table = Table("schedule")
@@ -216,7 +217,7 @@ def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: 
         table.add_row(
             x.schedule,
             *(f"{error:.1e}\n({x.limits[name]:.1e})" for name, error in x.errors.items()),
-            f"{options.readable_bytes(x.received_bytes)}\n({options.readable_bytes(x.planned_bytes)})",
+            f"{readable_bytes(x.received_bytes)}\n({readable_bytes(x.planned_bytes)})",
             str(x.messages),
             f"{x.balance.area:.3f}",
             f"{x.balance.received:.3f}",

@@ -18,6 +18,7 @@ from ringattn.cli import options
 from ringattn.cli.parity import NAMES, Problem, attend, errors, limits
 from ringattn.errors import InputError
 from ringattn.mesh import Mesh
+from ringattn.readable import dtype_name
 
 DENSE_LIMIT = 20_000  # tokens: the leak probe looks at the mask as a matrix
 
@@ -86,12 +87,12 @@ def verify(
 
 def _findings(mesh: Mesh, problem: Problem, layouts: tuple[str, ...], schedules: tuple[str, ...]) -> list[Finding]:
     combinations = [(layout, schedule) for layout in layouts for schedule in schedules]
-    truth = problem.truth()
-    bounds = limits(problem, mesh.sequence_size, truth)
+    expected = problem.expected()
+    bounds = limits(problem, mesh.sequence_size, expected)
     with options.bar("verifying", len(combinations), shown=mesh.rank == 0) as advance:
         findings = []
         for layout, schedule in combinations:
-            findings.append(_finding(mesh, problem, layout, schedule, truth, bounds))
+            findings.append(_finding(mesh, problem, layout, schedule, expected, bounds))
             advance()
     return findings
 
@@ -101,7 +102,7 @@ def _finding(
     problem: Problem,
     layout: str,
     schedule: str,
-    truth: reference.Evaluation,
+    expected: reference.Evaluation,
     bounds: dict[str, float],
 ) -> Finding:
     inputs = problem.inputs()
@@ -116,7 +117,7 @@ def _finding(
         different = (before != after).any(dim=3).flatten(0, 1).any(dim=0).numpy()
         moved = moved or bool(different.any())
         leaks[name] = np.flatnonzero(different & ~may_move[name]).tolist()
-    return Finding(layout, schedule, errors(whole, truth), bounds, leaks, moved)
+    return Finding(layout, schedule, errors(whole, expected), bounds, leaks, moved)
 
 
 def _everywhere(
@@ -162,7 +163,7 @@ def _report(mesh: Mesh, problem: Problem, findings: list[Finding], as_json: bool
     console = options.console()
     console.print(
         f"{problem.mask}: {problem.length} tokens on {mesh.size} ranks, {problem.heads} query and {problem.kv_heads} "
-        f"key heads of {problem.dim}, {options.dtype_name(problem.dtype)}",
+        f"key heads of {problem.dim}, {dtype_name(problem.dtype)}",
         highlight=False,
     )
     table = Table("layout", "schedule")

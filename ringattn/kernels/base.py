@@ -10,19 +10,19 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Params, Problem, State
-from ringattn.tiles import Tiles
+from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
+from ringattn.plans.tiles import Tiles
 
 
 class Kernel(ABC):
     """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.derive`)."""
 
     @abstractmethod
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         """Whether the kernel is written for this mechanism on this kind of device."""
 
     @abstractmethod
-    def refuses(self, problem: Problem) -> str | None:
+    def refusal(self, problem: Problem) -> str | None:
         """What of the problem the kernel cannot do, in words; None when it can."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ class Kernel(ABC):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,

@@ -25,14 +25,14 @@ def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
     """
     named = {str(candidate): candidate for candidate in CANDIDATES}
     if kernel == "auto":
-        refusals = [(candidate, candidate.refuses(problem)) for candidate in CANDIDATES if candidate.serves(problem)]
+        refusals = [(candidate, candidate.refusal(problem)) for candidate in CANDIDATES if candidate.supports(problem)]
         taken = next(candidate for candidate, refusal in refusals if refusal is None)
         words = "; ".join(itertools.takewhile(bool, (refusal or "" for _, refusal in refusals)))
         return taken, f"auto fell to it: {words}" if words else "auto took the fastest kernel for this mechanism"
     asked = named.get(kernel) if isinstance(kernel, str) else kernel
     if not isinstance(asked, Kernel):
         raise InputError(f"kernel must be a Kernel or one of {['auto', *named]}; got {kernel!r}.")
-    refusal = asked.refuses(problem)
+    refusal = asked.refusal(problem)
     if refusal is not None:
         raise UnsupportedError(f"{refusal}. Use kernel='reference', or 'auto', which takes what can do it.")
     return asked, "as asked"

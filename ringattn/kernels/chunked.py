@@ -11,9 +11,9 @@ import dataclasses
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, places
-from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, Summarising
-from ringattn.tiles import Tiles
+from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, tile_views
+from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, Summarising
+from ringattn.plans.tiles import Tiles
 
 LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
 MOST = 4096  # rows of one launch: what it holds in the accumulator's dtype stays small
@@ -23,11 +23,11 @@ MOST = 4096  # rows of one launch: what it holds in the accumulator's dtype stay
 class Chunked(Kernel):
     """Summaries for what is full, tiles for what is not."""
 
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         return isinstance(problem.mechanism, Summarising)
 
-    def refuses(self, problem: Problem) -> str | None:
-        if not self.serves(problem):
+    def refusal(self, problem: Problem) -> str | None:
+        if not self.supports(problem):
             return f"chunked computes mechanisms whose keys can be summed up; got {problem.mechanism}"
         if problem.allows is not None:
             return "chunked knows bands of pairs; the mask holds a predicate"
@@ -38,8 +38,8 @@ class Chunked(Kernel):
     ) -> State:
         mechanism, wide = _mechanism(problem), problem.accumulator
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
-        for batch in tiles.derive(lower, LEAF, MOST):
-            for queries, keys in places(batch, problem.batch):
+        for batch in tiles.memo(lower, LEAF, MOST):
+            for queries, keys in tile_views(batch, problem.batch):
                 inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
                 if batch.kind == FULL:
                     part = mechanism.attend(problem, inputs[0], mechanism.summarise(problem, *inputs[1:]))
@@ -54,16 +54,16 @@ class Chunked(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
         mechanism, wide = _mechanism(problem), problem.accumulator
-        for batch in tiles.derive(lower, LEAF, MOST):
-            for queries, keys in places(batch, problem.batch):
+        for batch in tiles.memo(lower, LEAF, MOST):
+            for queries, keys in tile_views(batch, problem.batch):
                 inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
-                output = arriving.of(queries, wide)
+                output = output_grad.of(queries, wide)
                 if batch.kind == FULL:
                     summary = mechanism.summarise(problem, *inputs[1:])
                     dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from ringattn import bands
-from ringattn import tiles as t
 from ringattn.bands import HI, INF, K0, K1, LO, Q0, Q1, Array
-from ringattn.tiles import Tiles
+from ringattn.plans import tiles as t
+from ringattn.plans.tiles import Tiles
 
 FULL, CAUSAL, FLIPPED = range(3)
 
@@ -238,7 +238,7 @@ def _batches(pieces: Array, most: int) -> list[Batch]:
     return batches
 
 
-class Place:
+class TileView:
     """Where a batch's pieces lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
 
     def __init__(self, first: int, rows: int, step: int, count: int, following: int, b: int | None) -> None:
@@ -256,12 +256,12 @@ class Place:
         )
 
 
-def places(batch: Batch, sequences: int) -> Iterator[tuple[Place, Place]]:
+def tile_views(batch: Batch, sequences: int) -> Iterator[tuple[TileView, TileView]]:
     """One launch over all sequences for a single piece; for several, one over all pieces for each sequence."""
     for b in [None] if batch.count == 1 else range(sequences):
         yield (
-            Place(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
-            Place(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
+            TileView(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
+            TileView(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
         )
 
 

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import Batch, Place, banded, places
-from ringattn.mechanisms.base import Arriving, Params, Problem, State
+from ringattn.kernels.lowering import Batch, TileView, banded, tile_views
+from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.tiles import Tiles
+from ringattn.plans.tiles import Tiles
 
 MOST = 4096  # rows of all pieces of a batch
 LOG2_E = math.log2(math.e)
@@ -57,10 +57,10 @@ class OneDNN(Kernel):
     least: int = 256
     grain: int = 128
 
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         return isinstance(problem.mechanism, Softmax) and problem.device.type == "cpu"
 
-    def refuses(self, problem: Problem) -> str | None:
+    def refusal(self, problem: Problem) -> str | None:
         mechanism = problem.mechanism
         if not isinstance(mechanism, Softmax):
             return f"onednn computes Softmax; got {mechanism}"
@@ -91,26 +91,26 @@ class OneDNN(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         tiles: Tiles,
         gradients: Triple,
         dparams: Params,
     ) -> None:
         scores = _Scores.of(problem)
         for part in self._parts(problem, tiles):
-            output = arriving.of(part.queries, problem.dtype)  # as they are
+            output = output_grad.of(part.queries, problem.dtype)  # as they are
             self._attend_grad(part, scores, part.of(q, k, v), output, part.of(*gradients))
 
     def _parts(self, problem: Problem, tiles: Tiles) -> Iterator[_Part]:
         """Large pieces one by one and head by head, small ones as many at once as fill a block."""
         group = problem.heads // problem.kv_heads
-        for batch, blocks in tiles.derive(_lowered, self, group):
+        for batch, blocks in tiles.memo(_lowered, self, group):
             size = group * batch.m * batch.n
             large = min(group * batch.m, batch.n) >= self.least
             heads = 1 if large else max(1, min(problem.kv_heads, self.rows * self.columns // (size * batch.count)))
             count = batch.count if batch.count > 1 else problem.batch
             step = 1 if large else count
-            for place in places(batch, problem.batch):
+            for place in tile_views(batch, problem.batch):
                 for piece in range(0, count, step):
                     for head in range(0, problem.kv_heads, heads):
                         upto = min(head + heads, problem.kv_heads)
@@ -132,11 +132,13 @@ class OneDNN(Kernel):
             for place, updated in zip((out[..., rows, :], lse[..., rows]), running.state(), strict=True):
                 place.copy_(updated.view(place.shape))
 
-    def _attend_grad(self, part: _Part, scores: _Scores, inputs: Triple, arriving: Arriving, gradients: Triple) -> None:
+    def _attend_grad(
+        self, part: _Part, scores: _Scores, inputs: Triple, output_grad: OutputGrad, gradients: Triple
+    ) -> None:
         """Adds the part's contributions to the gradients of its queries, keys and values."""
         (q, k, v), (dq, dk, dv) = inputs, gradients
         for rows, blocks in part.blocks:
-            given = _Given.of(_rows(q, rows), arriving.of(functools.partial(_rows, rows=rows), torch.float32))
+            given = _Given.of(_rows(q, rows), output_grad.of(functools.partial(_rows, rows=rows), torch.float32))
             queries, total = given.queries * scores.factor, torch.zeros_like(given.queries).transpose(1, 2)
             for columns, outside in blocks:
                 whole, keys = self._whole(queries, columns), _columns(k, columns)
@@ -169,7 +171,7 @@ class OneDNN(Kernel):
 class _Part:
     """Pieces and key heads of a batch that are computed together."""
 
-    places: tuple[Place, Place]
+    places: tuple[TileView, TileView]
     pieces: slice
     heads: slice
     group: int
@@ -262,12 +264,12 @@ class _Given:
     delta: torch.Tensor
 
     @staticmethod
-    def of(queries: torch.Tensor, arriving: Arriving) -> _Given:
-        (out, lse), dlse = arriving.saved, arriving.dextras[0]
+    def of(queries: torch.Tensor, output_grad: OutputGrad) -> _Given:
+        (out, lse), dlse = output_grad.saved, output_grad.grad_extras[0]
         exact = lse.double() * LOG2_E
         level = exact.float()
         rounding = torch.exp2(level - exact).float()
-        dout = arriving.dout * rounding.unsqueeze(-1)
+        dout = output_grad.dout * rounding.unsqueeze(-1)
         delta = (dout * out).sum(-1)
         if dlse is not None:
             delta -= dlse * rounding

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ringattn import tiles as t
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, rows_at
-from ringattn.tiles import Tiles
+from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, rows_at
+from ringattn.plans import tiles as t
+from ringattn.plans.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Reference(Kernel):
     rows: int = 256
     columns: int = 1024
 
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         return True
 
-    def refuses(self, problem: Problem) -> str | None:
+    def refusal(self, problem: Problem) -> str | None:
         return None
 
     def forward(
@@ -52,7 +52,7 @@ class Reference(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         tiles: Tiles,
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
@@ -67,7 +67,7 @@ class Reference(Kernel):
                 q[:, :, at].to(wide),
                 k[:, :, keys].to(wide),
                 v[:, :, keys].to(wide),
-                arriving.of(rows_at(at), wide),
+                output_grad.of(rows_at(at), wide),
                 dparams,
             )
             dq[:, :, at] += parts[0]
@@ -98,7 +98,7 @@ def _block(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int, i
     if least < row[t.LOW] or most > row[t.HIGH]:
         offset = torch.arange(*i, device=problem.device)[:, None] - torch.arange(*j, device=problem.device)
         allowed = (row[t.LOW] <= offset) & (offset <= row[t.HIGH])
-    if row[t.UNDECIDED]:
+    if row[t.PARTIAL]:
         assert problem.allows is not None
         q, k = (np.arange(at.start, at.stop, at.step) for at in (q_at, k_at))
         asked = torch.from_numpy(np.ascontiguousarray(problem.allows(q[:, None], k[None, :]))).to(problem.device)

@@ -14,10 +14,10 @@ import torch
 
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, Place, flipped, lower, places
-from ringattn.mechanisms.base import Arriving, Params, Problem, State
+from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, TileView, flipped, lower, tile_views
+from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.tiles import Tiles
+from ringattn.plans.tiles import Tiles
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -26,10 +26,10 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Sdpa(Kernel):
     """PyTorch's flash kernels."""
 
-    def serves(self, problem: Problem) -> bool:
+    def supports(self, problem: Problem) -> bool:
         return isinstance(problem.mechanism, Softmax)
 
-    def refuses(self, problem: Problem) -> str | None:
+    def refusal(self, problem: Problem) -> str | None:
         if not isinstance(problem.mechanism, Softmax):
             return f"sdpa computes Softmax; got {problem.mechanism}"
         if problem.allows is not None:
@@ -57,9 +57,9 @@ class Sdpa(Kernel):
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
     ) -> State:
         if state is not None:
-            batches = tiles.derive(lower, *_forward_limits(problem))
+            batches = tiles.memo(lower, *_forward_limits(problem))
         else:
-            covering, batches = tiles.derive(_led, *_forward_limits(problem), q.shape[2])
+            covering, batches = tiles.memo(_led, *_forward_limits(problem), q.shape[2])
             # what covers every query once is the state so far: nothing to merge it with
             state = _begun(problem, covering, q, k, v) if covering else problem.mechanism.empty(problem, q.shape[2])
         for batch in batches:
@@ -73,15 +73,15 @@ class Sdpa(Kernel):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         tiles: Tiles,
         gradients: Gradients,
         dparams: Params,
     ) -> None:
-        dlse = arriving.dextras[0]
-        for batch in tiles.derive(lower, *_backward_limits(problem)):
-            for queries, keys in places(batch, problem.batch):
-                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in (*arriving.saved, arriving.dout))]
+        dlse = output_grad.grad_extras[0]
+        for batch in tiles.memo(lower, *_backward_limits(problem)):
+            for queries, keys in tile_views(batch, problem.batch):
+                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in (*output_grad.saved, output_grad.dout))]
                 inputs += [] if dlse is None else [queries(dlse)]
                 if batch.kind == FLIPPED:
                     inputs = list(flipped(inputs))
@@ -117,9 +117,9 @@ def _begun(problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: 
 
 def _parts(
     problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Iterator[tuple[Place, State]]:
+) -> Iterator[tuple[TileView, State]]:
     """The launches of a batch: where their queries lie, the output and the log-sum-exp."""
-    for queries, keys in places(batch, problem.batch):
+    for queries, keys in tile_views(batch, problem.batch):
         inputs = queries(q), keys(k), keys(v)
         if batch.kind == FLIPPED:
             yield queries, flipped(_forward(problem, *flipped(inputs), causal=True))

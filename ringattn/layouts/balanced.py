@@ -60,7 +60,7 @@ class Balanced(Layout):
 
     def _segments(self, length: int) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
         """Start, tokens, area and whether folded, of every segment, sparsest first."""
-        parts = [_bends(mask, length) for mask in self.masks]
+        parts = [_breakpoints(mask, length) for mask in self.masks]
         position, weight = parts[0] if len(parts) == 1 else bands.summed(*map(np.concatenate, zip(*parts, strict=True)))
         # rows 0 and 1 without a bend too: where the sequence begins, a segment does
         ends = np.array([row for row in (0, 1) if row not in position[:2]], dtype=np.int64)
@@ -87,11 +87,11 @@ class Balanced(Layout):
         return f"balanced({'; '.join(map(str, self.masks))})"
 
 
-def _bends(mask: Mask, length: int) -> tuple[Array, Array]:
+def _breakpoints(mask: Mask, length: int) -> tuple[Array, Array]:
     """Where the row area of a mask bends, and by how much."""
-    regions, undecided = fitting(mask, length)
-    if not len(undecided):
-        return bands.bends(regions)
+    regions, partial = fitting(mask, length)
+    if not len(partial):
+        return bands.breakpoints(regions)
     second = np.diff(mask.row_areas(length, length), n=2, prepend=[0, 0])
     at = np.flatnonzero(second)
     return at, second[at]
@@ -100,7 +100,7 @@ def _bends(mask: Mask, length: int) -> tuple[Array, Array]:
 def fitting(mask: Mask, length: int) -> tuple[Regions, Regions]:
     """The mask, divided, as one of so many queries and as many keys; an error that says so where it is not."""
     try:
-        return checked(mask).divided(length, length)
+        return checked(mask).classify(length, length)
     except InputError as error:
         raise InputError(
             f"A layout that goes by the mask takes it as one of {length} queries and as many keys. {error} Where it is "

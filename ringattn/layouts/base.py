@@ -92,5 +92,5 @@ def positions(spans: Array, rank: int) -> Array:
 
 
 def counts(spans: Array, size: int) -> Array:
-    """How many tokens each rank holds, ``[size]``."""
+    """How many tokens each rank receives, ``[size]``."""
     return np.bincount(spans[:, RANK], weights=spans[:, COUNT], minlength=size).astype(np.int64)

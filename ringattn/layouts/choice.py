@@ -43,8 +43,8 @@ def chosen(mask: Mask | None, length: int) -> tuple[Layout, str]:
     """
     if mask is None:
         return Contiguous(), "auto took contiguous: no mask says that some tokens weigh more"
-    regions, undecided = fitting(mask, length)
-    if len(regions) > 1 or len(undecided):
+    regions, partial = fitting(mask, length)
+    if len(regions) > 1 or len(partial):
         return Balanced(mask), "auto took balanced: the mask has several parts, which weigh differently"
     if length and np.array_equal(regions, Causal().regions(length, length)):
         return Zigzag(), "auto took zigzag: one causal sequence, which it balances"

@@ -5,8 +5,8 @@ A mask is an immutable, hashable value that knows two things: the regions it all
 The two are written independently of each other. Masks combine with ``&``, ``|`` and ``~``, and ``str(mask)`` is the
 spelling that `parse` reads, where the mask has one.
 
-A mask that can only be asked pair by pair divides all pairs into three: allowed (`Mask.regions`), *undecided*
-(`Mask.undecided`), and the others. Combinations of such masks follow Kleene's three-valued logic.
+A mask that can only be asked pair by pair divides all pairs into three: allowed (`Mask.regions`), *partial*
+(`Mask.partial`), and the others. Combinations of such masks follow Kleene's three-valued logic.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class Mask(ABC):
     def allows(self, q: Positions, k: Positions) -> Allowed:
         """Whether each pair of the (broadcast) positions is allowed."""
 
-    asks: ClassVar[bool] = False
+    has_partial: ClassVar[bool] = False
     """Whether some pairs can only be known by asking `allows`."""
 
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        """`regions` and `undecided` together."""
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        """`regions` and `partial` together."""
         return self.regions(q_length, k_length), bands.empty()
 
-    def undecided(self, q_length: int, k_length: int) -> Regions:
+    def partial(self, q_length: int, k_length: int) -> Regions:
         """Regions apart from `regions` of whose pairs `allows` must be asked: those of predicates."""
-        return self.divided(q_length, k_length)[1]
+        return self.classify(q_length, k_length)[1]
 
     def local(self, positions: Positions) -> Positions:
         """The position of each token within its document; without documents, the position itself."""
@@ -72,25 +72,25 @@ class Mask(ABC):
     def row_areas(self, q_length: int, k_length: int) -> Positions:
         """The number of allowed keys of every query, ``[q_length]``."""
         rows = bands.row_areas(self.regions(q_length, k_length), q_length)
-        for q, band, allowed in self._asked(q_length, k_length):
+        for q, band, allowed in self._evaluated(q_length, k_length):
             rows[q] += (band & allowed).sum(axis=1)
         return rows
 
     def signature(self, q_length: int, k_length: int) -> str:
         """The mask's text and, where it must be asked, a digest of its answers: equal for equal masks alone."""
         text = str(self)
-        if not self.asks:
+        if not self.has_partial:
             return text
         h = hashlib.blake2b(digest_size=8)
-        for regions in self.divided(q_length, k_length):
+        for regions in self.classify(q_length, k_length):
             h.update(repr(regions.shape).encode() + np.ascontiguousarray(regions).tobytes())
-        for _, band, allowed in self._asked(q_length, k_length):
+        for _, band, allowed in self._evaluated(q_length, k_length):
             h.update(np.packbits(band & allowed).tobytes())
         return f"{text}#{h.hexdigest()}"
 
-    def _asked(self, q_length: int, k_length: int) -> Iterator[tuple[slice, Allowed, Allowed]]:
-        """The undecided pairs, some rows at a time: rows, the pairs of the region's band, the pairs allowed."""
-        for q0, q1, k0, k1, lo, hi in self.undecided(q_length, k_length).tolist():
+    def _evaluated(self, q_length: int, k_length: int) -> Iterator[tuple[slice, Allowed, Allowed]]:
+        """The partial pairs, some rows at a time: rows, the pairs of the region's band, the pairs allowed."""
+        for q0, q1, k0, k1, lo, hi in self.partial(q_length, k_length).tolist():
             k = np.arange(k0, k1)[None, :]
             for first in range(q0, q1, ROWS):
                 q = np.arange(first, min(first + ROWS, q1))[:, None]
@@ -177,14 +177,14 @@ class Combination(Mask):
         """The masks it is made of."""
 
     @property
-    def asks(self) -> bool:  # type: ignore[override]
-        return any(part.asks for part in self.parts)
+    def has_partial(self) -> bool:  # type: ignore[override]
+        return any(part.has_partial for part in self.parts)
 
     def regions(self, q_length: int, k_length: int) -> Regions:
-        return self.divided(q_length, k_length)[0]
+        return self.classify(q_length, k_length)[0]
 
     @abstractmethod
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]: ...
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]: ...
 
     def local(self, positions: Positions) -> Positions:
         least: Positions = np.minimum.reduce([part.local(positions) for part in self.parts])
@@ -202,8 +202,8 @@ class And(Combination):
     def parts(self) -> tuple[Mask, ...]:
         return self.left, self.right
 
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        return _combined(bands.intersect, *(side.divided(q_length, k_length) for side in self.parts))
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        return _combined(bands.intersect, *(side.classify(q_length, k_length) for side in self.parts))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) & self.right.allows(q, k)
@@ -223,8 +223,8 @@ class Or(Combination):
     def parts(self) -> tuple[Mask, ...]:
         return self.left, self.right
 
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        return _combined(bands.union, *(side.divided(q_length, k_length) for side in self.parts))
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        return _combined(bands.union, *(side.classify(q_length, k_length) for side in self.parts))
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return self.left.allows(q, k) | self.right.allows(q, k)
@@ -243,9 +243,9 @@ class Not(Combination):
     def parts(self) -> tuple[Mask, ...]:
         return (self.mask,)
 
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
-        certain, undecided = self.mask.divided(q_length, k_length)
-        return bands.complement(np.concatenate([certain, undecided]), q_length, k_length), undecided
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        certain, partial = self.mask.classify(q_length, k_length)
+        return bands.complement(np.concatenate([certain, partial]), q_length, k_length), partial
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return ~self.mask.allows(q, k)

@@ -16,7 +16,7 @@ from ringattn.bands import INF, Regions
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.masks.base import Allowed, Mask, Positions, count
 
-MOST_ASKED = 32_768  # tokens of a sequence that a predicate is asked about: a thousand million pairs
+MAX_EVALUATED = 32_768  # tokens of a sequence that a predicate is asked about: a thousand million pairs
 BLOCK = 256  # queries and keys of a block of them
 
 
@@ -99,7 +99,7 @@ class Predicate(Mask):
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    asks: ClassVar[bool] = True
+    has_partial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -110,7 +110,7 @@ class Predicate(Mask):
             raise InputError(f"Predicate's function must be hashable, as plans are kept by mask: {error}.") from error
 
     def regions(self, q_length: int, k_length: int) -> Regions:
-        return self.divided(q_length, k_length)[0]
+        return self.classify(q_length, k_length)[0]
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         try:
@@ -126,11 +126,11 @@ class Predicate(Mask):
             shape = list(found.shape)
             raise InputError(f"{self}'s function must return a value a pair; it returned shape {shape}.") from error
 
-    def divided(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
         """What is allowed block by block, and the blocks that hold both kinds of pairs."""
-        if max(q_length, k_length) > MOST_ASKED:
+        if max(q_length, k_length) > MAX_EVALUATED:
             raise UnsupportedError(
-                f"A Predicate is asked for every pair, so it takes sequences of at most {MOST_ASKED} tokens; got "
+                f"A Predicate is asked for every pair, so it takes sequences of at most {MAX_EVALUATED} tokens; got "
                 f"{q_length} queries and {k_length} keys. Say the same with bands (Window, Documents, …) or Blocks."
             )
         key = q_length, k_length

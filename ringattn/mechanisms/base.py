@@ -40,7 +40,7 @@ class Problem:
         dtype, device: the inputs'.
         params: the mechanism's learned tensors, by name.
         seed: for mechanisms that draw random numbers.
-        allows: asked for the pairs of undecided tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
+        allows: asked for the pairs of partial tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
             where the mask is made of bands alone.
     """
 
@@ -78,26 +78,26 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arriving:
+class OutputGrad:
     """The output side of a backward pass, for some queries.
 
     Attributes:
         saved: the output and the extras, over *all* keys.
-        dout, dextras: the gradients that arrive at them; None for an extra nobody used.
+        dout, grad_extras: the gradients that arrive at them; None for an extra nobody used.
     """
 
     saved: State
     dout: torch.Tensor
-    dextras: tuple[torch.Tensor | None, ...]
+    grad_extras: tuple[torch.Tensor | None, ...]
 
-    def of(self, place: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> Arriving:
+    def of(self, place: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> OutputGrad:
         """The same for the queries that ``place`` takes of each tensor, numbers in this dtype or a wider one."""
 
         def part(x: torch.Tensor) -> torch.Tensor:
             return place(x).to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else place(x)
 
-        dextras = tuple(None if x is None else part(x) for x in self.dextras)
-        return Arriving(tuple(map(part, self.saved)), part(self.dout), dextras)
+        grad_extras = tuple(None if x is None else part(x) for x in self.grad_extras)
+        return OutputGrad(tuple(map(part, self.saved)), part(self.dout), grad_extras)
 
 
 def finite(value: object, name: str) -> float:
@@ -156,7 +156,7 @@ class Mechanism(ABC):
         return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
 
     @property
-    def bare(self) -> Mechanism:
+    def without_tensors(self) -> Mechanism:
         """The same with placeholders for its tensors: what is kept from call to call."""
         held = {name: x.detach().to("meta") for name, x in self.params.items()}
         return dataclasses.replace(self, **held) if held else self
@@ -221,7 +221,7 @@ class Mechanism(ABC):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One block's contribution to the gradients; those of the params are added to ``dparams``.
@@ -230,7 +230,7 @@ class Mechanism(ABC):
             dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``.
         """
 
-    def finish_grad(self, problem: Problem, arriving: Arriving, dparams: Params) -> None:  # noqa: B027
+    def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:  # noqa: B027
         """Adds what `finish` does with the params to their gradients. Called once, for all of a rank's queries."""
 
 
@@ -254,7 +254,7 @@ class Summarising(Mechanism):
 
     @abstractmethod
     def attend_grad(
-        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, arriving: Arriving
+        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, output_grad: OutputGrad
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of the queries, ``[B, Hq, M, D]``, and of the summary."""
 

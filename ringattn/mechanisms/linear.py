@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Block, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, Summarising
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +51,11 @@ class Linear(Summarising):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         groups = (problem.kv_heads, -1)
-        dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(arriving))
+        dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(output_grad))
         dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
         if block.allowed is not None:
             dweights *= block.allowed
@@ -77,10 +77,10 @@ class Linear(Summarising):
         return numerator, denominator.squeeze(-1)
 
     def attend_grad(
-        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, arriving: Arriving
+        self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, output_grad: OutputGrad
     ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (problem.kv_heads, -1)
-        dn, dd = _at_the_sums(arriving)
+        dn, dd = _at_the_sums(output_grad)
         dsums = torch.cat([dn, dd.unsqueeze(-1)], dim=-1).unflatten(1, groups)
         dq = (dsums @ self._matrix(problem, summary).transpose(-1, -2)).flatten(1, 2) * _slope(q)
         dmatrix = (_phi(q).unflatten(1, groups).transpose(-1, -2) @ dsums).sum(dim=2)
@@ -125,9 +125,9 @@ def _safe(denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(denominator == 0, 1, denominator)
 
 
-def _at_the_sums(arriving: Arriving) -> tuple[torch.Tensor, torch.Tensor]:
+def _at_the_sums(output_grad: OutputGrad) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of numerator ``[B, Hq, M, Dv]`` and denominator ``[B, Hq, M]``."""
-    (out, denominator), (dextra,) = arriving.saved, arriving.dextras
-    dn = arriving.dout / _safe(denominator).unsqueeze(-1)
+    (out, denominator), (dextra,) = output_grad.saved, output_grad.grad_extras
+    dn = output_grad.dout / _safe(denominator).unsqueeze(-1)
     dd = -(dn * out).sum(dim=-1)
     return dn, dd if dextra is None else dd + dextra

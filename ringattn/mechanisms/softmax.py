@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Arriving, Block, Mechanism, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
 
 
@@ -162,10 +162,10 @@ class Softmax(Mechanism):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        arriving: Arriving,
+        output_grad: OutputGrad,
         dparams: Params,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        lse, dout = arriving.saved[1], arriving.dout
+        lse, dout = output_grad.saved[1], output_grad.dout
         scale, groups = self.scale_for(problem), (problem.kv_heads, -1)
         scores, slope = self._scores(problem, block, q, k)
         weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
@@ -176,7 +176,7 @@ class Softmax(Mechanism):
             keep = self._kept(problem, block)
             given = weights * keep
             dscores *= keep
-        dscores -= _delta(arriving).unflatten(1, groups).unsqueeze(-1)
+        dscores -= _delta(output_grad).unflatten(1, groups).unsqueeze(-1)
         dscores *= weights
         self._add_bias_grads(block, dscores, dparams)
         if slope is not None:
@@ -186,11 +186,11 @@ class Softmax(Mechanism):
         dv = (given.transpose(-1, -2) @ grouped).sum(dim=2)
         return dq, dk, dv
 
-    def finish_grad(self, problem: Problem, arriving: Arriving, dparams: Params) -> None:
+    def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:
         if "sinks" in problem.params:
-            total, lse = dparams["sinks"], arriving.saved[1]
+            total, lse = dparams["sinks"], output_grad.saved[1]
             weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
-            total -= (weight * _delta(arriving.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
+            total -= (weight * _delta(output_grad.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
 
     def _scores(
         self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
@@ -248,9 +248,9 @@ def _finite(lse: torch.Tensor) -> torch.Tensor:
     return torch.where(lse == -math.inf, 0.0, lse)
 
 
-def _delta(arriving: Arriving) -> torch.Tensor:
+def _delta(output_grad: OutputGrad) -> torch.Tensor:
     """``rowsum(dO o O) - dlse``, ``[B, Hq, M]``."""
-    delta, dlse = (arriving.dout * arriving.saved[0]).sum(dim=-1), arriving.dextras[0]
+    delta, dlse = (output_grad.dout * output_grad.saved[0]).sum(dim=-1), output_grad.grad_extras[0]
     return delta if dlse is None else delta - dlse
 
 

@@ -31,7 +31,7 @@ def hard(
     """Output, gradients and magnitudes; shapes as for `evaluate`. Only the scale's sign matters, None is positive."""
     query, key, value = checked(q, k, v)
     query = query * (query.shape[3] ** -0.5 if scale is None else scale)
-    arriving = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+    output_grad = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):
@@ -45,8 +45,8 @@ def hard(
             winner = keys.start + scores.argmax(axis=1)[seen]
             at = rows.start + seen
             values.out[batch, head, at] = value[batch, head // group, winner]
-            np.add.at(values.dv[batch, head // group], winner, arriving[batch, head, at])
-            np.add.at(sizes.dv[batch, head // group], winner, np.abs(arriving[batch, head, at]))
+            np.add.at(values.dv[batch, head // group], winner, output_grad[batch, head, at])
+            np.add.at(sizes.dv[batch, head // group], winner, np.abs(output_grad[batch, head, at]))
     np.copyto(sizes.out, np.abs(values.out))
     return _evaluation(values, sizes)
 
@@ -54,7 +54,7 @@ def hard(
 def linear(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, dout: ArrayLike | None = None) -> Evaluation:
     """Output, gradients and magnitudes; shapes as for `evaluate`."""
     query, key, value = checked(q, k, v)
-    arriving = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+    output_grad = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):
@@ -65,7 +65,7 @@ def linear(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, dout: Arr
             total[total == 0] = 1
             out = weights @ value[of] / total
             values.out[at], sizes.out[at] = out, weights @ np.abs(value[of]) / total
-            g = arriving[at] / total
+            g = output_grad[at] / total
             ds = g @ value[of].T - (g * out).sum(axis=1)[:, None]
             e = np.abs(g) @ np.abs(value[of]).T + np.abs(g * out).sum(axis=1)[:, None]
             for sums, each, sent in ((values, ds * block, g), (sizes, e * block, np.abs(g))):

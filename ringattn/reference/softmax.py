@@ -6,7 +6,7 @@ Formulas (FlashAttention-2, arXiv 2307.08691, sections 2.1 and 3.1; λ is the sc
     dV = Pᵀ dO         Δ_i = Σ_d dO_id O_id           dS = P ∘ (dO Vᵀ − Δ + dL)
     dQ = λ dS K        dK = λ dSᵀ Q
 
-dL is the gradient arriving at the log-sum-exp: ∂L_i/∂S_ij = P_ij. The log-sum-exp is taken relative to the
+dL is the gradient output_grad at the log-sum-exp: ∂L_i/∂S_ij = P_ij. The log-sum-exp is taken relative to the
 row's maximum (Milakov and Gimelshein, arXiv 1805.02867, equation 3), so it does not overflow.
 
 With all that may change the scores, T = λ Q Kᵀ and S = c tanh(T / c) − a_h |i − j| + r_h[i − j] + b_h[i, j]; the
@@ -165,12 +165,12 @@ class _Inputs(NamedTuple):
     ) -> _Inputs:
         query, key, value = checked(q, k, v)
         rows = query.shape[:3]
-        arriving = None
+        output_grad = None
         if dout is not None or dlse is not None:
-            arriving = np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+            output_grad = np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
         on_lse = np.zeros(rows) if dlse is None else np.asarray(dlse, dtype=np.float64)
         scale = query.shape[3] ** -0.5 if scores.scale is None else scores.scale
-        return _Inputs(query, key, value, arriving, on_lse, scale, scores, scores.params())
+        return _Inputs(query, key, value, output_grad, on_lse, scale, scores, scores.params())
 
 
 class _Spot(NamedTuple):

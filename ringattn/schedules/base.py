@@ -10,11 +10,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from ringattn.assembly import Moves
 from ringattn.bands import Array
-from ringattn.demand import Demand
 from ringattn.errors import InputError
-from ringattn.plans import CargoName, GradientWire
+from ringattn.plans.assembly import Moves
+from ringattn.plans.demand import Demand
+from ringattn.plans.steps import CargoName, GradientWire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Schedule(ABC):
         if self.gradient_wire not in ("float32", "input"):
             raise InputError(f"gradient_wire is 'float32' or 'input'; got {self.gradient_wire!r}.")
 
-    def refuses(self, demand: Demand) -> str | None:
+    def refusal(self, demand: Demand) -> str | None:
         """Why the schedule cannot serve a mask and sharding, in words; None when it can."""
         return None
 

@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from ringattn.assembly import Moves
 from ringattn.bands import Array
-from ringattn.demand import Demand
+from ringattn.plans.assembly import Moves
+from ringattn.plans.demand import Demand
+from ringattn.plans.tiles import K_RANK, Q_RANK
 from ringattn.schedules.base import Schedule
-from ringattn.tiles import K_RANK, Q_RANK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Ring(Schedule):
         return (ranks[:, None] - ranks[None, :]) % size
 
     def moves(self, demand: Demand, rank: int) -> Moves:
-        needed = demand.derive(_still_needed)
+        needed = demand.memo(_still_needed)
         hops = np.arange(1, demand.size)
         held, passed = (rank - hops) % demand.size, (rank + 1 - hops) % demand.size
         left, right = (rank - 1) % demand.size, (rank + 1) % demand.size
 
         start, stop = needed[held, hops].T
-        holds = np.stack([hops, np.full_like(hops, left), held, start, stop], axis=1)[start < stop]
+        receives = np.stack([hops, np.full_like(hops, left), held, start, stop], axis=1)[start < stop]
         start, stop = needed[passed, hops].T
         sends = np.stack([hops, np.full_like(hops, right), hops - 1, passed, start, stop], axis=1)[start < stop]
-        return Moves(holds, sends)
+        return Moves(receives, sends)
 
     def received_tokens(self, demand: Demand) -> int:
-        needed = demand.derive(_still_needed)[:, 1:]
+        needed = demand.memo(_still_needed)[:, 1:]
         return int(np.maximum(needed[..., 1] - needed[..., 0], 0).sum())
 
     def __str__(self) -> str:

@@ -11,11 +11,11 @@ import dataclasses
 
 import numpy as np
 
-from ringattn.assembly import Moves
 from ringattn.bands import Array
-from ringattn.demand import Demand
+from ringattn.plans.assembly import Moves
+from ringattn.plans.demand import Demand
+from ringattn.plans.tiles import K_RANK, Q_RANK
 from ringattn.schedules.base import Schedule
-from ringattn.tiles import K_RANK, Q_RANK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Route(Schedule):
         return (ranks[:, None] - ranks[None, :]) % size
 
     def moves(self, demand: Demand, rank: int) -> Moves:
-        _, owner, start, stop = demand.used_by(rank).T
+        _, owner, start, stop = demand.keys_needed_by(rank).T
         phase = (rank - owner) % demand.size
-        holds = np.stack([phase, owner, owner, start, stop], axis=1)[owner != rank]
+        receives = np.stack([phase, owner, owner, start, stop], axis=1)[owner != rank]
 
-        user, _, start, stop = demand.used_of(rank).T
+        user, _, start, stop = demand.keys_requested_from(rank).T
         phase = (user - rank) % demand.size
         own = np.full_like(user, rank)
         sends = np.stack([phase, user, np.zeros_like(user), own, start, stop], axis=1)[user != rank]
-        return Moves(holds, sends)
+        return Moves(receives, sends)
 
     def received_tokens(self, demand: Demand) -> int:
         used = demand.used

@@ -15,13 +15,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from ringattn import bands, tiles
-from ringattn.assembly import Moves
+from ringattn import bands
 from ringattn.bands import Array
-from ringattn.demand import Demand
-from ringattn.plans import CargoName
+from ringattn.plans import tiles
+from ringattn.plans.assembly import Moves
+from ringattn.plans.demand import Demand
+from ringattn.plans.steps import CargoName
+from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 from ringattn.schedules.base import Schedule
-from ringattn.tiles import K_RANK, Q_RANK, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Scan(Schedule):
 
     cargo: ClassVar[CargoName] = "summaries"
 
-    def refuses(self, demand: Demand) -> str | None:
+    def refusal(self, demand: Demand) -> str | None:
         foreign = _foreign(demand)
         rows = foreign[:, 2:]
         full = bands.areas(Tiles(rows).regions) == rows[:, tiles.M] * rows[:, tiles.N]
-        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1) & (rows[:, tiles.UNDECIDED] == 0))]
+        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1) & (rows[:, tiles.PARTIAL] == 0))]
         if not len(wrong):
             return None
         return (
@@ -48,14 +49,14 @@ class Scan(Schedule):
         return 1 - np.eye(size, dtype=np.int64)
 
     def moves(self, demand: Demand, rank: int) -> Moves:
-        table = demand.derive(_summaries)
+        table = demand.memo(_summaries)
         _, owner, start, stop = table[table[:, Q_RANK] == rank].T
         one = np.ones_like(owner)
-        holds = np.stack([one, owner, owner, start, stop], axis=1)
+        receives = np.stack([one, owner, owner, start, stop], axis=1)
         user, _, start, stop = table[table[:, K_RANK] == rank].T
         one = np.ones_like(user)
         sends = np.stack([one, user, 0 * one, rank * one, start, stop], axis=1)
-        return Moves(holds, sends)
+        return Moves(receives, sends)
 
     def received_tokens(self, demand: Demand) -> int:
         return 0

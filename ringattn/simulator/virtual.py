@@ -11,8 +11,8 @@ import torch
 
 from ringattn.errors import DeadlockError, TransportError
 from ringattn.mesh import Mesh
+from ringattn.simulator.transport import Abandoned, Hub, Simulator
 from ringattn.transports.base import Counters
-from ringattn.transports.simulator import Abandoned, Hub, Simulator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Transport(ABC):
         self._calls = 0
 
     @abstractmethod
-    def refuses(self, device: torch.device) -> str | None:
+    def refusal(self, device: torch.device) -> str | None:
         """Why tensors on this device cannot be exchanged, in words; None when they can."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ class Local(Transport):
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, agreement=False)
 
-    def refuses(self, device: torch.device) -> str | None:
+    def refusal(self, device: torch.device) -> str | None:
         return None
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:

@@ -26,7 +26,7 @@ class TorchDistributed(Transport):
         on = self.backend != "nccl" if agreement is None else agreement
         super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group), agreement=on)
 
-    def refuses(self, device: torch.device) -> str | None:
+    def refusal(self, device: torch.device) -> str | None:
         if self.backend == "gloo" and device.type != "cpu":
             return (
                 f"Gloo exchanges CPU tensors; got tensors on {device}. Use the nccl backend, or move them to the CPU."

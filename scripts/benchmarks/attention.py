@@ -55,22 +55,22 @@ def joined(parts: list[Results], positions: list[NDArray[np.int64]]) -> list[NDA
     return [np.concatenate(tensors, axis=2)[:, :, order] for tensors in zip(*parts, strict=True)]
 
 
-def errors(results: list[NDArray[np.float32]], truth: reference.Evaluation) -> list[float]:
+def errors(results: list[NDArray[np.float32]], expected: reference.Evaluation) -> list[float]:
     """Of out and, where there are gradients, dq, dk, dv."""
-    expected = [truth.out, truth.gradients.dq, truth.gradients.dk, truth.gradients.dv]
-    sizes = [truth.magnitudes.out, truth.magnitudes.dq, truth.magnitudes.dk, truth.magnitudes.dv]
-    return [reference.error(*arrays) for arrays in zip(results, expected, sizes, strict=False)]
+    exact = [expected.out, expected.gradients.dq, expected.gradients.dk, expected.gradients.dv]
+    sizes = [expected.magnitudes.out, expected.magnitudes.dq, expected.magnitudes.dk, expected.magnitudes.dv]
+    return [reference.error(*arrays) for arrays in zip(results, exact, sizes, strict=False)]
 
 
 def measure(
-    case: Case, teams: Teams, options: argparse.Namespace, truth: reference.Evaluation, progress: Progress
+    case: Case, teams: Teams, options: argparse.Namespace, expected: reference.Evaluation, progress: Progress
 ) -> dict[Contestant, tuple[list[float], float]]:
     """The times in seconds of each contestant and the largest of its errors."""
     worst = {}
     for contestant, team in teams.items():
         positions = team.call(contestant.prepare, case)
         results = joined(team.call(collect, contestant.token_dim), positions)
-        worst[contestant] = max(errors(results, truth))
+        worst[contestant] = max(errors(results, expected))
     times: dict[Contestant, list[float]] = {contestant: [] for contestant in teams}
     bar = progress.add_task(case.label, total=options.rounds)
     for _ in range(options.rounds):

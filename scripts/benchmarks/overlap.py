@@ -24,7 +24,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn import masks
-from ringattn.plans import Step
+from ringattn.plans.steps import Step
 from ringattn.transports.base import Message, Transport
 from scripts.benchmarks.teams import Team, Worker
 
@@ -38,8 +38,8 @@ class SlowLink(Transport):
         self.slept = 0.0  # seconds spent waiting for the link, so far
         self._inner, self._free = inner, 0.0  # the link carries one exchange after the other
 
-    def refuses(self, device: torch.device) -> str | None:
-        return self._inner.refuses(device)
+    def refusal(self, device: torch.device) -> str | None:
+        return self._inner.refusal(device)
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
         peers = sorted({peer for peer, _ in (*sends, *receives)})

@@ -17,8 +17,8 @@ from rich import box
 from rich.table import Table
 
 import ringattn
+from ringattn.advice.comparison import tile_count
 from ringattn.cli import options as shared
-from ringattn.cli.comparison import tile_count
 from ringattn.masks import Causal, Documents, Mask, Window
 from scripts.benchmarks.cases import GENERATORS, documents, packed, prefixed
 

@@ -9,7 +9,7 @@ import pytest
 
 import ringattn
 from ringattn import masks
-from ringattn.cli import figures
+from ringattn.advice import figures
 
 CASES = [
     ("causal", "zigzag", "ring", 4),

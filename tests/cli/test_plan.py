@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import ringattn
 from ringattn import masks
-from ringattn.cli import app, comparison, options
+from ringattn.advice import comparison
+from ringattn.advice.comparison import Combination, Request
+from ringattn.advice.recommendation import recommend
+from ringattn.cli import app, options
 from ringattn.cli import plan as command
-from ringattn.cli.comparison import Combination, Request
-from ringattn.cli.recommendation import recommend
 
 DOCUMENTS = "documents:1500,900,2,600&causal"
 HEADS: dict[str, Any] = {"heads": (8, 2), "head_dims": (16, 8), "dtype": "float32"}

@@ -45,13 +45,13 @@ def test_a_failure_names_every_rank_and_the_team_goes_on(team: Team) -> None:
 @pytest.mark.parametrize("mask", ["causal", "documents:100,1,99&causal"])
 def test_contestants_compute_the_case(team: Team, mask: str) -> None:
     case = Case(mask, 200, torch.float32, backward=True, heads=2, dim=16)
-    truth = attention.oracle(case)
+    expected = attention.oracle(case)
     for prepare, shares in ((prepare_ringattn, True), (prepare_sdpa, False)):
         positions = team.call(prepare, case)
         parts = team.call(collect, 2)
         if not shares:  # each process of a single-process contestant has the whole
             positions, parts = positions[:1], parts[:1]
-        found = attention.errors(attention.joined(parts, positions), truth)
+        found = attention.errors(attention.joined(parts, positions), expected)
         assert len(found) == 4
         assert max(found) < 1e-6
     assert team.time() > 0

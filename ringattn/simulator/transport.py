@@ -194,7 +194,7 @@ class Simulator(Transport):
         super().__init__(rank=rank, size=hub.size, agreement=agreement)
         self._hub = hub
 
-    def refuses(self, device: torch.device) -> str | None:
+    def refusal(self, device: torch.device) -> str | None:
         return None
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:

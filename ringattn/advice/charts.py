@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ringattn.cli import options
-from ringattn.cli.comparison import Combination, Comparison
+from ringattn.advice.comparison import Combination, Comparison
+from ringattn.readable import readable_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ def draw_received(axes: Axes, comparison: Comparison, taken: Combination) -> Non
         axes.axvline(comparison.bound_bytes, color=INK, linestyle="--", linewidth=1.2, label=label)
     _name_rows(axes, [(x.name, x == taken) for x in shown])
     for row, x in enumerate(shown):
-        _annotate(axes, row, x.received_bytes_max, options.readable_bytes(x.received_bytes_max))
+        _annotate(axes, row, x.received_bytes_max, readable_bytes(x.received_bytes_max))
     axes.set_title("bytes received, forward", fontsize=12, color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_xlim(0, 1.15 * max(1, *(x.received_bytes_max for x in shown), comparison.bound_bytes))

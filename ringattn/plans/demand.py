@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ringattn import layouts, tiles
+from ringattn import layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
-from ringattn.tiles import K_RANK, Q_RANK
+from ringattn.plans import tiles
+from ringattn.plans.tiles import K_RANK, Q_RANK
 
 T = TypeVar("T")
 
@@ -26,25 +27,25 @@ class Demand:
 
     Attributes:
         mask: what was asked for.
-        regions, undecided: its regions in these lengths: all pairs allowed, and pairs to be asked for.
+        regions, partial: its regions in these lengths: all pairs allowed, and pairs to be asked for.
         q_spans, k_spans: who holds which queries and keys, as `layouts` describes.
         size: ranks that share the sequence.
     """
 
     mask: Mask
     regions: Regions
-    undecided: Regions
+    partial: Regions
     q_spans: Array
     k_spans: Array
     size: int
-    _derived: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
 
-    def derive(self, function: Callable[..., T], *args: Hashable) -> T:
+    def memo(self, function: Callable[..., T], *args: Hashable) -> T:
         """``function(self, *args)``, worked out once for this demand."""
         key = (function, args)
-        if key not in self._derived:
-            self._derived[key] = function(self, *args)
-        return self._derived[key]  # type: ignore[no-any-return]
+        if key not in self._memo:
+            self._memo[key] = function(self, *args)
+        return self._memo[key]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def whole(self) -> Array:
@@ -58,28 +59,28 @@ class Demand:
         return tiles.used_keys(self.whole)
 
     @functools.cached_property
-    def used_by_owner(self) -> Array:
+    def needed_by_owner(self) -> Array:
         """`used`, sorted by the rank of the keys, then of the queries."""
         return self.used[np.argsort(self.used[:, K_RANK], kind="stable")]
 
     def cut(self, q_spans: Array, k_spans: Array) -> Array:
         """The mask cut by some ranks' queries and keys."""
         table = tiles.cut(self.regions, q_spans, k_spans)
-        if not len(self.undecided):
+        if not len(self.partial):
             return table
-        return np.concatenate([table, tiles.cut(self.undecided, q_spans, k_spans, undecided=True)])
+        return np.concatenate([table, tiles.cut(self.partial, q_spans, k_spans, partial=True)])
 
     def rows(self, rank: int) -> Array:
         """The cut of one rank's queries with everybody's keys."""
-        return self.derive(_rows, rank)
+        return self.memo(_rows, rank)
 
-    def used_by(self, rank: int) -> Array:
+    def keys_needed_by(self, rank: int) -> Array:
         """The key rows one rank's queries use: ``(rank, k_rank, start, stop)``, sorted."""
-        return self.derive(_used_by, rank)
+        return self.memo(_used_by, rank)
 
-    def used_of(self, rank: int) -> Array:
+    def keys_requested_from(self, rank: int) -> Array:
         """One rank's key rows that queries use: ``(q_rank, rank, start, stop)``, sorted."""
-        return self.derive(_used_of, rank)
+        return self.memo(_used_of, rank)
 
 
 def _rows(demand: Demand, rank: int) -> Array:
@@ -96,7 +97,7 @@ def _used_by(demand: Demand, rank: int) -> Array:
 
 def _used_of(demand: Demand, rank: int) -> Array:
     if "whole" in demand.__dict__:
-        return _slice(demand.used_by_owner, K_RANK, rank)
+        return _slice(demand.needed_by_owner, K_RANK, rank)
     own = _slice(demand.k_spans, layouts.RANK, rank)
     return tiles.used_keys(demand.cut(demand.q_spans, own))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from ringattn.cli import options
-from ringattn.cli.comparison import Combination
+from ringattn.advice.comparison import Combination
+from ringattn.readable import readable_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _price(taken: Combination, slower: Sequence[Combination]) -> list[str]:
     less = 1 - least.received_bytes_max / taken.received_bytes_max
     return [
         f"its price: with {least.name} no rank would receive more than "
-        f"{options.readable_bytes(least.received_bytes_max)}, {less:.0%} less, but the busiest would compute "
+        f"{readable_bytes(least.received_bytes_max)}, {less:.0%} less, but the busiest would compute "
         f"{least.area_max / taken.area_max:.2f} times as long"
     ]
 
@@ -90,10 +90,10 @@ def _least(label: str, field: str, taken: Combination, more: Sequence[Combinatio
     own, theirs = getattr(taken, field), sorted({getattr(x, field) for x in more})
     others = [
         f"{1 - own / size:.0%} less than {_listed([x for x in more if getattr(x, field) == size], lambda _: '{}')} "
-        f"({options.readable_bytes(size)})"
+        f"({readable_bytes(size)})"
         for size in dict.fromkeys((theirs[0], theirs[-1]))
     ]
-    return [f"{label} {options.readable_bytes(own)} forward, {', and '.join(others)}"]
+    return [f"{label} {readable_bytes(own)} forward, {', and '.join(others)}"]
 
 
 def _listed(of: Sequence[Combination], words: Callable[[Combination], str]) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ringattn import engine
-from ringattn.call import Call
 from ringattn.errors import InputError
+from ringattn.runtime import engine
+from ringattn.runtime.call import Call
 
 _CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -64,14 +64,14 @@ def attention_backward(
     params: list[torch.Tensor],
     saved: list[torch.Tensor],
     dout: torch.Tensor,
-    dextras: list[torch.Tensor],
+    grad_extras: list[torch.Tensor],
     present: list[bool],
     plan: int,
     seed: int,
     number: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The gradients. ``present`` tells which extras have one; ``dextras`` holds those."""
-    given = iter(dextras)
+    """The gradients. ``present`` tells which extras have one; ``grad_extras`` holds those."""
+    given = iter(grad_extras)
     all_extras = tuple(next(given) if there else None for there in present)
     with torch.autocast(q.device.type, enabled=False):
         return engine.backward(_call(plan), q, k, v, params, seed, number, tuple(saved), dout, all_extras)
@@ -85,7 +85,7 @@ def _(
     params: list[torch.Tensor],
     saved: list[torch.Tensor],
     dout: torch.Tensor,
-    dextras: list[torch.Tensor],
+    grad_extras: list[torch.Tensor],
     present: list[bool],
     plan: int,
     seed: int,
@@ -105,10 +105,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: torch.Tensor | None, dextras: list[torch.Tensor | None] | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: torch.Tensor | None, grad_extras: list[torch.Tensor | None] | None) -> tuple[Any, ...]:
     q, k, v, out, *rest = ctx.saved_tensors
     params, extras = rest[: ctx.params], rest[ctx.params :]
-    given = [None] * len(extras) if dextras is None else dextras
+    given = [None] * len(extras) if grad_extras is None else grad_extras
     dq, dk, dv, dparams = attention_backward(
         q,
         k,

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ringattn import bands, layouts, tiles
+from ringattn import bands, layouts
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
 from ringattn.errors import PlanError
-from ringattn.plans import HOLD_OFFSET, HOLD_ORIGIN, HOLD_PHASE, HOLD_START, HOLD_STOP, Exchange, Item, Plan, Step
-from ringattn.tiles import Tiles
+from ringattn.plans import tiles
+from ringattn.plans.steps import RECV_OFFSET, RECV_ORIGIN, RECV_PHASE, RECV_START, RECV_STOP, Exchange, Item, Plan, Step
+from ringattn.plans.tiles import Tiles
 
 Weights = npt.NDArray[np.uint64]
 
@@ -43,8 +44,8 @@ class _Keys:
         """Those of what lies in a rank's buffer of a phase, one array a hold."""
         if phase == 0:
             return [self.of(plan.rank)]
-        first, last = np.searchsorted(plan.holds[:, HOLD_PHASE], [phase, phase + 1])
-        return [self.of(origin)[start:stop] for _, _, origin, start, stop, _ in plan.holds[first:last].tolist()]
+        first, last = np.searchsorted(plan.receives[:, RECV_PHASE], [phase, phase + 1])
+        return [self.of(origin)[start:stop] for _, _, origin, start, stop, _ in plan.receives[first:last].tolist()]
 
     def prefix(self, stride: int) -> Weights:
         """Sums of weights along a stride: entry p is that of the positions p - s, p - 2s, …"""
@@ -61,7 +62,7 @@ def verify_rank(plan: Plan, keys: _Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
     keys = _Keys(plan.k_spans) if keys is None else keys
     _verify_form(plan)
-    if not {*plan.home_sends[:, 0].tolist()} <= {*plan.slots} or not {*plan.tile_phases.tolist()} <= {0, *plan.slots}:
+    if not {*plan.grad_sends[:, 0].tolist()} <= {*plan.slots} or not {*plan.tile_phases.tolist()} <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps, keys)
@@ -83,7 +84,7 @@ def verify(plans: Sequence[Plan]) -> None:
     for plan in plans:
         asked = (
             (plan.regions, first.regions),
-            (plan.undecided, first.undecided),
+            (plan.partial, first.partial),
             (plan.q_spans, first.q_spans),
             (plan.k_spans, first.k_spans),
         )
@@ -129,11 +130,11 @@ def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) 
     """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
     queries = layouts.positions(plan.q_spans, plan.rank)
-    for regions, undecided in ((plan.regions, 0), (plan.undecided, 1)):
-        part = rows[rows[:, tiles.UNDECIDED] == undecided]
-        if undecided and not len(regions) and not len(part):
+    for regions, partial in ((plan.regions, 0), (plan.partial, 1)):
+        part = rows[rows[:, tiles.PARTIAL] == partial]
+        if partial and not len(regions) and not len(part):
             continue
-        wanted, allowed = _row_sums(_asked(regions, queries), keys, len(queries), 1)
+        wanted, allowed = _row_sums(_evaluated(regions, queries), keys, len(queries), 1)
         done = np.zeros(len(queries), dtype=np.uint64)
         count = np.zeros(len(queries), dtype=np.int64)
         strides = part[:, tiles.K_STRIDE]
@@ -145,13 +146,13 @@ def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) 
         if len(wrong):
             row = int(wrong[0])
             raise PlanError(
-                f"Rank {plan.rank}, {name}, {'asks for' if undecided else 'computes'} the wrong pairs for {len(wrong)} "
+                f"Rank {plan.rank}, {name}, {'asks for' if partial else 'computes'} the wrong pairs for {len(wrong)} "
                 f"of its queries. First, the query at position {queries[row]}: its tiles hold {count[row]} pairs, its "
                 f"mask {allowed[row]}."
             )
 
 
-def _asked(regions: Regions, queries: Array) -> Array:
+def _evaluated(regions: Regions, queries: Array) -> Array:
     """What the mask's regions hold, a row for each of these queries and each region it lies in, as one-row tiles."""
     row, region = bands.overlaps(queries, queries + 1, regions[:, Q0], regions[:, Q1])
     part, position = regions[region], queries[row]
@@ -204,7 +205,7 @@ def _verify_summed(plan: Plan, name: str, step: Step, held: list[Array]) -> None
     """Tiles that attend to summaries allow every pair, and name the keys that their summary is a sum over."""
     rows = step.tiles.rows
     full = bands.areas(step.tiles.regions) == rows[:, tiles.M] * rows[:, tiles.N]
-    full &= rows[:, tiles.UNDECIDED] == 0
+    full &= rows[:, tiles.PARTIAL] == 0
     for tile, row in enumerate(rows.tolist()):
         keys = row[tiles.K_POSITION] + row[tiles.K_STRIDE] * np.arange(row[tiles.N])
         if not (full[tile] and 0 <= row[tiles.K] < len(held) and np.array_equal(held[row[tiles.K]], keys)):
@@ -229,7 +230,7 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     content: dict[int, int] = {}
     for step in steps:
         exchange = step.exchange
-        arriving = {item.phase for item in exchange.receives if not item.gradient}
+        output_grad = {item.phase for item in exchange.receives if not item.gradient}
         relayed = {item.phase for item in exchange.sends if not item.gradient}
         reading = ({step.phase} if step.tiles else set()) | relayed
         for phase in reading - {0}:
@@ -240,9 +241,9 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
         leaving = {item.phase for item in exchange.sends if item.gradient}
         if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
-        if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
+        if {plan.slots[phase] for phase in output_grad} & {plan.slots[phase] for phase in reading - {0}}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading.")
-        content.update({plan.slots[phase]: phase for phase in arriving})
+        content.update({plan.slots[phase]: phase for phase in output_grad})
 
 
 # -- all ranks ------------------------------------------------------------------------------------------------------
@@ -254,12 +255,12 @@ def _verify_homing(plans: Sequence[Plan]) -> None:
     for plan in plans:
         me = np.int64(plan.rank)
         needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *_used_rows(plan)]))
-        homes = plan.home_sends
+        homes = plan.grad_sends
         going = tiles.merged(homes[:, [0, 2, 3]])
         if not np.array_equal(needed, going) or _rows(homes[:, 2:4]) != _rows(going[:, 1:3]):
             raise PlanError(f"Rank {plan.rank} does not send home the gradient of exactly the key rows it has used.")
         sent.append(_origin_rows(plan))
-        received = plan.home_receives
+        received = plan.grad_receives
         owner = np.full(len(received), me)
         awaited.append(np.stack([received[:, 1], owner, *received[:, [0, 2, 3]].T], axis=1))
     out, back = (tiles.merged(np.concatenate(part)) for part in (sent, awaited))
@@ -294,13 +295,13 @@ def _rows(spans: Array) -> int:
 def _origin_rows(plan: Plan) -> Array:
     """A rank's home sends in rows of the owner: ``(rank, owner, phase, start, stop)``."""
     out = [np.empty((0, 5), dtype=np.int64)]
-    for phase, peer, start, stop in plan.home_sends.tolist():
-        holds = plan.holds[(plan.holds[:, HOLD_PHASE] == phase) & (plan.holds[:, HOLD_ORIGIN] == peer)]
-        first, last = holds[:, HOLD_START], holds[:, HOLD_STOP]
+    for phase, peer, start, stop in plan.grad_sends.tolist():
+        receives = plan.receives[(plan.receives[:, RECV_PHASE] == phase) & (plan.receives[:, RECV_ORIGIN] == peer)]
+        first, last = receives[:, RECV_START], receives[:, RECV_STOP]
         if plan.cargo == "summaries":
-            hit = (start <= holds[:, HOLD_OFFSET]) & (holds[:, HOLD_OFFSET] < stop)
+            hit = (start <= receives[:, RECV_OFFSET]) & (receives[:, RECV_OFFSET] < stop)
         else:
-            shift = first - holds[:, HOLD_OFFSET]
+            shift = first - receives[:, RECV_OFFSET]
             first, last = np.maximum(first, start + shift), np.minimum(last, stop + shift)
             hit = first < last
         row = np.broadcast_to([plan.rank, peer, phase], (int(hit.sum()), 3))

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ringattn.call import Call
-from ringattn.cargo.base import Cargo, Queries, Traveller
-from ringattn.cargo.keys import Keys
-from ringattn.cargo.summaries import Summaries
-from ringattn.mechanisms.base import Arriving, Problem, State
-from ringattn.plans import Exchange
+from ringattn.mechanisms.base import OutputGrad, Problem, State
+from ringattn.payloads.base import Cargo, Queries, Traveller
+from ringattn.payloads.keys import Keys
+from ringattn.payloads.summaries import Summaries
+from ringattn.plans.steps import Exchange
+from ringattn.runtime.call import Call
 from ringattn.transports.base import Handle
 
 
@@ -52,7 +52,7 @@ def backward(
     number: int,
     saved: State,
     dout: torch.Tensor,
-    dextras: tuple[torch.Tensor | None, ...],
+    grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
     problem = call.begun(f"bwd {number}", params, seed)
@@ -60,15 +60,15 @@ def backward(
     gradients = cargo.gradients()
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
-    arriving = Arriving(saved, dout, dextras)
-    queries = Queries(q, arriving, dq, dparams)
+    output_grad = OutputGrad(saved, dout, grad_extras)
+    queries = Queries(q, output_grad, dq, dparams)
     for step in call.plan.backward_steps:
         under_way = _start(call, step.exchange, "backward", cargo, gradients)
         if step.tiles:
             gradients.compute(step, queries)
         under_way.wait()
         gradients.add_arrived(step.exchange)
-    problem.mechanism.finish_grad(problem, arriving, dparams)
+    problem.mechanism.finish_grad(problem, output_grad, dparams)
     dk, dv = gradients.own
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ringattn.mechanisms.base import Arriving, Params, Problem, State
-from ringattn.plans import Exchange, Step
+from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
+from ringattn.plans.steps import Exchange, Step
 from ringattn.transports.base import Message
 
 
@@ -32,7 +32,7 @@ class Queries:
     """The query side of a backward pass; ``dq`` and ``dparams`` are accumulators."""
 
     q: torch.Tensor
-    arriving: Arriving
+    output_grad: OutputGrad
     dq: torch.Tensor
     dparams: Params
 

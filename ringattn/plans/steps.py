@@ -19,11 +19,12 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ringattn import accounting, layouts, tiles
-from ringattn.accounting import Memory, Shape, Traffic
+from ringattn import layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
-from ringattn.tiles import NO_TILES, UNDECIDED, Tiles
+from ringattn.plans import cost, tiles
+from ringattn.plans.cost import Memory, Shape, Traffic
+from ringattn.plans.tiles import NO_TILES, PARTIAL, Tiles
 
 GradientWire = Literal["float32", "input"]
 CargoName = Literal["keys", "summaries"]
@@ -31,9 +32,9 @@ CargoName = Literal["keys", "summaries"]
 
 T = TypeVar("T")
 
-HOLD_PHASE, HOLD_SENDER, HOLD_ORIGIN, HOLD_START, HOLD_STOP, HOLD_OFFSET = range(6)
+RECV_PHASE, RECV_SENDER, RECV_ORIGIN, RECV_START, RECV_STOP, RECV_OFFSET = range(6)
 SEND_PHASE, SEND_PEER, SEND_SOURCE, SEND_START, SEND_STOP = range(5)
-HOME_PHASE, HOME_PEER, HOME_START, HOME_STOP = range(4)
+GRAD_PHASE, GRAD_PEER, GRAD_START, GRAD_STOP = range(4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,18 +103,18 @@ class Plan:
 
     Attributes:
         rank, size: this rank, of those that share the sequence.
-        mask, regions, undecided, q_spans, k_spans: what was asked for: the mask and its regions, who holds which
+        mask, regions, partial, q_spans, k_spans: what was asked for: the mask and its regions, who holds which
             queries and keys.
         description: mask, layouts and schedule, in words.
         cargo: what travels. Summaries are rows of their phase's buffer, one a hold, and a tile of another rank's
             keys attends to one of them; only phase 0, this rank's own keys, is rows of keys then.
         tile_phases, tile_rows: every tile and its phase, sorted by phase; keys are rows of the phase's buffer.
-        holds: ``(phase, sender, origin, start, stop, offset)``: rows of the origin's shard that arrive from the
+        receives: ``(phase, sender, origin, start, stop, offset)``: rows of the origin's shard that arrive from the
             sender, and where they, or their summary, lie in the phase's buffer.
         sends: ``(phase, peer, source, start, stop)``: rows of the buffer of phase ``source`` that the peer is to hold
             in ``phase``.
-        home_sends: ``(phase, peer, start, stop)``: rows of the phase's buffer whose gradient goes to their owner.
-        home_receives: ``(phase, peer, start, stop)``: own rows whose gradient comes from the peer.
+        grad_sends: ``(phase, peer, start, stop)``: rows of the phase's buffer whose gradient goes to their owner.
+        grad_receives: ``(phase, peer, start, stop)``: own rows whose gradient comes from the peer.
         lookahead: 1 when the next phase's exchange runs while this one computes, 0 when it does not.
         gradient_wire: the dtype in which gradients of keys and values travel.
         shape: heads, dims and dtype, where they were given.
@@ -124,17 +125,17 @@ class Plan:
     size: int
     mask: Mask
     regions: Regions
-    undecided: Regions
+    partial: Regions
     q_spans: Array
     k_spans: Array
     description: str
     cargo: CargoName
     tile_phases: Array
     tile_rows: Array
-    holds: Array
+    receives: Array
     sends: Array
-    home_sends: Array
-    home_receives: Array
+    grad_sends: Array
+    grad_receives: Array
     lookahead: int
     gradient_wire: GradientWire
     shape: Shape | None = None
@@ -153,9 +154,9 @@ class Plan:
     @functools.cached_property
     def area(self) -> int:
         """Allowed pairs this rank computes."""
-        asked = self.tile_rows[:, UNDECIDED] != 0
+        asked = self.tile_rows[:, PARTIAL] != 0
         return Tiles(self.tile_rows[~asked]).area + sum(
-            tiles.asked_area(self.mask, row) for row in self.tile_rows[asked].tolist()
+            tiles.partial_area(self.mask, row) for row in self.tile_rows[asked].tolist()
         )
 
     @functools.cached_property
@@ -174,11 +175,11 @@ class Plan:
 
         def items(table: Array, own: bool) -> dict[int, tuple[Item, ...]]:
             return {
-                phase: self._items(rows[:, HOME_PEER], rows[:, HOME_START : HOME_STOP + 1], True, 0 if own else phase)
-                for phase, rows in _groups(table[:, HOME_PHASE], table)
+                phase: self._items(rows[:, GRAD_PEER], rows[:, GRAD_START : GRAD_STOP + 1], True, 0 if own else phase)
+                for phase, rows in _groups(table[:, GRAD_PHASE], table)
             }
 
-        sends, receives = items(self.home_sends, own=False), items(self.home_receives, own=True)
+        sends, receives = items(self.grad_sends, own=False), items(self.grad_receives, own=True)
         homes = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
         return self._with_own_tiles_last(self._steps(self._key_exchanges, homes))
 
@@ -205,10 +206,10 @@ class Plan:
             source = int(rows[0, SEND_SOURCE])
             items = self._items(rows[:, SEND_PEER], rows[:, SEND_START : SEND_STOP + 1], False, source)
             exchanges[phase] = Exchange(phase, sends=items)
-        for phase, rows in _groups(self.holds[:, HOLD_PHASE], self.holds):
-            offset = rows[:, HOLD_OFFSET]
+        for phase, rows in _groups(self.receives[:, RECV_PHASE], self.receives):
+            offset = rows[:, RECV_OFFSET]
             spans = np.stack([offset, offset + hold_rows(self.cargo, rows)], axis=1)
-            items = self._items(rows[:, HOLD_SENDER], spans, False, phase)
+            items = self._items(rows[:, RECV_SENDER], spans, False, phase)
             exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
@@ -236,12 +237,12 @@ class Plan:
     @functools.cached_property
     def slots(self) -> dict[int, int]:
         """Which of the two receive buffers each phase's keys lie in."""
-        return {int(phase): nth % 2 for nth, phase in enumerate(np.unique(self.holds[:, HOLD_PHASE]))}
+        return {int(phase): nth % 2 for nth, phase in enumerate(np.unique(self.receives[:, RECV_PHASE]))}
 
     @functools.cached_property
     def held_rows(self) -> dict[int, int]:
         """Rows in the buffer of every phase, this rank's own in phase 0."""
-        groups = _groups(self.holds[:, HOLD_PHASE], self.holds)
+        groups = _groups(self.receives[:, RECV_PHASE], self.receives)
         return {0: self.key_tokens, **{phase: int(hold_rows(self.cargo, rows).sum()) for phase, rows in groups}}
 
     def packed(self, item: Item) -> bool:
@@ -255,19 +256,19 @@ class Plan:
         """Rows of the cargo that each exchange buffer must hold, by the buffer's name.
 
         ``keys 0`` and ``keys 1`` receive keys in turn, ``gradients 0`` and ``1`` accumulate their gradients; the
-        stagings are packed before they are sent; ``home arrivals`` are added to this rank's own gradients.
+        stagings are packed before they are sent; ``gradient arrivals`` are added to this rank's own gradients.
         """
         rows = dict.fromkeys(("keys 0", "keys 1", "gradients 0", "gradients 1"), 0)
         for phase, slot in self.slots.items():
             for name in (f"keys {slot}", f"gradients {slot}"):
                 rows[name] = max(rows[name], self.held_rows[phase])
-        rows.update(dict.fromkeys(("key staging", "home staging", "home arrivals"), 0))
+        rows.update(dict.fromkeys(("key staging", "gradient staging", "gradient arrivals"), 0))
         for exchange in (step.exchange for step in self.backward_steps if step.exchange):
             packed = [item for item in exchange.sends if self.packed(item)]
             for name, items in (
                 ("key staging", [item for item in packed if not item.gradient]),
-                ("home staging", [item for item in packed if item.gradient]),
-                ("home arrivals", [item for item in exchange.receives if item.gradient]),
+                ("gradient staging", [item for item in packed if item.gradient]),
+                ("gradient arrivals", [item for item in exchange.receives if item.gradient]),
             ):
                 rows[name] = max(rows[name], sum(item.rows for item in items))
         return rows
@@ -275,7 +276,7 @@ class Plan:
     @functools.cached_property
     def hash(self) -> str:
         """A fingerprint of everything the plan does, 16 hexadecimal digits."""
-        parts = (self.tile_phases, self.tile_rows, self.holds, self.sends, self.home_sends, self.home_receives)
+        parts = (self.tile_phases, self.tile_rows, self.receives, self.sends, self.grad_sends, self.grad_receives)
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
@@ -284,26 +285,28 @@ class Plan:
 
     def verify(self) -> None:
         """Checks this rank's part: see `verification.verify_rank`. Raises PlanError."""
-        from ringattn.verification import verify_rank
+        from ringattn.plans.verification import verify_rank
 
         verify_rank(self)
 
     def traffic(self) -> Traffic:
         """What this rank moves: key positions, messages and, where the shape is known, bytes."""
-        return accounting.traffic(self)
+        return cost.traffic(self)
 
     def memory(self) -> Memory:
         """Every buffer of forward and backward, in bytes. Needs the shape."""
-        return accounting.memory(self)
+        return cost.memory(self)
 
     def explain(self) -> str:
         """The plan in words, a line a step."""
-        return accounting.explain(self)
+        return cost.explain(self)
 
 
-def hold_rows(cargo: CargoName, holds: Array) -> Array:
+def hold_rows(cargo: CargoName, receives: Array) -> Array:
     """The buffer rows of each hold: its keys, or their one summary."""
-    return holds[:, HOLD_STOP] - holds[:, HOLD_START] if cargo == "keys" else np.ones(len(holds), dtype=np.int64)
+    return (
+        receives[:, RECV_STOP] - receives[:, RECV_START] if cargo == "keys" else np.ones(len(receives), dtype=np.int64)
+    )
 
 
 def _groups(keys: Array, rows: Array) -> list[tuple[int, Array]]:

@@ -10,22 +10,23 @@ import dataclasses
 
 import numpy as np
 
-from ringattn import bands, tiles
-from ringattn.accounting import Shape
+from ringattn import bands
 from ringattn.bands import Array
-from ringattn.demand import Demand
-from ringattn.plans import (
-    HOLD_OFFSET,
-    HOLD_ORIGIN,
-    HOLD_PHASE,
-    HOLD_START,
-    HOLD_STOP,
+from ringattn.plans import tiles
+from ringattn.plans.cost import Shape
+from ringattn.plans.demand import Demand
+from ringattn.plans.steps import (
+    RECV_OFFSET,
+    RECV_ORIGIN,
+    RECV_PHASE,
+    RECV_START,
+    RECV_STOP,
     CargoName,
     GradientWire,
     Plan,
     hold_rows,
 )
-from ringattn.tiles import K_RANK, Q_RANK, Tiles
+from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,11 +36,11 @@ class Moves:
     Where the schedule's cargo is summaries, a row of these tables is one of them.
 
     Attributes:
-        holds: ``(phase, sender, origin, start, stop)``.
+        receives: ``(phase, sender, origin, start, stop)``.
         sends: ``(phase, peer, source phase, origin, start, stop)``.
     """
 
-    holds: Array
+    receives: Array
     sends: Array
 
 
@@ -60,10 +61,10 @@ def assemble(
     Args:
         phases: ``[size, size]``, the phase in which rank i's queries meet rank j's keys.
     """
-    order = np.lexsort((moves.holds[:, 3], moves.holds[:, 2], moves.holds[:, 1], moves.holds[:, 0]))
-    holds = np.concatenate([moves.holds[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
-    holds[:, HOLD_OFFSET] = _offsets(holds[:, HOLD_PHASE], hold_rows(cargo, holds))
-    buffers = _Buffers(holds, rank)
+    order = np.lexsort((moves.receives[:, 3], moves.receives[:, 2], moves.receives[:, 1], moves.receives[:, 0]))
+    receives = np.concatenate([moves.receives[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
+    receives[:, RECV_OFFSET] = _offsets(receives[:, RECV_PHASE], hold_rows(cargo, receives))
+    buffers = _Buffers(receives, rank)
 
     table = demand.rows(rank)
     tile_phases = phases[rank, table[:, K_RANK]]
@@ -71,12 +72,12 @@ def assemble(
     rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
     if cargo == "keys":
         rows, tile_phases = _held(rows, tile_phases, owners, buffers)
-        home_sends, home_receives = _key_homes(demand, rank, phases, buffers)
+        grad_sends, grad_receives = _key_homes(demand, rank, phases, buffers)
     else:
-        rows, tile_phases = _summed_up(rows, tile_phases, owners, holds, rank)
-        offset = holds[:, HOLD_OFFSET]
-        home_sends = _sorted(holds[:, HOLD_PHASE], holds[:, HOLD_ORIGIN], offset, offset + 1)
-        home_receives = _sorted(*moves.sends[:, [0, 1, 4, 5]].T)
+        rows, tile_phases = _summed_up(rows, tile_phases, owners, receives, rank)
+        offset = receives[:, RECV_OFFSET]
+        grad_sends = _sorted(receives[:, RECV_PHASE], receives[:, RECV_ORIGIN], offset, offset + 1)
+        grad_receives = _sorted(*moves.sends[:, [0, 1, 4, 5]].T)
 
     phase, peer, source, origin, start, stop = moves.sends.T
     at = buffers.row(source, origin, start)
@@ -87,17 +88,17 @@ def assemble(
         size=demand.size,
         mask=demand.mask,
         regions=demand.regions,
-        undecided=demand.undecided,
+        partial=demand.partial,
         q_spans=demand.q_spans,
         k_spans=demand.k_spans,
         description=description,
         cargo=cargo,
         tile_phases=tile_phases,
         tile_rows=rows,
-        holds=holds,
+        receives=receives,
         sends=sends,
-        home_sends=home_sends,
-        home_receives=home_receives,
+        grad_sends=grad_sends,
+        grad_receives=grad_receives,
         lookahead=lookahead,
         gradient_wire=gradient_wire,
         shape=shape,
@@ -106,11 +107,11 @@ def assemble(
 
 def _key_homes(demand: Demand, rank: int, phases: Array, buffers: _Buffers) -> tuple[Array, Array]:
     """Where the gradients of the keys a rank has used go, and which ones of its own come home."""
-    used = demand.used_by(rank)
+    used = demand.keys_needed_by(rank)
     used = used[used[:, K_RANK] != rank]
     phase, owner = phases[rank, used[:, K_RANK]], used[:, K_RANK]
     start = buffers.row(phase, owner, used[:, 2])
-    lent = demand.used_of(rank)
+    lent = demand.keys_requested_from(rank)
     lent = lent[lent[:, Q_RANK] != rank]
     return (
         _sorted(phase, owner, start, start + used[:, 3] - used[:, 2]),
@@ -118,19 +119,19 @@ def _key_homes(demand: Demand, rank: int, phases: Array, buffers: _Buffers) -> t
     )
 
 
-def _summed_up(rows: Array, phases: Array, owners: Array, holds: Array, rank: int) -> tuple[Array, Array]:
+def _summed_up(rows: Array, phases: Array, owners: Array, receives: Array, rank: int) -> tuple[Array, Array]:
     """Tiles, and their phases, with every tile of another rank's keys cut into the summaries that make it up."""
     foreign = owners != rank
     tile, hold = bands.overlaps(
         *_lifted(owners[foreign], rows[foreign, tiles.K], rows[foreign, tiles.K] + rows[foreign, tiles.N]),
-        *_lifted(holds[:, HOLD_ORIGIN], holds[:, HOLD_START], holds[:, HOLD_STOP]),
+        *_lifted(receives[:, RECV_ORIGIN], receives[:, RECV_START], receives[:, RECV_STOP]),
     )
     order = np.lexsort((hold, tile))
     tile, hold = tile[order], hold[order]
     out = rows[foreign][tile]
-    out[:, tiles.K_POSITION] += (holds[hold, HOLD_START] - out[:, tiles.K]) * out[:, tiles.K_STRIDE]
-    out[:, tiles.K] = holds[hold, HOLD_OFFSET]
-    out[:, tiles.N] = holds[hold, HOLD_STOP] - holds[hold, HOLD_START]
+    out[:, tiles.K_POSITION] += (receives[hold, RECV_START] - out[:, tiles.K]) * out[:, tiles.K_STRIDE]
+    out[:, tiles.K] = receives[hold, RECV_OFFSET]
+    out[:, tiles.N] = receives[hold, RECV_STOP] - receives[hold, RECV_START]
     out[:, tiles.LOW], out[:, tiles.HIGH] = 1 - out[:, tiles.N], out[:, tiles.M] - 1
     out, phases = np.concatenate([rows[~foreign], out]), np.concatenate([phases[~foreign], phases[foreign][tile]])
     order = np.argsort(phases, kind="stable")
@@ -184,13 +185,13 @@ def _offsets(phases: Array, counts: Array) -> Array:
 class _Buffers:
     """Finds the buffer row of an origin's row: the last hold that begins at or before it."""
 
-    def __init__(self, holds: Array, rank: int) -> None:
+    def __init__(self, receives: Array, rank: int) -> None:
         self._rank = rank
-        self._lift = int(holds[:, HOLD_STOP].max(initial=0)) + 1
-        self._ranks = int(holds[:, HOLD_ORIGIN].max(initial=0)) + 1
-        self._keys = self._key(holds[:, HOLD_PHASE], holds[:, HOLD_ORIGIN], holds[:, HOLD_START])
+        self._lift = int(receives[:, RECV_STOP].max(initial=0)) + 1
+        self._ranks = int(receives[:, RECV_ORIGIN].max(initial=0)) + 1
+        self._keys = self._key(receives[:, RECV_PHASE], receives[:, RECV_ORIGIN], receives[:, RECV_START])
         self._order = np.argsort(self._keys)
-        self._shift = holds[:, HOLD_OFFSET] - holds[:, HOLD_START]
+        self._shift = receives[:, RECV_OFFSET] - receives[:, RECV_START]
 
     def _key(self, phase: Array, origin: Array, start: Array) -> Array:
         return (phase * self._ranks + origin) * self._lift + start

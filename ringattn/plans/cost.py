@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ringattn import tiles
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
 from ringattn.errors import InputError
 from ringattn.masks import Mask
+from ringattn.plans import tiles
 
 if TYPE_CHECKING:
-    from ringattn.plans import Exchange, Plan
+    from ringattn.plans.steps import Exchange, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Shape:
         """Bytes of one number of the plan's cargo: summaries are accumulated."""
         return self.itemsize if plan.cargo == "keys" else self.accumulator
 
-    def home_itemsize(self, plan: Plan) -> int:
+    def grad_itemsize(self, plan: Plan) -> int:
         """Bytes of one number of the cargo's gradients, as they travel."""
         return self.itemsize if plan.gradient_wire == "input" else self.accumulator
 
@@ -91,7 +91,7 @@ def traffic(plan: Plan) -> Traffic:
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None:
             return None
-        out, home = shape.cargo_itemsize(plan), shape.home_itemsize(plan)
+        out, home = shape.cargo_itemsize(plan), shape.grad_itemsize(plan)
         return shape.row(plan) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
 
     sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
@@ -145,7 +145,7 @@ def memory(plan: Plan) -> Memory:
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
     for name, rows in plan.buffer_rows.items():
-        cargo, home = shape.cargo_itemsize(plan), shape.home_itemsize(plan)
+        cargo, home = shape.cargo_itemsize(plan), shape.grad_itemsize(plan)
         size = cargo if name.startswith("key") else wide if name.startswith("gradients") else home
         buffers[name] = rows * shape.row(plan) * size
     return Memory(buffers)
@@ -237,7 +237,7 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     as many keys as that row or a later one allows. All ranks together hold each key once. For one causal document of
     L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
     """
-    regions = np.concatenate(mask.divided(length, length))
+    regions = np.concatenate(mask.classify(length, length))
     row_area = mask.row_areas(length, length)
     tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks
     bound = 0.0

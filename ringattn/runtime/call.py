@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ringattn import agreement
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
-from ringattn.plans import Plan
+from ringattn.plans.steps import Plan
+from ringattn.runtime import agreement
 from ringattn.transports.base import Transport
 
 
@@ -39,7 +39,7 @@ class Call:
         return dataclasses.replace(self.problem, params=named, seed=seed)
 
     @property
-    def home_dtype(self) -> torch.dtype:
+    def grad_dtype(self) -> torch.dtype:
         """In which gradients of keys and values, or of summaries, travel."""
         return self.problem.dtype if self.plan.gradient_wire == "input" else self.problem.accumulator
 

@@ -5,7 +5,7 @@ tile's first query and key. Its queries are the local rows ``q, q + q_step, …`
 ``q_position, q_position + q_stride, …``; its keys likewise. Tiles are canonical (see `bands`): never empty, every
 row and every column holds a pair, and a full tile is known by its band alone.
 
-Where a mask can only be asked pair by pair, a tile is *undecided*: of the pairs in its band, those are attended to that
+Where a mask can only be asked pair by pair, a tile is *partial*: of the pairs in its band, those are attended to that
 the mask allows at their positions.
 
 Tiles live in one int64 array, a row a tile. A *cut* has two more columns in front: the rank that holds the
@@ -26,7 +26,7 @@ from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
 from ringattn.masks import Mask
 
 Q_RANK, K_RANK = range(2)
-Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE, UNDECIDED = range(13)
+Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE, PARTIAL = range(13)
 WIDTH = 13
 
 T = TypeVar("T")
@@ -37,13 +37,13 @@ class Tiles:
     """The tiles of one step: ``rows`` is int64 ``[tiles, 13]``, its columns named at the top of this file."""
 
     rows: Array
-    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows, "_derived": {}}
+        return {"rows": self.rows, "_memo": {}}
 
     @functools.cached_property
     def regions(self) -> Regions:
@@ -54,7 +54,7 @@ class Tiles:
 
     @property
     def area(self) -> int:
-        """The number of pairs in the bands, which is that of allowed pairs where no tile is undecided."""
+        """The number of pairs in the bands, which is that of allowed pairs where no tile is partial."""
         return bands.area(self.regions)
 
     @functools.cached_property
@@ -89,12 +89,12 @@ class Tiles:
         rows[:, K_POSITION] += k * rows[:, K_STRIDE]
         return Tiles(rows)
 
-    def derive(self, function: Callable[..., T], *args: Hashable) -> T:
+    def memo(self, function: Callable[..., T], *args: Hashable) -> T:
         """``function(tiles, *args)``, worked out once: what a kernel needs to know before its first launch."""
         key = (function, args)
-        if key not in self._derived:
-            self._derived[key] = function(self, *args)
-        return self._derived[key]  # type: ignore[no-any-return]
+        if key not in self._memo:
+            self._memo[key] = function(self, *args)
+        return self._memo[key]  # type: ignore[no-any-return]
 
 
 NO_TILES = Tiles(np.empty((0, WIDTH), dtype=np.int64))
@@ -120,7 +120,7 @@ def _reach(spans: Array) -> tuple[Array, Array]:
     return start, start + (spans[:, layouts.COUNT] - 1) * spans[:, layouts.STRIDE] + 1
 
 
-def cut(regions: Regions, q_spans: Array, k_spans: Array, undecided: bool = False) -> Array:
+def cut(regions: Regions, q_spans: Array, k_spans: Array, partial: bool = False) -> Array:
     """A mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 13]``, exact.
 
     Within spans of equal stride s, ``q = a + s u`` and ``k = b + s v``, a band stays a band:
@@ -166,12 +166,12 @@ def cut(regions: Regions, q_spans: Array, k_spans: Array, undecided: bool = Fals
     tile[:, Q_POSITION] = q_start[q] + stride * box[:, Q0]
     tile[:, K_POSITION] = k_start[k] + stride * box[:, K0]
     tile[:, Q_STRIDE] = tile[:, K_STRIDE] = stride
-    tile[:, UNDECIDED] = undecided
+    tile[:, PARTIAL] = partial
     return out
 
 
-def asked_area(mask: Mask, row: list[int]) -> int:
-    """The number of allowed pairs of an undecided tile, asked for some rows at a time."""
+def partial_area(mask: Mask, row: list[int]) -> int:
+    """The number of allowed pairs of an partial tile, asked for some rows at a time."""
     total, j = 0, np.arange(row[N])
     for first in range(0, row[M], 256):
         i = np.arange(first, min(first + 256, row[M]))[:, None]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn import masks, tiles
-from ringattn.cli import charts
-from ringattn.cli.comparison import Combination, Comparison
+from ringattn import masks
+from ringattn.advice import charts
+from ringattn.advice.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
-from ringattn.plans import Exchange, Plan
+from ringattn.plans import tiles
+from ringattn.plans.steps import Exchange, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +155,7 @@ def _exchange(exchange: Exchange, rank: int, began: dict[int, float], cost: floa
 def _origins(plan: Plan, phase: int) -> tuple[int, ...]:
     if phase == 0:
         return (plan.rank,)
-    return tuple(sorted({int(hold[2]) for hold in plan.holds if hold[0] == phase}))
+    return tuple(sorted({int(hold[2]) for hold in plan.receives if hold[0] == phase}))
 
 
 def _draw_matrix(axes: Axes, plans: Sequence[Plan], length: int, colours: Pixels) -> None:

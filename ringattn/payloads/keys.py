@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from ringattn.call import Call, Staging
-from ringattn.cargo.base import Cargo, Gradients, Queries
 from ringattn.mechanisms.base import Problem, State
-from ringattn.plans import Exchange, Item, Step
+from ringattn.payloads.base import Cargo, Gradients, Queries
+from ringattn.plans.steps import Exchange, Item, Step
+from ringattn.runtime.call import Call, Staging
 from ringattn.transports.base import Message
 
 
@@ -64,7 +64,7 @@ class KeyGradients(Gradients):
             self._keys.problem,
             queries.q,
             *self._keys.of(step.phase),
-            queries.arriving,
+            queries.output_grad,
             step.tiles,
             (queries.dq, *self._of(step.phase)),
             queries.dparams,
@@ -75,7 +75,7 @@ class KeyGradients(Gradients):
         return self.own if phase == 0 else _halves(self._rows(phase).zero_(), self._keys.problem)
 
     def sends(self, exchange: Exchange) -> list[Message]:
-        staging, packed = Staging(self._call, "home staging", self._call.home_dtype), self._call.plan.packed
+        staging, packed = Staging(self._call, "gradient staging", self._call.grad_dtype), self._call.plan.packed
         return [
             (item.peer, self._packed(item, staging) if packed(item) else item.run_of(self._rows(item.phase)))
             for item in exchange.sends
@@ -94,7 +94,7 @@ class KeyGradients(Gradients):
                     at += stop - start
 
     def _arrivals(self, exchange: Exchange) -> list[tuple[Item, torch.Tensor]]:
-        staging = Staging(self._call, "home arrivals", self._call.home_dtype)
+        staging = Staging(self._call, "gradient arrivals", self._call.grad_dtype)
         return [(item, staging.take(item.rows)) for item in exchange.receives if item.gradient]
 
     def _packed(self, item: Item, staging: Staging) -> torch.Tensor:

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ringattn.accounting import Shape
-from ringattn.assembly import assemble
-from ringattn.demand import Demand
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked, shortened
 from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
-from ringattn.plans import Plan
+from ringattn.plans.assembly import assemble
+from ringattn.plans.cost import Shape
+from ringattn.plans.demand import Demand
+from ringattn.plans.steps import Plan
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
@@ -114,7 +114,7 @@ def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
         )
     lengths = sharding.length, kv_sharding.length
     return Demand(
-        mask, *checked(mask).divided(*lengths), sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size
+        mask, *checked(mask).classify(*lengths), sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size
     )
 
 
@@ -157,13 +157,13 @@ def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | Non
                 f"{schedule} exchanges sums over keys, and {mechanism} needs the keys themselves. Use ring, route or "
                 f"auto, or a mechanism whose keys can be summed up, such as Linear."
             )
-        refusal = schedule.refuses(demand)
+        refusal = schedule.refusal(demand)
         if refusal is not None:
             raise UnsupportedError(f"{refusal}.")
         return schedule, ""
     why = ""
     if isinstance(mechanism, Summarising):
-        refusal = Scan().refuses(demand)
+        refusal = Scan().refusal(demand)
         if refusal is None:
             return Scan(), "auto took scan: sums over keys travel, and keys and values stay where they are"
         why = f"; not scan: {refusal}"
@@ -181,7 +181,7 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
     built = assemble(
         demand,
         rank,
-        demand.derive(_phases, schedule),
+        demand.memo(_phases, schedule),
         schedule.moves(demand, rank),
         description=f"{schedule}: {words}",
         cargo=schedule.cargo,

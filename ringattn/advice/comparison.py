@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,15 @@ import torch
 import ringattn
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
-from ringattn.cli import options
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.masks import Mask, shortened
 from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.plans import Plan
+from ringattn.plans.steps import Plan
+from ringattn.readable import dtype_name, readable_count
 
+SCHEDULES = ("ring", "route")
+Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
 PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machines have
 
@@ -40,7 +42,7 @@ class Request:
     @property
     def schedules(self) -> tuple[str, ...]:
         """Those that may serve the mechanism."""
-        return (*options.SCHEDULES, "scan") if isinstance(self.mechanism, Summarising) else options.SCHEDULES
+        return (*SCHEDULES, "scan") if isinstance(self.mechanism, Summarising) else SCHEDULES
 
     def plans(self, layout: str, schedule: str) -> list[Plan]:
         return ringattn.plan_all(
@@ -70,7 +72,7 @@ class Request:
     def __str__(self) -> str:
         return (
             f"{self.mechanism}, {shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, "
-            f"{self.heads} query and {self.kv_heads} key heads of {self.dim}, {options.dtype_name(self.dtype)}"
+            f"{self.heads} query and {self.kv_heads} key heads of {self.dim}, {dtype_name(self.dtype)}"
         )
 
 
@@ -170,10 +172,15 @@ def check(plans: Sequence[Plan], name: str = "") -> None:
         raise PlanError(f"{name}: {error}" if name else str(error)) from error
 
 
-def compare(request: Request, names: Sequence[str], schedules: Sequence[str], verified: str) -> Comparison:
+def compare(
+    request: Request, names: Sequence[str], schedules: Sequence[str], verified: str, track: Track = iter
+) -> Comparison:
     """Plans every layout with every schedule, and keeps what it costs, not the plans.
 
     Layouts that give every rank the same tokens are planned once: balanced is zigzag for one causal sequence.
+
+    Args:
+        track: walks the combinations, and may show how far it has come.
     """
     sizes = {name: request.tiles(name) for name in names}
     left_out = {name: size for name, size in sizes.items() if size > COMPARED_TILES}
@@ -183,19 +190,17 @@ def compare(request: Request, names: Sequence[str], schedules: Sequence[str], ve
     bound = ringattn.lower_bound(request.mask, request.length, request.ring)
     known: dict[tuple[bytes, str], Combination] = {}
     combinations, refused = [], {}
-    with options.bar("layouts and schedules", len(compared) * len(schedules)) as advance:
-        for layout, schedule in itertools.product(compared, schedules):
-            key = (request.spans(layout).tobytes(), schedule)
-            try:
-                if key not in known:
-                    plans = request.plans(layout, schedule)
-                    known[key] = measured(plans, layout, bound)
-                    if verified == "all":
-                        check(plans, known[key].name)
-                combinations.append(dataclasses.replace(known[key], layout=layout))
-            except UnsupportedError as error:
-                refused[f"{layout} with {schedule}"] = str(error)
-            advance()
+    for layout, schedule in track(list(itertools.product(compared, schedules))):
+        key = (request.spans(layout).tobytes(), schedule)
+        try:
+            if key not in known:
+                plans = request.plans(layout, schedule)
+                known[key] = measured(plans, layout, bound)
+                if verified == "all":
+                    check(plans, known[key].name)
+            combinations.append(dataclasses.replace(known[key], layout=layout))
+        except UnsupportedError as error:
+            refused[f"{layout} with {schedule}"] = str(error)
     if not combinations:
         raise UnsupportedError(next(iter(refused.values())))
     auto = _auto(request, combinations, bound)
@@ -221,7 +226,7 @@ def refuse_too_many(request: Request, layout: str) -> None:
 
 
 def _too_many(sizes: dict[str, int], ring: int) -> str:
-    found = ", ".join(f"{name} into {options.readable_count(size)}" for name, size in sizes.items())
+    found = ", ".join(f"{name} into {readable_count(size)}" for name, size in sizes.items())
     return f"On {ring} ranks this mask would be cut into too many tiles to plan: {found}. Take another layout."
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ringattn import tiles as t
-from ringattn.call import Call, Staging
-from ringattn.cargo.base import Cargo, Gradients, Queries
 from ringattn.mechanisms.base import Problem, State, Summarising, rows_at
-from ringattn.plans import Exchange, Step
-from ringattn.tiles import Tiles
+from ringattn.payloads.base import Cargo, Gradients, Queries
+from ringattn.plans import tiles as t
+from ringattn.plans.steps import Exchange, Step
+from ringattn.plans.tiles import Tiles
+from ringattn.runtime.call import Call, Staging
 from ringattn.transports.base import Message
 
 AT_ONCE = 1024  # rows worked on at once: a few copies of them in the accumulator's dtype are all the memory it takes
@@ -35,7 +35,7 @@ class Summaries(Cargo):
         if step.phase == 0:
             return self.call.kernel.forward(self.problem, q, self.k, self.v, step.tiles, state)
         state = self.mechanism.empty(self.problem, q.shape[2]) if state is None else state
-        for at, rows in step.tiles.derive(_folds):
+        for at, rows in step.tiles.memo(_folds):
             part = self.mechanism.attend(self.problem, self.wide(q[:, :, at]), self.folded(step.phase, rows))
             self.mechanism.merge(tuple(x[:, :, at] for x in state), part)
         return state
@@ -96,23 +96,23 @@ class SummaryGradients(Gradients):
         if step.phase == 0:
             into = (queries.dq, *self.own)
             self._call.kernel.backward(
-                cargo.problem, queries.q, cargo.k, cargo.v, queries.arriving, step.tiles, into, queries.dparams
+                cargo.problem, queries.q, cargo.k, cargo.v, queries.output_grad, step.tiles, into, queries.dparams
             )
             return
         gradients = self._rows(step.phase).zero_()
-        for at, rows in step.tiles.derive(_folds):
+        for at, rows in step.tiles.memo(_folds):
             dq, folded = cargo.mechanism.attend_grad(
                 cargo.problem,
                 wide(queries.q[:, :, at]),
                 cargo.folded(step.phase, rows),
-                queries.arriving.of(rows_at(at), cargo.problem.accumulator),
+                queries.output_grad.of(rows_at(at), cargo.problem.accumulator),
             )
             queries.dq[:, :, at] += dq
             # a sum hands its gradient on to every part; no part is in a fold twice
             gradients[rows.to(gradients.device)] += folded
 
     def sends(self, exchange: Exchange) -> list[Message]:
-        staging = Staging(self._call, "home staging", self._call.home_dtype)
+        staging = Staging(self._call, "gradient staging", self._call.grad_dtype)
         messages = []
         for item in exchange.sends:
             if item.gradient:
@@ -140,7 +140,7 @@ class SummaryGradients(Gradients):
                     own[:, :, at] += part
 
     def _arrivals(self, exchange: Exchange) -> list[tuple[int, list[Run], torch.Tensor]]:
-        staging = Staging(self._call, "home arrivals", self._call.home_dtype)
+        staging = Staging(self._call, "gradient arrivals", self._call.grad_dtype)
         return [
             (item.peer, [(start, stop) for start, stop in item.spans.tolist()], staging.take(item.rows))
             for item in exchange.receives

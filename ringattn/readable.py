@@ -1,0 +1,35 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def readable_bytes(count: float) -> str:
+    """Bytes with a unit.
+
+    >>> readable_bytes(999), readable_bytes(1_150_000)
+    ('999 B', '1.15 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def readable_count(count: float) -> str:
+    """A number in short.
+
+    >>> readable_count(562125), readable_count(12)
+    ('562k', '12')
+    """
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
