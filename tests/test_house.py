@@ -17,6 +17,7 @@ OPTIONAL = ("deepspeed", "flash_attn", "matplotlib", "mpi4py", "safetensors", "t
 MAY: dict[str, str] = {
     "errors": "",
     "readable": "",
+    "naming": "errors",
     "bands": "",
     "reference.measure": "",
     "reference.*": "reference.measure",

@@ -1,0 +1,105 @@
+"""Members of a folder by name: an instance, a member's name, or ``module:Name`` from outside the package.
+
+Each folder lists its members once, in a tuple ``MEMBERS``; names, error texts, help texts and tables follow from it.
+Nothing is registered: what is not a member is given as an instance, or as the place to import it from.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar, cast
+
+from ringattn.errors import InputError, RingAttentionError
+
+T = TypeVar("T")
+
+
+def name_of(member: object) -> str:
+    """A member's name: what its class says in ``spelled``, or the class's own name in lower case; an instance's text.
+
+    >>> name_of(InputError)
+    'inputerror'
+    """
+    if not isinstance(member, type):
+        return str(member)
+    return str(getattr(member, "spelled", "") or member.__name__.lower())
+
+
+def by_name(members: Iterable[type[T]]) -> dict[str, type[T]]:
+    """The classes of a ``MEMBERS`` tuple by their names, in order."""
+    return {name_of(member): member for member in members}
+
+
+def named(
+    kind: str,
+    value: object,
+    base: type[T],
+    members: Mapping[str, Callable[..., T] | T] | Sequence[type[T] | T],
+    *,
+    also: Sequence[str] = (),
+) -> T:
+    """The instance itself, a member by its name, or what ``module:Name`` is outside the package.
+
+    Args:
+        kind: what is asked for, for errors, such as ``schedule``.
+        value: an instance of ``base``, or a name.
+        base: the contract.
+        members: instances, or what makes one when called without arguments, by name or as a ``MEMBERS`` tuple.
+        also: names that the caller takes beside these, such as ``auto``; only for the error's list.
+
+    Raises:
+        InputError: there is no such member; the error lists those there are.
+    """
+    if isinstance(value, base):
+        return value
+    known = members if isinstance(members, Mapping) else {name_of(member): member for member in members}
+    wanted = f"{kind} must be a {base.__name__}, one of {', '.join(map(repr, (*also, *known)))}, or 'module:Name'"
+    if isinstance(value, type) and issubclass(value, base):
+        raise InputError(f"{wanted}; got the class {value.__name__}. Make one, as in {value.__name__}().")
+    if not isinstance(value, str):
+        raise InputError(f"{wanted}; got {_shown(value)}.")
+    if value in known:
+        member = known[value]
+        return member if isinstance(member, base) else _made(kind, value, cast("Callable[..., T]", member))
+    if ":" not in value:
+        raise InputError(f"{wanted}; got {_shown(value)}.")
+    found = imported(kind, value)
+    if isinstance(found, base):
+        return found
+    if isinstance(found, type) and issubclass(found, base):
+        return _made(kind, value, found)
+    raise InputError(f"{kind} {_shown(value)} is no {base.__name__}; it is {_shown(found)}.")
+
+
+def imported(kind: str, place: str) -> object:
+    """What ``module:Name`` names, imported.
+
+    Raises:
+        InputError: there is no such module, it fails to import, or it has no such name.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found = vars(importlib.import_module(module))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{kind} {_shown(place)} cannot be imported: {reason}") from error
+    if name not in found:
+        raise InputError(f"{kind} {_shown(place)}: the module {module} has no {name!r}.")
+    return found[name]
+
+
+def _made(kind: str, name: str, member: Callable[..., T]) -> T:
+    """An instance from a class, or from what makes one."""
+    try:
+        return member()
+    except RingAttentionError:
+        raise
+    except Exception as error:
+        raise InputError(f"{kind} {_shown(name)} cannot be made without arguments ({error}); make it first.") from error
+
+
+def _shown(value: object, most: int = 80) -> str:
+    """The value as an error shows it: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
