@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
+from ringattn.checking import shown
 from ringattn.errors import InputError, RingAttentionError
 
 T = TypeVar("T")
@@ -58,18 +59,18 @@ def named(
     if isinstance(value, type) and issubclass(value, base):
         raise InputError(f"{wanted}; got the class {value.__name__}. Make one, as in {value.__name__}().")
     if not isinstance(value, str):
-        raise InputError(f"{wanted}; got {_shown(value)}.")
+        raise InputError(f"{wanted}; got {shown(value)}.")
     if value in known:
         member = known[value]
         return member if isinstance(member, base) else _made(kind, value, cast("Callable[..., T]", member))
     if ":" not in value:
-        raise InputError(f"{wanted}; got {_shown(value)}.")
+        raise InputError(f"{wanted}; got {shown(value)}.")
     found = imported(kind, value)
     if isinstance(found, base):
         return found
     if isinstance(found, type) and issubclass(found, base):
         return _made(kind, value, found)
-    raise InputError(f"{kind} {_shown(value)} is no {base.__name__}; it is {_shown(found)}.")
+    raise InputError(f"{kind} {shown(value)} is no {base.__name__}; it is {shown(found)}.")
 
 
 def imported(kind: str, place: str) -> object:
@@ -83,9 +84,9 @@ def imported(kind: str, place: str) -> object:
         found = vars(importlib.import_module(module))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{kind} {_shown(place)} cannot be imported: {reason}") from error
+        raise InputError(f"{kind} {shown(place)} cannot be imported: {reason}") from error
     if name not in found:
-        raise InputError(f"{kind} {_shown(place)}: the module {module} has no {name!r}.")
+        raise InputError(f"{kind} {shown(place)}: the module {module} has no {name!r}.")
     return found[name]
 
 
@@ -96,10 +97,4 @@ def _made(kind: str, name: str, member: Callable[..., T]) -> T:
     except RingAttentionError:
         raise
     except Exception as error:
-        raise InputError(f"{kind} {_shown(name)} cannot be made without arguments ({error}); make it first.") from error
-
-
-def _shown(value: object, most: int = 80) -> str:
-    """The value as an error shows it: its beginning, where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+        raise InputError(f"{kind} {shown(name)} cannot be made without arguments ({error}); make it first.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -344,3 +345,70 @@ def test_more_bad_input_says_what_is_needed(make: Any, words: str) -> None:
 def test_blocks_take_tensors() -> None:
     grid = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
     assert Blocks(grid, 2) == Blocks([[1, 0], [0, 1]], 2)
+
+
+def test_positions_of_keys_are_those_of_their_own_documents() -> None:
+    mask = Documents([2, 3], [1, 4]) & Causal()
+    assert mask.local_positions(range(5)).tolist() == [0, 1, 0, 1, 2]
+    assert mask.local_positions(range(5), side="keys").tolist() == [0, 0, 1, 2, 3]
+    with pytest.raises(InputError, match="side must be one of 'queries', 'keys'; got 'values'"):
+        mask.local_positions([0], side="values")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ([5], "ends at (query|key) position 5; got 5"),
+        ([-1], "must be positions from 0 to below 2.40; got -1"),
+        (torch.tensor([0.5]), "must be a tensor, array or list of integers"),
+        ([True], "they are bool"),
+        ("causal", "they are <U6"),
+        ([[1, 2], [3]], "inhomogeneous"),
+        (None, "they are object"),
+        (2**70, "they are object"),
+    ],
+)
+@pytest.mark.parametrize("mask", [Documents([2, 3]), Blocks([[1]], 5), (Blocks([[1]], 5) | Causal()) & ~Window(1)])
+def test_positions_out_of_range_or_of_another_kind_are_refused(mask: Mask, positions: Any, words: str) -> None:
+    for ask in (mask.local_positions, lambda x: mask.dense(x, [0]), lambda x: mask.dense([0], x)):
+        with pytest.raises(InputError, match=words):
+            ask(positions)
+
+
+def test_blocks_never_reads_from_behind() -> None:
+    with pytest.raises(InputError, match="blocks:2/1 ends at key position 2; got -1"):
+        Blocks([[1]], 2).allows(np.array([0]), np.array([-1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("(" * 5000 + "causal", "may be nested 200 deep"),
+        ("~" * 5000 + "causal", "may be nested 200 deep"),
+        ("&".join(["causal"] * 5000), "may be combined 200 deep"),
+        (3, "A mask's text must be a string; got 3"),
+        ("window:" + "9" * 5000, "is not a mask"),
+        ("window:99999999999999999999", "from 0 to below 2^40"),
+        ("full:3", "'full:3' is not a mask. Masks are full, causal, window:LEFT[,RIGHT], "),
+        ("predicate:x", "cannot be imported: ModuleNotFoundError"),
+        ("ringattn:Ring", "'ringattn:Ring' is not a mask"),
+        ("ringattn:And:1", "the module ringattn has no 'And'"),
+        ("ringattn.masks:And:1", "is not a mask"),
+        ("ringattn:Predicate", "is not a mask"),
+    ],
+)
+def test_texts_that_are_no_masks(text: Any, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        masks.parse(text)
+    assert len(str(caught.value)) < 600
+
+
+def test_combinations_stay_within_pythons_own_stack() -> None:
+    mask: Mask = Causal()
+    for n in range(199):
+        mask = mask & Window(n) if n % 2 else ~mask
+    where = range(4)
+    assert pickle.loads(pickle.dumps(mask)) == mask and hash(mask) == hash(masks.parse(str(mask)))
+    assert mask.dense(where, where).sum() == bands.area(mask.regions(4, 4))
+    with pytest.raises(InputError, match="Masks may be combined 200 deep"):
+        _ = ~(~mask)

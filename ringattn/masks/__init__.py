@@ -1,16 +1,18 @@
 """The masks: which (query, key) pairs are allowed, in global positions.
 
 `base` is the contract and how masks combine; `banded` has the masks made of bands, `blockwise` those made of blocks;
-`spelling` reads them from text. To add a mask, write one class with `Mask.regions`, `Mask.allows` and a text, and its
-line here and in ``ringattn/__init__.py``.
+`spelling` lists them and reads them from text. To add a mask, write one class with `Mask.regions`, `Mask.allows` and
+how it is spelled, and its name in `MEMBERS`, here and in ``ringattn/__init__.py``. A class outside the package needs
+no more than the class: ``module:Name`` is its text.
 """
 
 from ringattn.masks.banded import Causal, Documents, Full, Prefix, SinkTokens, Window
 from ringattn.masks.base import And, Mask, Not, Or, Positions, checked, shortened
 from ringattn.masks.blockwise import Blocks, Predicate
-from ringattn.masks.spelling import parse
+from ringattn.masks.spelling import MEMBERS, parse, spellings
 
 __all__ = [
+    "MEMBERS",
     "And",
     "Blocks",
     "Causal",
@@ -27,4 +29,5 @@ __all__ = [
     "checked",
     "parse",
     "shortened",
+    "spellings",
 ]

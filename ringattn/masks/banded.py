@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ringattn import bands
 from ringattn.bands import INF, Regions
+from ringattn.checking import shown, tokens
 from ringattn.errors import InputError
-from ringattn.masks.base import Allowed, Mask, Positions, count
+from ringattn.masks.base import Allowed, Mask, Positions, Side
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every pair is allowed."""
+
+    spelled: ClassVar[str] = "full"
 
     def regions(self, q_length: int, k_length: int) -> Regions:
         return bands.regions([(0, q_length, 0, k_length, -INF, INF)])
@@ -23,22 +26,18 @@ class Full(Mask):
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return np.broadcast_to(np.True_, np.broadcast_shapes(q.shape, k.shape))
 
-    def __str__(self) -> str:
-        return "full"
-
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query attends to keys at its own position and before: ``k <= q``."""
+
+    spelled: ClassVar[str] = "causal"
 
     def regions(self, q_length: int, k_length: int) -> Regions:
         return bands.regions([(0, q_length, 0, k_length, 0, INF)])
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return k <= q
-
-    def __str__(self) -> str:
-        return "causal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,15 @@ class Window(Mask):
     nothing: ``Causal()`` is the window without limit to the left.
     """
 
+    spelled: ClassVar[str] = "window"
+    arguments: ClassVar[str] = "LEFT[,RIGHT]"
+
     left: int
     right: int = 0
 
     def __post_init__(self) -> None:
-        count(self.left, "Window's left")
-        count(self.right, "Window's right")
+        tokens(self.left, "Window's left")
+        tokens(self.right, "Window's right")
 
     def regions(self, q_length: int, k_length: int) -> Regions:
         return bands.regions([(0, q_length, 0, k_length, -self.right, self.left)])
@@ -63,7 +65,7 @@ class Window(Mask):
         return (q - self.left <= k) & (k <= q + self.right)
 
     def __str__(self) -> str:
-        return f"window:{self.left}" + (f",{self.right}" if self.right else "")
+        return f"{self.spelled}:{self.left}" + (f",{self.right}" if self.right else "")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -74,17 +76,21 @@ class Documents(Mask):
     key sequence of another length (packed cross-attention).
     """
 
+    spelled: ClassVar[str] = "documents"
+    arguments: ClassVar[str] = "N,N,…[/KV,KV,…]"
+
     lengths: tuple[int, ...]
     kv_lengths: tuple[int, ...]
 
     def __init__(self, lengths: Any, kv_lengths: Any = None) -> None:
         try:
             own, other = (
-                tuple(count(n, "A document's length") for n in each)
+                tuple(tokens(n, "A document's length") for n in each)
                 for each in (lengths, lengths if kv_lengths is None else kv_lengths)
             )
         except TypeError as error:
-            raise InputError(f"Documents takes a list of lengths; got {lengths!r} and {kv_lengths!r}.") from error
+            got = f"{shown(lengths)} and {shown(kv_lengths)}"
+            raise InputError(f"Documents takes a list of lengths; got {got}.") from error
         if len(own) != len(other):
             raise InputError(f"Documents needs as many kv_lengths as lengths; got {len(other)} and {len(own)}.")
         object.__setattr__(self, "lengths", own)
@@ -106,8 +112,16 @@ class Documents(Mask):
         own, other = self._edges(self.lengths), self._edges(self.kv_lengths)
         return np.asarray(np.searchsorted(own, q, side="right") == np.searchsorted(other, k, side="right"))
 
-    def local(self, positions: Positions) -> Positions:
-        edges = self._edges(self.lengths)
+    @classmethod
+    def from_text(cls, text: str) -> Documents:
+        return cls(*([int(n) for n in group.split(",") if n or group] for group in text.split("/", 1)))
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        return sum(self.lengths), sum(self.kv_lengths)
+
+    def local(self, positions: Positions, side: Side) -> Positions:
+        edges = self._edges(self.lengths if side == "queries" else self.kv_lengths)
         return positions - edges[np.searchsorted(edges, positions, side="right") - 1]
 
     @staticmethod
@@ -123,10 +137,13 @@ class Documents(Mask):
 class Prefix(Mask):
     """Every query attends to the first ``n`` keys. ``Prefix(n) | Causal()`` is the prefix-LM mask."""
 
+    spelled: ClassVar[str] = "prefix"
+    arguments: ClassVar[str] = "N"
+
     n: int
 
     def __post_init__(self) -> None:
-        count(self.n, "Prefix's n")
+        tokens(self.n, "Prefix's n")
 
     def regions(self, q_length: int, k_length: int) -> Regions:
         return bands.regions([(0, q_length, 0, min(self.n, k_length), -INF, INF)])
@@ -134,24 +151,21 @@ class Prefix(Mask):
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return np.broadcast_to(k < self.n, np.broadcast_shapes(q.shape, k.shape))
 
-    def __str__(self) -> str:
-        return f"prefix:{self.n}"
-
 
 @dataclasses.dataclass(frozen=True)
 class SinkTokens(Mask):
     """The first ``n`` keys, causally: ``Window(w) | SinkTokens(4)`` is StreamingLLM's mask (arXiv 2309.17453)."""
 
+    spelled: ClassVar[str] = "sinks"
+    arguments: ClassVar[str] = "N"
+
     n: int
 
     def __post_init__(self) -> None:
-        count(self.n, "SinkTokens' n")
+        tokens(self.n, "SinkTokens' n")
 
     def regions(self, q_length: int, k_length: int) -> Regions:
         return bands.regions([(0, q_length, 0, min(self.n, k_length), 0, INF)])
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
         return (k < self.n) & (k <= q)
-
-    def __str__(self) -> str:
-        return f"sinks:{self.n}"

@@ -3,7 +3,7 @@
 A mask is an immutable, hashable value that knows two things: the regions it allows in a sequence of given lengths
 (`Mask.regions`, what plans are made of) and whether single pairs are allowed (`Mask.allows`, what tests compare with).
 The two are written independently of each other. Masks combine with ``&``, ``|`` and ``~``, and ``str(mask)`` is the
-spelling that `parse` reads, where the mask has one.
+text that `parse` reads, where the mask has one: a name (`Mask.spelled`) and its numbers (`Mask.arguments`).
 
 A mask that can only be asked pair by pair divides all pairs into three: allowed (`Mask.regions`), *partial*
 (`Mask.partial`), and the others. Combinations of such masks follow Kleene's three-valued logic.
@@ -15,14 +15,16 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ringattn import bands
-from ringattn.bands import INF, Regions
+from ringattn.bands import Regions
+from ringattn.checking import MAX_TOKENS, choice, instance, tokens
+from ringattn.checking import positions as checked_positions
 from ringattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,17 +32,30 @@ if TYPE_CHECKING:
 
 Positions = npt.NDArray[np.int64]
 Allowed = npt.NDArray[np.bool_]
+Side = Literal["queries", "keys"]
 
 ROWS = 256  # queries asked for at once
 PIXELS = 600  # positions drawn, a side
-
-
-def _positions(positions: Any) -> Positions:
-    return np.asarray(positions, dtype=np.int64)
+MAX_DEPTH = 200  # masks of masks: each level takes some of Python's own stack
 
 
 class Mask(ABC):
     """Which query may attend to which key, by global position."""
+
+    spelled: ClassVar[str] = ""
+    """The name in texts. A class without one of its own, as outside the package, is spelled ``module:Name``."""
+
+    arguments: ClassVar[str] = ""
+    """What follows the name and a colon in texts, for help and errors, such as ``LEFT[,RIGHT]``."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Mask:
+        """The mask of these arguments, as ``str`` writes them after the name: integers, unless the class says more.
+
+        Raises:
+            ValueError, TypeError: they are not those of this mask.
+        """
+        return cls(*(int(word) for word in text.split(","))) if text else cls()
 
     @abstractmethod
     def regions(self, q_length: int, k_length: int) -> Regions:
@@ -65,8 +80,22 @@ class Mask(ABC):
         """Regions apart from `regions` of whose pairs `allows` must be asked: those of predicates."""
         return self.classify(q_length, k_length)[1]
 
-    def local(self, positions: Positions) -> Positions:
-        """The position of each token within its document; without documents, the position itself."""
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Queries and keys that the mask knows of: positions are below; without documents or blocks, any are."""
+        return MAX_TOKENS, MAX_TOKENS
+
+    def within(self, positions: Positions, side: Side) -> Positions:
+        """The positions of queries or keys, unless they are out of the mask's range."""
+        end = self.extents[side == "keys"]
+        if positions.size and not (positions.min() >= 0 and positions.max() < end):
+            wrong = positions.min() if positions.min() < 0 else positions.max()
+            what = "key" if side == "keys" else "query"
+            raise InputError(f"{shortened(str(self))} ends at {what} position {end}; got {wrong}.")
+        return positions
+
+    def local(self, positions: Positions, side: Side) -> Positions:
+        """The position of each query or key within its document; without documents, the position itself."""
         return positions
 
     def row_areas(self, q_length: int, k_length: int) -> Positions:
@@ -103,8 +132,10 @@ class Mask(ABC):
         >>> (Causal() & Window(2)).describe(8)
         'causal&window:2: 21 of 8 x 8 pairs (32.8 %), 2.62 keys a query'
         """
-        keys = length if kv_length is None else kv_length
-        pairs, possible = int(self.row_areas(length, keys).sum()), max(length * keys, 1)
+        length, keys = _lengths(length, kv_length)
+        pairs = bands.area(self.regions(length, keys))
+        pairs += sum(int((band & allowed).sum()) for _, band, allowed in self._evaluated(length, keys))
+        possible = max(length * keys, 1)
         return (
             f"{shortened(str(self))}: {pairs:,} of {length:,} x {keys:,} pairs ({pairs / possible:.1%}), "
             f"{pairs / max(length, 1):,.2f} keys a query"
@@ -115,7 +146,9 @@ class Mask(ABC):
 
         Of long sequences at most 600 positions a side are drawn, evenly spaced.
         """
-        keys = length if kv_length is None else kv_length
+        length, keys = _lengths(length, kv_length)
+        if not self.has_partial:
+            self.regions(length, keys)  # refuses lengths that are not the mask's
         q, k = (np.unique(np.linspace(0, max(n - 1, 0), min(n, PIXELS)).astype(np.int64)) for n in (length, keys))
         shown = np.broadcast_to(self.allows(q[:, None], k[None, :]), (len(q), len(k)))
         axes.imshow(shown, cmap="Blues", vmin=0, vmax=1.3, extent=(0, keys, length, 0), interpolation="nearest")
@@ -124,30 +157,55 @@ class Mask(ABC):
     def dense(self, q_positions: Any, k_positions: Any) -> torch.Tensor:
         """The boolean matrix ``[len(q_positions), len(k_positions)]``, for tests and small drawings.
 
+        Raises:
+            InputError: positions are not integers, or out of the mask's range.
+
         >>> from ringattn.masks import Causal
         >>> Causal().dense([0, 1, 2], [0, 1, 2]).int().tolist()
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
         """
-        q, k = _positions(q_positions)[:, None], _positions(k_positions)[None, :]
+        q = self.within(checked_positions(q_positions, "q_positions"), "queries").reshape(-1, 1)
+        k = self.within(checked_positions(k_positions, "k_positions"), "keys").reshape(1, -1)
         return torch.from_numpy(np.broadcast_to(self.allows(q, k), (q.shape[0], k.shape[1])).copy())
 
-    def local_positions(self, positions: Any) -> torch.Tensor:
+    def local_positions(self, positions: Any, side: Side = "queries") -> torch.Tensor:
         """The position of each token within its document, int64, as rotary embeddings of packed data need it.
 
+        Args:
+            positions: global positions, of any shape.
+            side: whose they are: of ``queries`` or of ``keys``, whose documents may have other lengths.
+
+        Raises:
+            InputError: positions are not integers, or out of the mask's range.
+
         >>> from ringattn.masks import Documents
-        >>> Documents([3, 2]).local_positions([0, 1, 2, 3, 4]).tolist()
-        [0, 1, 2, 0, 1]
+        >>> mask = Documents([3, 2], kv_lengths=[1, 4])
+        >>> mask.local_positions([0, 1, 2, 3, 4]).tolist(), mask.local_positions([0, 1, 2, 3, 4], side="keys").tolist()
+        ([0, 1, 2, 0, 1], [0, 0, 1, 2, 3])
         """
-        return torch.from_numpy(self.local(_positions(positions)).copy())
+        choice(side, "side", ("queries", "keys"))
+        return torch.from_numpy(self.local(self.within(checked_positions(positions), side), side).copy())
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, checked(other))
+        return And(self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, checked(other))
+        return Or(self, other)
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    def __str__(self) -> str:
+        """The mask's name and fields: the text that `parse` reads, where they are integers. Equal for equal masks."""
+        name = vars(type(self)).get("spelled") or f"{type(self).__module__}:{type(self).__qualname__}"
+        values = vars(self)
+        if dataclasses.is_dataclass(self):
+            values = {field.name: values[field.name] for field in dataclasses.fields(self) if field.init}
+        if not values:
+            return name
+        if all(type(value) is int for value in values.values()):
+            return f"{name}:{','.join(map(str, values.values()))}"
+        return f"{name}({', '.join(f'{field}={value!r}' for field, value in values.items())})"
 
 
 def shortened(text: str, most: int = 80) -> str:
@@ -157,19 +215,30 @@ def shortened(text: str, most: int = 80) -> str:
 
 def checked(value: object) -> Mask:
     """The mask, or an error where something else was given."""
-    if not isinstance(value, Mask):
-        raise InputError(f"mask must be a ringattn mask, such as ringattn.Causal(); got {value!r}.")
-    return value
+    return instance(value, Mask, "mask", "a ringattn mask, such as ringattn.Causal()")
 
 
-def count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < INF:
-        raise InputError(f"{name} is a number of tokens, from 0 to below 2^40; got {value!r}.")
-    return int(value)
+def _lengths(length: object, kv_length: object) -> tuple[int, int]:
+    queries = tokens(length, "A sequence's length")
+    return queries, queries if kv_length is None else tokens(kv_length, "kv_length")
 
 
 class Combination(Mask):
-    """A mask made of masks."""
+    """A mask made of masks, up to a depth of `MAX_DEPTH`."""
+
+    def __post_init__(self) -> None:
+        depth = 1 + max(getattr(checked(part), "depth", 0) for part in self.parts)
+        if depth > MAX_DEPTH:
+            raise InputError(
+                f"Masks may be combined {MAX_DEPTH} deep; got more. Combine them in pairs, as a tree, or say the same "
+                f"with one Documents or Blocks."
+            )
+        object.__setattr__(self, "depth", depth)
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        queries, keys = zip(*(part.extents for part in self.parts), strict=True)
+        return min(queries), min(keys)
 
     @property
     @abstractmethod
@@ -186,8 +255,12 @@ class Combination(Mask):
     @abstractmethod
     def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]: ...
 
-    def local(self, positions: Positions) -> Positions:
-        least: Positions = np.minimum.reduce([part.local(positions) for part in self.parts])
+    @classmethod
+    def from_text(cls, text: str) -> Mask:
+        raise ValueError(f"{cls.__name__} is written with an operator; got {text!r}.")
+
+    def local(self, positions: Positions, side: Side) -> Positions:
+        least: Positions = np.minimum.reduce([part.local(positions, side) for part in self.parts])
         return least
 
 

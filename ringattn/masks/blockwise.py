@@ -13,8 +13,9 @@ import torch
 
 from ringattn import bands
 from ringattn.bands import INF, Regions
+from ringattn.checking import shown, tokens
 from ringattn.errors import InputError, UnsupportedError
-from ringattn.masks.base import Allowed, Mask, Positions, count
+from ringattn.masks.base import Allowed, Mask, Positions
 
 MAX_EVALUATED = 32_768  # tokens of a sequence that a predicate is asked about: a thousand million pairs
 BLOCK = 256  # queries and keys of a block of them
@@ -31,6 +32,9 @@ class Blocks(Mask):
     [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
 
+    spelled: ClassVar[str] = "blocks"
+    arguments: ClassVar[str] = "SIZE/ROW/ROW/… of 0s and 1s"
+
     shape: tuple[int, int]
     size: int
     bits: bytes = dataclasses.field(repr=False)
@@ -38,18 +42,29 @@ class Blocks(Mask):
     def __init__(self, bitmap: Any, size: int) -> None:
         try:
             grid = np.asarray(bitmap.detach().cpu().bool() if isinstance(bitmap, torch.Tensor) else bitmap)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"Blocks needs a matrix of booleans, all rows of one length: {error}") from error
         if grid.ndim != 2 or not (grid.dtype == np.bool_ or np.isin(grid, (0, 1)).all()):
             raise InputError(f"Blocks needs a matrix of booleans; got {grid.dtype} of shape {list(grid.shape)}.")
-        if count(size, "Blocks' size") < 1:
-            raise InputError("Blocks' size is a number of tokens, at least 1; got 0.")
+        size = tokens(size, "Blocks' size", least=1)
         for name, value in (
             ("shape", grid.shape),
-            ("size", int(size)),
+            ("size", size),
             ("bits", np.packbits(grid.astype(bool)).tobytes()),
         ):
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_text(cls, text: str) -> Blocks:
+        size, *rows = text.split("/")
+        return cls([[int(cell) for cell in row] for row in rows], int(size))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        return self.shape[0] * self.size, self.shape[1] * self.size
 
     @functools.cached_property
     def bitmap(self) -> Allowed:
@@ -67,9 +82,7 @@ class Blocks(Mask):
         return _rectangles(self.bitmap, self.size, q_length, k_length)
 
     def allows(self, q: Positions, k: Positions) -> Allowed:
-        for positions, blocks, what in ((q, self.shape[0], "query"), (k, self.shape[1], "key")):
-            if positions.size and positions.max() >= blocks * self.size:
-                raise InputError(f"Blocks ends at {what} position {blocks * self.size}; got {positions.max()}.")
+        q, k = self.within(q, "queries"), self.within(k, "keys")  # a negative index would read from behind
         allowed: Allowed = self.bitmap[q // self.size, k // self.size]
         return allowed
 
@@ -103,7 +116,7 @@ class Predicate(Mask):
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
-            raise InputError(f"Predicate needs a function of query and key positions; got {self.fn!r}.")
+            raise InputError(f"Predicate needs a function of query and key positions; got {shown(self.fn)}.")
         try:
             hash(self.fn)
         except TypeError as error:

@@ -1,0 +1,122 @@
+"""One way to check arguments: each check returns the value as the type it is used as, or raises an `InputError`.
+
+A public function checks what it is given with these, once and before it does anything; what it calls may then trust it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ringattn.errors import InputError
+
+T = TypeVar("T")
+
+MAX_TOKENS = 1 << 40
+"""Lengths and positions stay below it, so that sums of a few fit into int64."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The value as an error shows it: the beginning of its text, where that is long.
+
+    >>> shown("causal"), shown([0] * 1000, 9)
+    ("'causal'", '[0, 0, 0,… (3000 characters)')
+    """
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"a {type(value).__name__} whose text failed ({type(error).__name__})"
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
+def instance(value: object, kind: type[T], name: str, needed: str) -> T:
+    """The value, if it is of this class; ``needed`` says what is, as in ``a ringattn mask, such as Causal()``."""
+    if isinstance(value, kind):
+        return value
+    raise InputError(f"{name} must be {needed}; got {shown(value)}.")
+
+
+def integer(value: object, name: str, *, least: int = 0, below: int = MAX_TOKENS, needed: str = "an integer") -> int:
+    """The value as an int in ``[least, below)``; booleans and floats are no integers, NumPy's are."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below:
+        return int(value)
+    limits = f"below {_power(below)} and at least {least}" if least else f"from 0 to below {_power(below)}"
+    raise InputError(f"{name} is {needed}, {limits}; got {shown(value)}.")
+
+
+def tokens(value: object, name: str, *, least: int = 0) -> int:
+    """A number of tokens as an int."""
+    return integer(value, name, least=least, needed="a number of tokens")
+
+
+def number(value: object, name: str, *, above: float = -math.inf, unit: str = "") -> float:
+    """A finite number above a limit as a float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        found = float(value)
+        if found > above:
+            return found
+    limit = "" if above == -math.inf else f" above {above:g}"
+    raise InputError(f"{name} must be a finite number{f' of {unit}' if unit else ''}{limit}; got {shown(value)}.")
+
+
+def flag(value: object, name: str) -> bool:
+    """True or False, and nothing that is merely true or false when asked."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise InputError(f"{name} must be True or False; got {shown(value)}.")
+
+
+def choice(value: object, name: str, options: Sequence[str]) -> str:
+    """One of some words."""
+    if isinstance(value, str) and value in options:
+        return value
+    raise InputError(f"{name} must be one of {', '.join(map(repr, options))}; got {shown(value)}.")
+
+
+def sequence(value: object, kind: type[T], name: str, needed: str) -> list[T]:
+    """Items of one class, at least one, as a list."""
+    items = list(value) if isinstance(value, (list, tuple)) else []
+    if items and all(isinstance(item, kind) for item in items):
+        return items
+    raise InputError(f"{name} must be a list of {needed}, at least one; got {shown(value)}.")
+
+
+def pair(value: object, name: str, needed: str, *, least: int = 1) -> tuple[int, int]:
+    """Two integers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InputError(f"{name} must be {needed}; got {shown(value)}.")
+    first, second = (integer(each, f"Each of {name}", least=least) for each in value)
+    return first, second
+
+
+def dtype(value: object, name: str = "dtype") -> torch.dtype:
+    """A torch dtype, or its name such as ``bfloat16``."""
+    found: Any = getattr(torch, value, None) if isinstance(value, str) else value
+    if isinstance(found, torch.dtype):
+        return found
+    raise InputError(f"{name} must be a torch dtype or its name, such as 'bfloat16'; got {shown(value)}.")
+
+
+def positions(value: object, name: str = "positions", below: int = MAX_TOKENS) -> npt.NDArray[np.int64]:
+    """Positions as int64, in the value's shape: a tensor, array, range or list of integers in ``[0, below)``."""
+    try:
+        found = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        if found.size and found.dtype.kind not in "iu":
+            raise TypeError(f"they are {found.dtype}")
+    except Exception as error:
+        raise InputError(f"{name} must be a tensor, array or list of integers; got {shown(value)}: {error}.") from error
+    if found.size and not (found.min() >= 0 and found.max() < below):
+        wrong = int(found.min()) if found.min() < 0 else int(found.max())
+        raise InputError(f"{name} must be positions from 0 to below {_power(below)}; got {wrong}.")
+    return found.astype(np.int64)
+
+
+def _power(value: int) -> str:
+    exponent = value.bit_length() - 1
+    return f"2^{exponent}" if exponent > 20 and value == 1 << exponent else str(value)
