@@ -23,6 +23,7 @@ from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
 from ringattn.plans.planning import plan, plan_all
 from ringattn.plans.steps import Plan
 from ringattn.plans.verification import verify
+from ringattn.saving import safe_globals
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
@@ -76,6 +77,7 @@ __all__ = [
     "plan",
     "plan_all",
     "reference",
+    "safe_globals",
     "simulate",
     "verify",
 ]

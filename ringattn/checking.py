@@ -55,13 +55,13 @@ def tokens(value: object, name: str, *, least: int = 0) -> int:
     return integer(value, name, least=least, needed="a number of tokens")
 
 
-def number(value: object, name: str, *, above: float = -math.inf, unit: str = "") -> float:
-    """A finite number above a limit as a float."""
+def number(value: object, name: str, *, least: float = -math.inf, above: float = -math.inf, unit: str = "") -> float:
+    """A finite number, ``least`` or more and above ``above``, as a float."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
         found = float(value)
-        if found > above:
+        if found > above and found >= least:
             return found
-    limit = "" if above == -math.inf else f" above {above:g}"
+    limit = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
     raise InputError(f"{name} must be a finite number{f' of {unit}' if unit else ''}{limit}; got {shown(value)}.")
 
 
@@ -84,7 +84,7 @@ def sequence(value: object, kind: type[T], name: str, needed: str) -> list[T]:
     items = list(value) if isinstance(value, (list, tuple)) else []
     if items and all(isinstance(item, kind) for item in items):
         return items
-    raise InputError(f"{name} must be a list of {needed}, at least one; got {shown(value)}.")
+    raise InputError(f"{name} must be {needed}, in a list, at least one; got {shown(value)}.")
 
 
 def pair(value: object, name: str, needed: str, *, least: int = 1) -> tuple[int, int]:

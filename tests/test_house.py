@@ -20,8 +20,8 @@ MAY: dict[str, str] = {
     "checking": "errors",
     "naming": "checking errors",
     "bands": "",
-    "reference.measure": "",
-    "reference.*": "reference.measure",
+    "reference.measure": "errors",
+    "reference.*": "errors reference.measure",
     "masks.base": "bands checking errors",
     "masks.spelling": "checking errors naming masks.base masks.banded masks.blockwise",
     "masks.*": "bands checking errors masks.base",
@@ -30,9 +30,9 @@ MAY: dict[str, str] = {
     "layouts.*": "bands errors masks layouts.base",
     "plans.tiles": "bands layouts masks",
     "plans.demand": "bands layouts masks plans.tiles",
-    "plans.cost": "bands errors masks plans.tiles plans.steps",
+    "plans.cost": "bands checking errors masks plans.tiles plans.steps",
     "plans.steps": "bands layouts masks plans.tiles plans.cost plans.verification",
-    "plans.verification": "bands errors layouts plans.tiles plans.steps",
+    "plans.verification": "bands checking errors layouts plans.tiles plans.steps",
     "plans.assembly": "bands plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost plans.demand "
     "plans.steps schedules.base schedules.ring schedules.route schedules.scan",
@@ -59,9 +59,10 @@ MAY: dict[str, str] = {
     "payloads.*": "mechanisms.base plans.steps plans.tiles transports.base runtime.call payloads.base",
     "functional": "errors masks sharding kernels.base kernels.choice mechanisms.base mechanisms.softmax plans.planning "
     "plans.steps runtime.agreement runtime.call runtime.op schedules.base",
+    "saving": "layouts masks mesh sharding",
     "startup": "errors mesh transports.torch_distributed",
     "simulator.transport": "errors transports.base",
-    "simulator.virtual": "errors mesh simulator.transport transports.base",
+    "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }
 OUTER = ("advice", "cli", "training")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringattn import reference
+from ringattn.errors import InputError
 from ringattn.reference import measure
 
 Array = NDArray[np.float64]
@@ -296,3 +298,39 @@ def test_hard_takes_the_best_and_of_equals_the_first() -> None:
     np.testing.assert_array_equal(got.out, out.detach().numpy())
     np.testing.assert_allclose(got.gradients.dv, z.grad.numpy(), atol=1e-13)
     assert not got.gradients.dq.any() and not got.gradients.dk.any()
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"scale": float("nan")}, "scale must be a finite number; got nan"),
+        ({"scale": "1"}, "scale must be an array of real numbers: they are <U1"),
+        ({"softcap": 0}, "softcap must be a finite number above 0; got 0"),
+        ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"sinks": np.ones(3)}, r"sinks needs shape \(4,\)"),
+        ({"relative": np.ones((4, 2))}, r"relative needs shape \(4, 3\)"),
+        ({"bias": np.ones((4, 13, 13))}, r"bias needs shape \(4, 13, 17\)"),
+        ({"temperature": 1}, "scores are scale, softcap, .*; got temperature"),
+    ],
+)
+def test_scores_that_make_no_sense_are_refused(scores: dict[str, Any], message: str) -> None:
+    q, k, v = inputs()[:3]
+    with pytest.raises(InputError, match=message):
+        reference.attention(q, k, v, np.ones((13, 17), bool), **scores)
+
+
+@pytest.mark.parametrize("evaluate", [reference.evaluate, reference.hard, reference.linear])
+def test_what_is_no_array_of_numbers_is_refused(evaluate: Callable[..., Any]) -> None:
+    q, k, v, dout, _ = inputs()
+    everything = np.ones((13, 17), bool)
+    wrong: Any
+    for wrong in ("x", None, [[1], [1, 2]], q * 1j):
+        with pytest.raises(InputError, match="q must be an array of real numbers"):
+            evaluate(wrong, k, v, everything)
+    with pytest.raises(InputError, match="dout needs shape"):
+        evaluate(q, k, v, everything, dout[..., :1])
+    with pytest.raises(InputError, match="allowed must be a matrix of booleans"):
+        evaluate(q, k, v, [[True], [True, False]])
+    with pytest.raises(InputError, match="at least one dim a head"):
+        evaluate(q[..., :0], k[..., :0], v, everything)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
+from ringattn.checking import instance, integer, number, sequence
+from ringattn.checking import tokens as tokens_of
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
@@ -213,7 +215,14 @@ class Balance:
 
 
 def balance(plans: Sequence[Plan]) -> Balance:
-    """The balance of all ranks' plans."""
+    """The balance of all ranks' plans.
+
+    Raises:
+        InputError: ``plans`` is no list of plans, or empty.
+    """
+    from ringattn.plans.steps import Plan
+
+    sequence(plans, Plan, "plans", "plans, as plan_all makes them")
     moved = [traffic(plan) for plan in plans]
     return Balance(
         area=_spread([plan.area for plan in plans]),
@@ -237,6 +246,10 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     as many keys as that row or a later one allows. All ranks together hold each key once. For one causal document of
     L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
     """
+    instance(mask, Mask, "mask", "a ringattn mask, such as ringattn.Causal()")
+    integer(ranks, "ranks", least=1, needed="a number of ranks")
+    tokens_of(length, "A sequence's length")
+    number(imbalance, "imbalance", least=1.0)
     regions = np.concatenate(mask.classify(length, length))
     row_area = mask.row_areas(length, length)
     tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks

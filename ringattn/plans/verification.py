@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ringattn import bands, layouts
 from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
+from ringattn.checking import sequence
 from ringattn.errors import PlanError
 from ringattn.plans import tiles
 from ringattn.plans.steps import RECV_OFFSET, RECV_ORIGIN, RECV_PHASE, RECV_START, RECV_STOP, Exchange, Item, Plan, Step
@@ -75,8 +76,10 @@ def verify(plans: Sequence[Plan]) -> None:
     """Checks every rank's plan, and that together they match, bring gradients home and cannot deadlock.
 
     Raises:
+        InputError: ``plans`` is no list of plans, or empty.
         PlanError: says which rank, phase and rows.
     """
+    sequence(plans, Plan, "plans", "every rank's plan, in order, as plan_all makes them")
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
     first = plans[0]

@@ -1,8 +1,8 @@
 """The dense oracles: exact attention and its gradients in float64 NumPy, straight from the formulas.
 
-Everything else in the package is measured against this folder, so it imports nothing of the package, knows no
-ranks, plans or tiles, and never merges partial softmaxes: a block of rows sees all its keys at once. Only one
-block of the score matrix exists at any time, so long sequences need time but little memory.
+Everything else in the package is measured against this folder, so it imports nothing of the package but the type of
+its errors, knows no ranks, plans or tiles, and never merges partial softmaxes: a block of rows sees all its keys at
+once. Only one block of the score matrix exists at any time, so long sequences need time but little memory.
 
 Arrays are anything `numpy.asarray` takes (NumPy has no bfloat16: convert such tensors to float32 first).
 

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ringattn.errors import InputError
+
 Array: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 Allowed: TypeAlias = ArrayLike | Callable[[int, int], ArrayLike]
@@ -55,13 +57,13 @@ def error(actual: ArrayLike, expected: ArrayLike, magnitude: ArrayLike) -> float
     other infinity or NaN gives inf, and so does a difference where nothing was to be added up. 0 when both
     norms are 0.
     """
-    a, e = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    a, e = floats(actual, "actual"), floats(expected, "expected")
     if a.shape != e.shape:
-        raise ValueError(f"cannot compare shape {a.shape} with the expected {e.shape}")
+        raise InputError(f"cannot compare shape {a.shape} with the expected {e.shape}")
     difference = np.subtract(a, e, out=np.zeros_like(e), where=a != e)
     if not np.isfinite(difference).all():
         return float("inf")
-    sizes = np.asarray(magnitude, dtype=np.float64)
+    sizes = floats(magnitude, "magnitude")
     numerator = float(np.linalg.norm(difference))
     denominator = float(np.linalg.norm(sizes[np.isfinite(sizes)]))
     if denominator == 0.0:
@@ -75,32 +77,53 @@ def zeros(q: Array, k: Array, v: Array, params: Mapping[str, Array]) -> Magnitud
     return Magnitudes(np.zeros((*q.shape[:3], v.shape[3])), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), empty)
 
 
+def floats(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> Array:
+    """The value in float64, if it is numbers, and of this shape where one is named."""
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind not in "fiub":
+            raise TypeError(f"they are {found.dtype}")
+    except Exception as error:  # whatever a user's __array__ raises
+        raise InputError(f"{name} must be an array of real numbers: {error}") from error
+    if shape is not None and found.shape != shape:
+        raise InputError(f"{name} needs shape {shape}; got {found.shape}")
+    return found.astype(np.float64, copy=False)
+
+
 def checked(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
     """The inputs in float64, if their shapes fit."""
-    query, key, value = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    query, key, value = (floats(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"q, k, v need 4 dims; got shapes {query.shape}, {key.shape}, {value.shape}")
+        raise InputError(f"q, k, v need 4 dims; got shapes {query.shape}, {key.shape}, {value.shape}")
     fits = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
     if not fits or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"shapes disagree: q {query.shape}, k {key.shape}, v {value.shape}")
+        raise InputError(f"shapes disagree: q {query.shape}, k {key.shape}, v {value.shape}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads cannot be shared among {key.shape[1]} key heads")
+        raise InputError(f"{query.shape[1]} query heads cannot be shared among {key.shape[1]} key heads")
+    if query.shape[3] == 0:
+        raise InputError(f"q and k need at least one dim a head; got shape {query.shape}")
     return query, key, value
+
+
+def output_gradient(dout: ArrayLike | None, q: Array, v: Array) -> Array:
+    """The gradient [B, Hq, Sq, Dv] of the output in float64; zeros where there is none."""
+    shape = (*q.shape[:3], v.shape[3])
+    return np.zeros(shape) if dout is None else floats(dout, "dout", shape)
 
 
 def blocks(q: Array, k: Array, allowed: Allowed) -> Iterator[tuple[slice, slice, Bools]]:
     """Blocks of rows, each with the span of keys that its rows may see; blocks that see none are left out."""
     heads, length, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if not callable(allowed):
-        dense = np.asarray(allowed)
+        dense = _booleans(allowed)
         if dense.shape != (length, keys):
-            raise ValueError(f"allowed needs shape {(length, keys)}; got {dense.shape}")
+            raise InputError(f"allowed needs shape {(length, keys)}; got {dense.shape}")
     size = max(1, min(256, _BLOCK_ELEMENTS // max(1, heads * keys)))
     for start in range(0, length, size):
         stop = min(start + size, length)
-        block = np.asarray(allowed(start, stop)) if callable(allowed) else dense[start:stop]
+        block = _booleans(allowed(start, stop)) if callable(allowed) else dense[start:stop]
         if block.dtype != np.bool_ or block.shape != (stop - start, keys):
-            raise ValueError(
+            raise InputError(
                 f"allowed needs booleans of shape {(stop - start, keys)} for rows {start} to {stop}; "
                 f"got {block.dtype} of shape {block.shape}"
             )
@@ -108,3 +131,11 @@ def blocks(q: Array, k: Array, allowed: Allowed) -> Iterator[tuple[slice, slice,
         if touched.size:
             span = slice(int(touched[0]), int(touched[-1]) + 1)
             yield slice(start, stop), span, block[:, span]
+
+
+def _booleans(allowed: ArrayLike) -> Bools:
+    """An array; whether it is one of booleans is for `blocks` to say, of which rows."""
+    try:
+        return np.asarray(allowed)
+    except Exception as error:  # whatever a user's __array__ raises
+        raise InputError(f"allowed must be a matrix of booleans: {error}") from error

@@ -16,7 +16,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ringattn.reference.measure import Allowed, Array, Evaluation, Gradients, Magnitudes, blocks, checked, zeros
+from ringattn.reference.measure import (
+    Allowed,
+    Array,
+    Evaluation,
+    Gradients,
+    Magnitudes,
+    blocks,
+    checked,
+    floats,
+    output_gradient,
+    zeros,
+)
 
 
 def hard(
@@ -30,8 +41,8 @@ def hard(
 ) -> Evaluation:
     """Output, gradients and magnitudes; shapes as for `evaluate`. Only the scale's sign matters, None is positive."""
     query, key, value = checked(q, k, v)
-    query = query * (query.shape[3] ** -0.5 if scale is None else scale)
-    output_grad = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+    query = query * (query.shape[3] ** -0.5 if scale is None else floats(scale, "scale", ()))
+    output_grad = output_gradient(dout, query, value)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):
@@ -54,7 +65,7 @@ def hard(
 def linear(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, dout: ArrayLike | None = None) -> Evaluation:
     """Output, gradients and magnitudes; shapes as for `evaluate`."""
     query, key, value = checked(q, k, v)
-    output_grad = np.zeros((*query.shape[:3], value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
+    output_grad = output_gradient(dout, query, value)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):

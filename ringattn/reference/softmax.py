@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ringattn.errors import InputError
 from ringattn.reference.measure import (
     Allowed,
     Array,
@@ -36,6 +37,8 @@ from ringattn.reference.measure import (
     Magnitudes,
     blocks,
     checked,
+    floats,
+    output_gradient,
     zeros,
 )
 
@@ -58,10 +61,33 @@ class Scores(NamedTuple):
     dropout: float = 0.0
     seed: int = 0
 
-    def params(self) -> dict[str, Array]:
-        """The learned tensors that were given, in float64."""
+    @staticmethod
+    def checked(scores: dict[str, Any]) -> Scores:
+        """The scores by name, if there are such and their numbers are in range."""
+        unknown = set(scores) - set(Scores._fields)
+        if unknown:
+            raise InputError(f"scores are {', '.join(Scores._fields)}; got {', '.join(sorted(unknown))}")
+        found = Scores(**scores)
+        for name, least in (("scale", -np.inf), ("softcap", 0.0), ("dropout", -np.inf)):
+            value = getattr(found, name)
+            if value is not None and not (np.isfinite(floats(value, name, ())) and value > least):
+                raise InputError(f"{name} must be a finite number{' above 0' if least == 0 else ''}; got {value}")
+        if not 0 <= found.dropout < 1:
+            raise InputError(f"dropout must be from 0 to below 1; got {found.dropout}")
+        if not isinstance(found.seed, (int, np.integer)) or not 0 <= found.seed < 2**64:
+            raise InputError(f"seed must be an integer from 0 to below 2^64; got {found.seed!r}")
+        return found
+
+    def params(self, heads: int, queries: int, keys: int) -> dict[str, Array]:
+        """The learned tensors that were given, in float64, if their shapes fit."""
         given = {name: getattr(self, name) for name in ("sinks", "alibi", "relative", "bias")}
-        return {name: np.asarray(x, dtype=np.float64) for name, x in given.items() if x is not None}
+        found = {name: floats(x, name) for name, x in given.items() if x is not None}
+        for name, x in found.items():
+            reach = x.shape[1] | 1 if x.ndim == 2 else 1  # an entry for every offset from -R to R
+            needed = {"relative": (heads, reach), "bias": (heads, queries, keys)}.get(name, (heads,))
+            if x.shape != needed:
+                raise InputError(f"{name} needs shape {needed}; got {x.shape}")
+        return found
 
 
 def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, **scores: Any) -> tuple[Array, Array]:
@@ -109,7 +135,7 @@ def evaluate(
     **scores: Any,
 ) -> Evaluation:
     """Output, gradients and magnitudes from one pass over the rows; without dout and dlse gradients are 0."""
-    x = _Inputs.of(q, k, v, dout, dlse, Scores(**scores))
+    x = _Inputs.of(q, k, v, dout, dlse, Scores.checked(scores))
     values, sizes = (zeros(x.q, x.k, x.v, x.params) for _ in range(2))
     lse = np.full(x.q.shape[:3], -np.inf)
     if "sinks" in x.params:
@@ -167,10 +193,11 @@ class _Inputs(NamedTuple):
         rows = query.shape[:3]
         output_grad = None
         if dout is not None or dlse is not None:
-            output_grad = np.zeros((*rows, value.shape[3])) if dout is None else np.asarray(dout, dtype=np.float64)
-        on_lse = np.zeros(rows) if dlse is None else np.asarray(dlse, dtype=np.float64)
+            output_grad = output_gradient(dout, query, value)
+        on_lse = np.zeros(rows) if dlse is None else floats(dlse, "dlse", rows)
+        params = scores.params(query.shape[1], query.shape[2], key.shape[2])
         scale = query.shape[3] ** -0.5 if scores.scale is None else scores.scale
-        return _Inputs(query, key, value, output_grad, on_lse, scale, scores, scores.params())
+        return _Inputs(query, key, value, output_grad, on_lse, scale, scores, params)
 
 
 class _Spot(NamedTuple):

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from ringattn.errors import DeadlockError, TransportError
+from ringattn.checking import integer, shown
+from ringattn.errors import DeadlockError, InputError, TransportError
 from ringattn.mesh import Mesh
 from ringattn.simulator.transport import Abandoned, Hub, Simulator
 from ringattn.transports.base import Counters
+
+MAX_RANKS = 4096  # each is a thread of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
     the bit. Arguments are shared, not copied; each rank has its own random state, which begins as the caller's.
 
     Raises:
+        InputError: ``fn`` is not a function, or there are too many ranks: each is a thread.
         DeadlockError: no rank can go on; says who waits for whom, in which exchange.
         InFlightError: a buffer was written while an exchange still needed it.
         TransportError: a message did not fit its receive, or was never received.
@@ -43,6 +47,10 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
     >>> simulate(lambda mesh, x: x + mesh.rank, 5, ring=2).results
     [5, 6]
     """
+    if not callable(fn):
+        raise InputError(f"simulate runs a function of a mesh on every rank; got {shown(fn)}.")
+    for size, axis in ((ring, "ring"), (ulysses, "ulysses")):
+        integer(size, f"simulate's {axis}", least=1, below=MAX_RANKS + 1, needed="a number of ranks")
     hub = Hub(Mesh.virtual(ring=ring, ulysses=ulysses).size)
     transports = [Simulator(hub, rank) for rank in range(hub.size)]
     results: list[Any] = [None] * hub.size
