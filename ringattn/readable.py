@@ -9,6 +9,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """The text, or its beginning and its length where it is long, as that of many documents is."""
+    return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
+
+
 def readable_bytes(count: float) -> str:
     """Bytes with a unit.
 

@@ -13,18 +13,23 @@ import torch
 from ringattn import layouts
 from ringattn.bands import INF, Array
 from ringattn.errors import InputError
+from ringattn.handles import Handled
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.mesh import Mesh
+from ringattn.recent import Recent
 from ringattn.runtime import agreement
+from ringattn.runtime.transforms import refuse_transforms
+
+PLANS = 64  # calls that differ, kept by a sharding
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Sharding:
+class Sharding(Handled):
     """``length`` positions cut over the ranks of a mesh that share a sequence.
 
     Any length goes with any number of ranks; shards differ by at most one token and may be empty. A sharding is a
-    value; it also owns the plans made for it, which live as long as it does.
+    value; it also keeps the plans of the last 64 calls that differ, which live as long as it does.
 
     Attributes:
         length: tokens of the whole sequence.
@@ -37,7 +42,7 @@ class Sharding:
     mesh: Mesh
     layout: Layout
     reason: str = dataclasses.field(compare=False, repr=False)
-    owned: dict[Any, Any] = dataclasses.field(compare=False, repr=False)
+    calls: Recent = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, length: int, mesh: Mesh, layout: Layout | str = "auto", mask: Mask | None = None) -> None:
         """Shards ``length`` tokens.
@@ -54,12 +59,12 @@ class Sharding:
         if not isinstance(mesh, Mesh):
             raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {mesh!r}.")
         taken, reason = layouts.named(layout, mask, length)
-        values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason, "owned": {}}
+        values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason, "calls": Recent(PLANS)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "owned": {}}
+        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "calls": Recent(PLANS)}
 
     @functools.cached_property
     def spans(self) -> Array:
@@ -87,7 +92,13 @@ class Sharding:
         return self.positions_of(self.mesh.sequence_rank)
 
     def positions_of(self, rank: int) -> torch.Tensor:
-        """The global positions of any rank of the sequence, int64, ascending."""
+        """The global positions of any rank of the sequence, int64, ascending.
+
+        Raises:
+            InputError: there is no such rank.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < self.mesh.sequence_size:
+            raise InputError(f"The ranks of this sequence are 0 to {self.mesh.sequence_size - 1}; got {rank!r}.")
         return torch.from_numpy(layouts.positions(self.spans, rank))
 
     def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -113,12 +124,17 @@ class Sharding:
         number = transport.next_call()
         try:
             self._check_dim(x, dim, self.count, f"join takes the part of rank {self.mesh.sequence_rank}")
-        except InputError:
-            agreement.refuse(transport, x.device)
+            refuse_transforms("Sharding.join", x)
+        except Exception as error:
+            agreement.refuse(transport, error)
             raise
         return _Join.apply(x.movedim(dim, 0), self, number).movedim(0, dim)  # type: ignore[no-untyped-call, no-any-return]
 
     def _check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"{what}: a tensor; got {x!r}.")
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise InputError(f"dim is the number of a dimension; got {dim!r}.")
         if not -x.dim() <= dim < x.dim():
             raise InputError(f"A tensor of {x.dim()} dimensions has no dimension {dim}.")
         if x.shape[dim] != needed:
@@ -172,4 +188,4 @@ def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:
         "dtype": str(x.dtype).removeprefix("torch."),
         "layout": sharding.signature,
     }
-    agreement.check(sharding.mesh.connected(), fields, x.device)
+    agreement.check(sharding.mesh.connected(), fields)

@@ -217,11 +217,11 @@ def test_new_tensors_reuse_the_plan_and_keep_no_old_ones() -> None:
     del sinks
     assert old() is None
     ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=ringattn.Softmax(sinks=torch.ones(2)))
-    assert len(sharding.owned) == 1
+    assert len(sharding.calls) == 1
     for seed in (1, 2):
         mechanism = ringattn.Softmax(dropout=0.1, seed=seed)
         ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, mechanism=mechanism)
-    assert len(sharding.owned) == 2, "another seed is no other plan"
+    assert len(sharding.calls) == 2, "another seed is no other plan"
 
 
 @pytest.mark.parametrize("slopes", [torch.bfloat16, torch.float16, torch.float32])

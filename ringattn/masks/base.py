@@ -26,6 +26,7 @@ from ringattn.bands import Regions
 from ringattn.checking import MAX_TOKENS, choice, instance, tokens
 from ringattn.checking import positions as checked_positions
 from ringattn.errors import InputError
+from ringattn.handles import Handled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ PIXELS = 600  # positions drawn, a side
 MAX_DEPTH = 200  # masks of masks: each level takes some of Python's own stack
 
 
-class Mask(ABC):
+class Mask(Handled, ABC):
     """Which query may attend to which key, by global position."""
 
     spelled: ClassVar[str] = ""

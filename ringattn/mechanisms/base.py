@@ -102,9 +102,12 @@ class OutputGrad:
 
 def finite(value: object, name: str) -> float:
     """A finite number as a float, or an InputError that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"{name} must be a finite number; got {value!r}.")
-    return float(value)
+    number = float(value)
+    if not -math.inf < number < math.inf:  # which compiled code can ask of a number it holds as a symbol
+        raise InputError(f"{name} must be a finite number; got {value!r}.")
+    return number
 
 
 def rows_at(at: slice) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -176,6 +179,15 @@ class Mechanism(ABC):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    @property
+    def text(self) -> str:
+        """``str(self)``, worked out once."""
+        text: str | None = self.__dict__.get("_text")
+        if text is None:
+            text = str(self)
+            object.__setattr__(self, "_text", text)
+        return text
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._identity() == other._identity()
 
@@ -186,8 +198,11 @@ class Mechanism(ABC):
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(id(x) if isinstance(x, torch.Tensor) else x for x in values)
 
-    def new_seed(self) -> int:
-        """A seed for one call, the same on ranks whose default generators are alike; 0 where nothing is drawn."""
+    def new_seed(self) -> int | torch.Tensor:
+        """A seed for one call, the same on ranks whose default generators are alike; 0 where nothing is drawn.
+
+        One that is drawn is an int64 tensor ``[]`` on the CPU: compiled code draws it anew whenever it runs.
+        """
         return 0
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:  # noqa: B027 (most need no check)

@@ -92,10 +92,10 @@ class Softmax(Mechanism):
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 raise InputError(f"Softmax's {name} must be a tensor of floating point numbers; got {value!r}.")
 
-    def new_seed(self) -> int:
+    def new_seed(self) -> int | torch.Tensor:
         if not self.dropout:
             return 0
-        return int(torch.randint(1 << 62, (), device="cpu").item()) if self.seed is None else self.seed
+        return torch.randint(1 << 62, (), device="cpu") if self.seed is None else self.seed
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         heads = problem.heads

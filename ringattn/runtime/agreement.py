@@ -1,93 +1,111 @@
 """Agreement: every rank of a call compares a digest of it with every other before any payload moves.
 
 Ranks that were called with different arguments would hang, or silently read each other's bytes as something else
-(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 72 bytes, eight a field, always has
-the same size and so can always be exchanged; each rank sees all of them and raises the same error.
+(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 72 bytes, eight for each field, always
+has the same size and so can always be exchanged. Each rank sees all of them; where they differ, all ranks exchange what
+the digests stand for, and raise the same error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
 
 from ringattn.errors import AgreementError, TransportError
+from ringattn.readable import shortened
 from ringattn.transports.base import Transport
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients", "seed")
-"""What is compared, eight bytes each: short text as it is, longer text as a hash."""
+"""What is compared, by a hash of eight bytes each."""
 
 _REFUSED = "refused"
+_TEXT_BYTES = 4096
+_VALUE_LENGTH = 160
 
 
-def _word(text: str) -> bytes:
-    raw = text.encode()
-    return raw.ljust(8, b"\0") if len(raw) <= 8 else hashlib.blake2b(raw, digest_size=8).digest()
-
-
-def _shown(word: bytes) -> str:
-    text = word.rstrip(b"\0")
-    return text.decode() if text.isascii() and text.decode().isprintable() else f"#{word.hex()}"
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def digest(fields: Mapping[str, str]) -> bytes:
     """The 72 bytes of a call. Fields that a call does not have are empty."""
-    unknown = set(fields) - set(FIELDS)
+    unknown = set(fields) - {*FIELDS, _REFUSED}
     if unknown:
         raise KeyError(f"no such field of a digest: {unknown}")
-    return b"".join(_word(fields.get(name, "")) for name in FIELDS)
+    if _REFUSED in fields:
+        return _hash(_REFUSED) * len(FIELDS)
+    return b"".join(_hash(fields.get(name, "")) for name in FIELDS)
 
 
-def check(transport: Transport, fields: Mapping[str, str], device: torch.device) -> None:
+def check(transport: Transport, fields: Mapping[str, str]) -> None:
     """Compares this rank's fields with every other's.
 
     Raises:
-        AgreementError: on every rank alike, naming the ranks and the fields that differ.
+        AgreementError: on every rank alike, naming the ranks and the fields that differ, with their values.
     """
-    if not transport.agreement or transport.size == 1:
+    if not transport.agrees:
         return
-    words = _exchanged(transport, digest(fields), device, fields.get("call", "call"))
-    if len(set(words)) > 1:
-        transport.forget_calls()
-    refused = [rank for rank, word in enumerate(words) if _shown(word[:8]) == _REFUSED]
+    texts = _difference(transport, fields, f"the agreement before {fields.get('call', 'call')}")
+    if texts is None:
+        return
+    refused = [
+        f"Rank {rank} refused this call: {text[_REFUSED]}" for rank, text in enumerate(texts) if _REFUSED in text
+    ]
     if refused:
-        who = ", ".join(map(str, refused))
-        raise AgreementError(f"Rank {who} refused this call; the error raised there says why.")
+        raise AgreementError(" ".join(refused))
     problems = []
-    for place, name in enumerate(FIELDS):
-        values: dict[bytes, list[int]] = {}
-        for rank, word in enumerate(words):
-            values.setdefault(word[8 * place : 8 * place + 8], []).append(rank)
+    for name in FIELDS:
+        values: dict[str, list[int]] = {}
+        for rank, text in enumerate(texts):
+            values.setdefault(text.get(name, "nothing"), []).append(rank)
         if len(values) > 1:
-            said = "; ".join(f"rank {', '.join(map(str, ranks))}: {_shown(v)}" for v, ranks in values.items())
+            said = "; ".join(f"rank {', '.join(map(str, ranks))}: {value}" for value, ranks in values.items())
             problems.append(f"{name} ({said})")
-    if problems:
-        own = ", ".join(f"{name} {value}" for name, value in fields.items() if len(value) < 200)
-        raise AgreementError(
-            f"The ranks of one call were called with different arguments: they differ in {' and '.join(problems)}. "
-            f"Rank {transport.rank} has {own}. Call with the same arguments on every rank."
-        )
+    raise AgreementError(
+        f"The ranks of one call were called with different arguments: they differ in {' and '.join(problems)}. "
+        f"Call with the same arguments on every rank."
+    )
 
 
-def refuse(transport: Transport, device: torch.device) -> None:
+def refuse(transport: Transport, error: Exception) -> None:
     """Tells every other rank, which is about to compare digests, that this one will not take part in the call.
 
     Where they cannot be told, the error that made this rank refuse is still the one to raise.
     """
-    if transport.agreement and transport.size > 1:
+    if transport.agrees:
         with contextlib.suppress(TransportError):
-            _exchanged(transport, digest({"call": _REFUSED}), device, _REFUSED)
-            transport.forget_calls()
+            _difference(
+                transport, {_REFUSED: f"{type(error).__name__}: {error}"}, "the agreement before a refused call"
+            )
 
 
-def _exchanged(transport: Transport, own: bytes, device: torch.device, call: str) -> list[bytes]:
-    """Every rank's digest, by rank."""
+def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> list[dict[str, str]] | None:
+    """Every rank's fields as they are shown, where not all of them are equal."""
+    own = digest(fields)
+    if all(other == own for other in _exchanged(transport, own, label)):
+        return None
+    transport.forget_calls()
+    shown = json.dumps({name: _shown(text) for name, text in fields.items()}).encode()
+    texts = _exchanged(transport, shown.ljust(_TEXT_BYTES), label)
+    return [json.loads(text) for text in texts]
+
+
+def _shown(text: str) -> str:
+    """The text; of a long one the beginning, and a hash that tells it from others which begin alike."""
+    short = shortened(text, _VALUE_LENGTH)
+    return short if short == text else f"{short} #{_hash(text).hex()}"
+
+
+def _exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
+    """What every rank has to say, by rank; all of one size."""
+    device = transport.control_device
     peers = [rank for rank in range(transport.size) if rank != transport.rank]
     mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-    theirs = transport.buffers.take("digests", (transport.size, len(own)), torch.uint8, device)
-    label = f"the agreement before {call}"
+    theirs = transport.buffers.take("agreement", (transport.size, len(own)), torch.uint8, device)
     sends, receives = [(peer, mine) for peer in peers], [(peer, theirs[peer]) for peer in peers]
     transport.exchange(sends, receives, label=label, control=True).wait()
     theirs[transport.rank].copy_(mine)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.steps import Plan
@@ -20,6 +21,9 @@ class Call:
 
     Attributes:
         fields: what the ranks must agree on, for `agreement`.
+        wanted: which of q, k, v and the params need gradients.
+        spelling: the mechanism as compiled code holds it.
+        handle: by which the ops find the call.
     """
 
     plan: Plan
@@ -27,10 +31,16 @@ class Call:
     kernel: Kernel
     transport: Transport
     fields: Mapping[str, str]
+    wanted: tuple[bool, ...]
+    spelling: tuple[list[float], str]
+    handle: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", number_of(self))
 
     def begun(self, name: str, params: Sequence[torch.Tensor], seed: int) -> Problem:
         """The problem of one pass, after comparing the call with every other rank's, before any payload."""
-        agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)}, self.problem.device)
+        agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)})
         return self.with_params(params, seed)
 
     def with_params(self, params: Sequence[torch.Tensor], seed: int) -> Problem:

@@ -1,128 +1,255 @@
-"""The torch op around the engine: ``ringattn::attention`` and its backward.
+"""The torch ops around the engine, by which attention is differentiated, compiled and checkpointed.
 
-The op takes its plan as an integer, a handle to a `Call`, so that another plan does not mean another graph, and the
-call's own number, by which ranks notice that they run backward in another order. The calls are owned by their
-`Sharding`; the table below only finds them, and is the one piece of module state in the package.
+    ringattn::prepare              checks, plans and numbers a call when it runs           -> ticket
+    ringattn::attention            the forward pass of the ticket's call                   -> out, aux
+    ringattn::attention_backward   the gradients that were wanted
+
+A *ticket* is an int64 tensor ``[3]`` on the CPU: the handle of the `Call`, the call's number among those of its ranks,
+and its seed. Its memory owns the call, so that a plan lives as long as a graph or an autograd node holds the ticket,
+whatever becomes of its sharding. Everything that may change from step to step without another graph (masks, shardings,
+plans, numbers, seeds) is found when the ops run; what a graph must know to trace them, the mechanism's fields and which
+gradients are wanted, is text.
+
+Eager calls prepare themselves and go through `Attention`, an ordinary autograd function around the same ops: a third of
+the cost of autograd that is registered with an op.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from ringattn.errors import InputError
+from ringattn.handles import found
 from ringattn.runtime import engine
 from ringattn.runtime.call import Call
+from ringattn.runtime.request import Request, problem_of, wanted_gradients
+from ringattn.runtime.spelling import unspelled
+from ringattn.runtime.transforms import Once, refuse_transforms
 
-_CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
+Tensors = list[torch.Tensor]
+Flags = Sequence[bool]
+"""Of q, k, v and the params in turn: whether a gradient is wanted."""
+
+_LIBRARY = torch.library.Library("ringattn", "DEF")
+_LIBRARY.define(
+    "prepare(Tensor q, Tensor k, Tensor v, Tensor[] params, Tensor[] tokens, Tensor seed, float[] numbers, "
+    "str mechanism, str schedule, str kernel, bool[] wanted) -> Tensor"
+)
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] params, Tensor ticket, float[] numbers, str mechanism, "
+    "bool[] wanted) -> (Tensor, Tensor[])"
+)
+_LIBRARY.define(
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor[] params, Tensor[] saved, Tensor? dout, "
+    "Tensor?[] grad_aux, Tensor ticket, bool[] wanted) -> Tensor[]"
+)
 
 
-def handle(call: Call) -> int:
-    """A number by which the op finds the call for as long as somebody owns it."""
-    number = next(_NUMBERS)
-    _CALLS[number] = call
-    return number
+class _Owner(np.ndarray):
+    """A ticket's memory. A tensor made of it keeps it, and with it the call, alive."""
+
+    call: Call
 
 
-def _call(plan: int) -> Call:
-    call = _CALLS.get(plan)
-    if call is None:
-        raise InputError(
-            "The sharding that owned this attention's plan is gone. Keep it until the backward pass is done."
+def ticket_of(call: Call, number: int, seed: int) -> torch.Tensor:
+    """The ticket of one run of a call."""
+    owner = np.array((call.handle, number, seed), dtype=np.int64).view(_Owner)
+    owner.call = call
+    return torch.from_numpy(owner)
+
+
+def prepared(request: Request, q: Any, k: Any, v: Any, return_lse: bool) -> tuple[Call, torch.Tensor]:
+    """The call and the ticket of one run. A rank that refuses tells the others, which are about to wait for it."""
+    try:
+        request.check_kinds(return_lse, q=q, k=k, v=v)
+        refuse_transforms("ringattn.attention", q, k, v)
+        wanted = wanted_gradients(q, k, v, *request.mechanism.params.values())
+        number, call = request.numbered_call(q, k, v, wanted)
+        return call, ticket_of(call, number, int(request.mechanism.new_seed()))
+    except Exception as error:
+        request.refuse(error)
+        raise
+
+
+# -- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    params: Tensors,
+    tokens: Tensors,
+    seed: torch.Tensor,
+    numbers: Sequence[float],
+    mechanism: str,
+    schedule: str,
+    kernel: str,
+    wanted: Flags,
+) -> torch.Tensor:
+    names = ("mask", "sharding", "kv_sharding")
+    mask, sharding, kv = (found(int(token), name) for token, name in zip(tokens, names, strict=True))
+    asked = unspelled(mechanism, numbers, params)
+    kv = None if kv is sharding else kv
+    request = Request(mask, sharding, kv, asked, unspelled(schedule, numbers), unspelled(kernel, numbers))
+    try:
+        number, call = request.numbered_call(q, k, v, tuple(wanted))
+    except Exception as error:
+        request.refuse(error)
+        raise
+    return ticket_of(call, number, int(seed))
+
+
+def _prepare_fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty(3, dtype=torch.int64, device="cpu")
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    params: Tensors,
+    ticket: torch.Tensor,
+    numbers: Sequence[float],
+    mechanism: str,
+    wanted: Flags,
+) -> tuple[torch.Tensor, Tensors]:
+    handle, number, seed = ticket.tolist()
+    with _plain(q.device.type):
+        out, aux = engine.forward(found(handle, "plan"), q, k, v, params, seed, number)
+    return out, list(aux)
+
+
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    params: Tensors,
+    ticket: torch.Tensor,
+    numbers: Sequence[float],
+    mechanism: str,
+    wanted: Flags,
+) -> tuple[torch.Tensor, Tensors]:
+    asked = unspelled(mechanism, numbers, params)
+    problem = problem_of(asked, q, k, v, params=asked.params)
+    out, aux = asked.finish(problem, asked.empty(problem, q.shape[2]))
+    return out, list(aux)
+
+
+def _attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    params: Tensors,
+    saved: Tensors,
+    dout: torch.Tensor | None,
+    grad_aux: Sequence[torch.Tensor | None],
+    ticket: torch.Tensor,
+    wanted: Flags,
+) -> Tensors:
+    handle, number, seed = ticket.tolist()
+    dout = torch.zeros_like(saved[0]) if dout is None else dout
+    with _plain(q.device.type):
+        dq, dk, dv, dparams = engine.backward(
+            found(handle, "plan"), q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
         )
-    return call
+    return list(itertools.compress((dq, dk, dv, *dparams), wanted))
 
 
-@torch.library.custom_op("ringattn::attention", mutates_args=())
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output and the mechanism's extras."""
-    with torch.autocast(q.device.type, enabled=False):  # what is computed in float32 is so on purpose
-        out, extras = engine.forward(_call(plan), q, k, v, params, seed, number)
-    return out, list(extras)
-
-
-@attention.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], plan: int, seed: int, number: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    problem = _call(plan).with_params(params, seed)
-    out, extras = problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]))
-    return out, list(extras)
-
-
-@torch.library.custom_op("ringattn::attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    params: list[torch.Tensor],
-    saved: list[torch.Tensor],
-    dout: torch.Tensor,
-    grad_extras: list[torch.Tensor],
-    present: list[bool],
-    plan: int,
-    seed: int,
-    number: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The gradients. ``present`` tells which extras have one; ``grad_extras`` holds those."""
-    given = iter(grad_extras)
-    all_extras = tuple(next(given) if there else None for there in present)
-    with torch.autocast(q.device.type, enabled=False):
-        return engine.backward(_call(plan), q, k, v, params, seed, number, tuple(saved), dout, all_extras)
+    params: Tensors,
+    saved: Tensors,
+    dout: torch.Tensor | None,
+    grad_aux: Sequence[torch.Tensor | None],
+    ticket: torch.Tensor,
+    wanted: Flags,
+) -> Tensors:
+    # as PyTorch's flash kernels return them, stored as [B, S, H, D]
+    like = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
+    return list(itertools.compress((*like, *map(torch.empty_like, params)), wanted))
 
 
-@attention_backward.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    params: list[torch.Tensor],
-    saved: list[torch.Tensor],
-    dout: torch.Tensor,
-    grad_extras: list[torch.Tensor],
-    present: list[bool],
-    plan: int,
-    seed: int,
-    number: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    problem = _call(plan).problem
-    dq, dk, dv = (problem.rows(x.shape[1], x.shape[2], x.shape[3]).to(x.dtype) for x in (q, k, v))
-    return dq, dk, dv, [torch.zeros_like(p) for p in params]
+for name, implementation, fake in (
+    ("prepare", _prepare, _prepare_fake),
+    ("attention", _attention, _attention_fake),
+    ("attention_backward", _attention_backward, _attention_backward_fake),
+):
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ringattn::{name}", fake, lib=_LIBRARY)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    q, k, v, params, plan, seed, number = inputs
-    out, extras = output
-    ctx.save_for_backward(q, k, v, out, *params, *extras)
-    ctx.params, ctx.plan, ctx.seed, ctx.number = len(params), plan, seed, number
-    ctx.call = _CALLS.get(plan)  # keeps the call alive as long as the graph, whatever becomes of its sharding
+# -- autograd --------------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.autograd.Function):
+    """The same ops in eager mode. Takes ``call, ticket, q, k, v, *params``, gives ``out, *aux``."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, ticket: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, *params = inputs
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            out, aux = torch.ops.ringattn.attention.default(q, k, v, params, ticket, *call.spelling, call.wanted)
+        # The caller may write into what it gets. What is kept is copied by the first who writes to either.
+        ctx.save_for_backward(q, k, v, *params, torch._lazy_clone(out), *aux)
+        ctx.call, ctx.ticket, ctx.params = call, ticket, len(params)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in aux if not x.is_floating_point()))
+        return out, *aux
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, *grad_aux: torch.Tensor | None) -> tuple[Any, ...]:
+        grads = _gradients(ctx.saved_tensors, ctx.params, dout, grad_aux, ctx.ticket, ctx.call.wanted)
+        return None, None, *grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Tensors]) -> None:
+    q, k, v, params, ticket, _, _, wanted = inputs
+    out, aux = output
+    ctx.save_for_backward(ticket, q, k, v, *params, torch._lazy_clone(out), *aux)  # as in `Attention`
+    ctx.params, ctx.wanted = len(params), wanted
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: torch.Tensor | None, grad_extras: list[torch.Tensor | None] | None) -> tuple[Any, ...]:
-    q, k, v, out, *rest = ctx.saved_tensors
-    params, extras = rest[: ctx.params], rest[ctx.params :]
-    given = [None] * len(extras) if grad_extras is None else grad_extras
-    dq, dk, dv, dparams = attention_backward(
-        q,
-        k,
-        v,
-        params,
-        [out, *extras],
-        torch.zeros_like(out) if dout is None else dout,
-        [d for d in given if d is not None],
-        [d is not None for d in given],
-        ctx.plan,
-        ctx.seed,
-        ctx.number,
-    )
-    return dq, dk, dv, dparams, None, None, None
+def _backward(ctx: Any, dout: torch.Tensor | None, grad_aux: list[torch.Tensor | None] | None) -> tuple[Any, ...]:
+    ticket, *saved = ctx.saved_tensors
+    dq, dk, dv, *dparams = _gradients(saved, ctx.params, dout, grad_aux or (), ticket, ctx.wanted)
+    return dq, dk, dv, dparams, None, None, None, None
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("ringattn::attention", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _gradients(
+    saved: Sequence[torch.Tensor],
+    params: int,
+    dout: torch.Tensor | None,
+    grad_aux: Sequence[torch.Tensor | None],
+    ticket: torch.Tensor,
+    wanted: Flags,
+) -> list[torch.Tensor | None]:
+    """The gradients of q, k, v and the params, None where none is wanted."""
+    q, k, v, *rest = saved
+    named, results = rest[:params], rest[params:]
+    given = list(grad_aux) or [None] * (len(results) - 1)
+    grads = torch.ops.ringattn.attention_backward.default(q, k, v, named, results, dout, given, ticket, wanted)
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = Once.apply("ringattn.attention", len(saved), *saved, *grads)  # type: ignore[no-untyped-call]
+    found_ones = iter(grads)
+    return [next(found_ones) if there else None for there in wanted]
+
+
+def _plain(device: str) -> contextlib.ExitStack:
+    """Without autograd, which is ours, and without autocast: what is computed in float32 is so on purpose."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+    if torch.is_autocast_enabled(device):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack

@@ -94,13 +94,26 @@ class Transport(ABC):
         self._calls = 0
 
     def next_call(self) -> int:
-        """A number for a call. Ranks make the same calls in the same order, so the same call has the same number."""
-        self._calls += 1
+        """A number for a call. Ranks make the same calls in the same order, so the same call has the same number.
+
+        0 where no rank compares it with another's.
+        """
+        self._calls += self.agrees
         return self._calls
 
     def forget_calls(self) -> None:
         """Starts numbering again, after a disagreement that every rank has seen: their numbers may differ by now."""
         self._calls = 0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is anybody to agree with."""
+        return self.agreement and self.size > 1
+
+    @property
+    def control_device(self) -> torch.device:
+        """Where the buffers of small exchanges about calls must lie."""
+        return torch.device("cpu")
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:

@@ -26,6 +26,10 @@ class TorchDistributed(Transport):
         on = self.backend != "nccl" if agreement is None else agreement
         super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group), agreement=on)
 
+    @property
+    def control_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
     def refusal(self, device: torch.device) -> str | None:
         if self.backend == "gloo" and device.type != "cpu":
             return (

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ringattn
-from ringattn import functional
 from ringattn.kernels import onednn
+from ringattn.runtime.request import Request
 from ringattn.sharding import Sharding
 from ringattn.training.config import Config
 from ringattn.training.data import Corpus, read_corpus
@@ -70,7 +70,7 @@ def train(_: Worker, length: int, steps: int) -> Steps:
     spec.loader.exec_module(trainer)
     planning = Stopwatch()
     Sharding.spans.func = planning.wrap(Sharding.spans.func)  # type: ignore[attr-defined]
-    functional._prepared = planning.wrap(functional._prepared)
+    Request._prepared = planning.wrap(Request._prepared)  # type: ignore[method-assign]
     onednn._lowered = planning.wrap(onednn._lowered)
 
     config = replace(Config(), length=length)

@@ -1,0 +1,195 @@
+"""A request: the arguments of one attention call, checked, and made into a `Call` that is kept for the next time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+
+from ringattn.errors import InputError, UnsupportedError
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.choice import chosen
+from ringattn.masks import Mask, checked
+from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.plans.planning import plan
+from ringattn.plans.steps import Plan
+from ringattn.runtime import agreement
+from ringattn.runtime.call import Call
+from ringattn.runtime.spelling import spelled
+from ringattn.schedules.base import Schedule
+from ringattn.sharding import Sharding
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What `attention` was asked for, but for the tensors.
+
+    Attributes:
+        kv_sharding: None where the keys are sharded as the queries are.
+    """
+
+    mask: Mask
+    sharding: Sharding
+    kv_sharding: Sharding | None
+    mechanism: Mechanism
+    schedule: Schedule | str
+    kernel: Kernel | str
+
+    @property
+    def kv(self) -> Sharding:
+        """Who holds the keys."""
+        return self.sharding if self.kv_sharding is None else self.kv_sharding
+
+    def check_kinds(self, return_lse: object = False, **tensors: object) -> None:
+        """Raises InputError where an argument is not even of the kind that is needed."""
+        if not isinstance(self.sharding, Sharding):
+            raise InputError(f"attention needs a ringattn.Sharding; got {self.sharding!r}.")
+        for name, x in tensors.items():
+            if not isinstance(x, torch.Tensor):
+                raise InputError(f"{name} must be a tensor; got {type(x).__name__}.")
+        checked(self.mask)
+        if not isinstance(self.kv, Sharding):
+            raise InputError(f"kv_sharding must be a ringattn.Sharding; got {self.kv!r}.")
+        if not isinstance(self.mechanism, Mechanism):
+            raise InputError(
+                f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {self.mechanism!r}."
+            )
+        if not isinstance(self.schedule, (str, Schedule)):
+            raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {self.schedule!r}.")
+        if not isinstance(self.kernel, (str, Kernel)):
+            raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {self.kernel!r}.")
+        if not isinstance(return_lse, bool):
+            raise InputError(f"return_lse is True or False; got {return_lse!r}.")
+        if return_lse and "lse" not in self.mechanism.extras:
+            raise UnsupportedError(f"{self.mechanism} has no log-sum-exp to return; leave return_lse out.")
+
+    def numbered_call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[int, Call]:
+        """The call and its number among those of its ranks.
+
+        It is planned, verified and kept by the sharding until 64 others have been asked for since.
+        """
+        number = self.sharding.mesh.connected().next_call()
+        kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout)
+        tensors = (q, k, v, *self.mechanism.params.values())
+        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
+        key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, wanted, shapes)
+        call = self.sharding.calls.get(key)
+        if call is None:
+            call = self._prepared(self._problem(q, k, v), wanted)
+            self.sharding.calls.keep(key, call)
+        return number, call
+
+    def refuse(self, error: Exception) -> None:
+        """Tells the other ranks of the call, where they can be told, that this one will not take part."""
+        for sharding in (self.sharding, self.kv_sharding):
+            if isinstance(sharding, Sharding) and sharding.mesh.transport is not None:
+                agreement.refuse(sharding.mesh.transport, error)
+                return
+
+    def explain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+        """What the call would do, in words."""
+        problem = self._problem(q, k, v)
+        planned = self._planned(problem)
+        taken, reason = chosen(self.kernel, _with_partial(problem, planned))
+        return f"{planned.explain()}\n  layout: {self.sharding.reason}\n  kernel {taken}: {reason}"
+
+    def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
+        """Planned, verified, and everything else that can be known before the tensors."""
+        transport = self.sharding.mesh.connected()
+        refusal = transport.refusal(problem.device)
+        if refusal is not None:
+            raise UnsupportedError(refusal)
+        own = self._planned(problem)
+        own.verify()
+        problem = _with_partial(problem, own)
+        kernel, _ = chosen(self.kernel, problem)
+        return Call(own, problem, kernel, transport, self._fields(problem, wanted), wanted, self._spelling())
+
+    def _spelling(self) -> tuple[list[float], str]:
+        """The mechanism as the ops take it, for their fakes; empty where it has no text."""
+        numbers: list[float] = []
+        try:
+            return numbers, spelled(self.mechanism, numbers)
+        except InputError:
+            return [], ""
+
+    def _planned(self, problem: Problem) -> Plan:
+        return plan(
+            self.mask,
+            self.sharding,
+            self.schedule,
+            self.kv,
+            heads=(problem.heads, problem.kv_heads),
+            head_dims=(problem.dim, problem.value_dim),
+            dtype=problem.dtype,
+            batch=problem.batch,
+            mechanism=problem.mechanism,
+        )
+
+    def _fields(self, problem: Problem, wanted: tuple[bool, ...]) -> dict[str, str]:
+        """What the ranks must agree on, for `agreement`."""
+        own, kv = self.sharding, self.kv
+        heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
+        return {
+            "shapes": f"{problem.batch} x {heads} heads of {dims}, {own.length} queries, {kv.length} keys",
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "mask": self.mask.signature(own.length, kv.length),
+            "layout": own.signature if kv == own else f"{own.signature}, keys {kv.signature}",
+            "schedule": self.schedule if isinstance(self.schedule, str) else repr(self.schedule),
+            "mechanism": self.mechanism.text,
+            "gradients": " ".join(itertools.compress(("q", "k", "v", *self.mechanism.params), wanted)) or "none",
+        }
+
+    def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
+        """The problem the tensors pose, or an error that shows the whole call."""
+        call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        _check_tensors(q, k, v, call)
+        for x, owner, what in ((q, self.sharding, "queries"), (k, self.kv, "keys")):
+            if x.shape[2] != owner.count:
+                raise InputError(
+                    f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
+                    f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
+                )
+        problem = problem_of(self.mechanism.without_tensors, q, k, v)
+        self.mechanism.check(problem, self.sharding.count, self.kv.length)
+        return problem
+
+
+def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> Problem:
+    """The problem of these tensors' shapes."""
+    batch, heads, _, dim = q.shape
+    return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device, **more)
+
+
+def wanted_gradients(*inputs: torch.Tensor) -> tuple[bool, ...]:
+    """Which of q, k, v and the params need gradients."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and x.requires_grad for x in inputs)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) -> None:
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        raise InputError(f"attention takes [batch, heads, tokens, dim]; got {call}.")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise InputError(f"q, k and v must have one dtype and device; got {said}.")
+    if q.dtype not in _DTYPES:
+        raise InputError(f"attention computes float64, float32, bfloat16 and float16; got {q.dtype}.")
+    batch, heads, _, dim = q.shape
+    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
+        raise InputError(f"q, k, v must be [B, Hq, S, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]; got {call}.")
+    if not min(batch, heads, k.shape[1], dim, v.shape[3]):
+        raise InputError(f"The batch, the heads and their dims must not be empty; got {call}.")
+    if heads % k.shape[1]:
+        raise InputError(f"Query heads must be a multiple of key heads; got {heads} and {k.shape[1]}.")
+
+
+def _with_partial(problem: Problem, plan: Plan) -> Problem:
+    """The problem, with what partial tiles are evaluated by where there are any."""
+    return dataclasses.replace(problem, allows=plan.mask.allows) if len(plan.partial) else problem
