@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,17 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of the suite's own: it neither reads nor writes the user's rates."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def gloo() -> Iterator[Workers]:
+def gloo(cache: Path) -> Iterator[Workers]:
     """Four Gloo ranks, shared by all tests of the session."""
     workers = Workers()
     yield workers

@@ -14,7 +14,6 @@ from ringattn import checking
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 
-
 api: Any = ringattn  # called with what its types forbid
 
 

@@ -263,7 +263,7 @@ def test_autocast_outside_changes_nothing_inside(mechanism: Any) -> None:
 def test_hard_gives_nan_where_a_score_is_nan_and_nowhere_else() -> None:
     q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
     k[0, 0, 3, 0] = torch.nan
-    for kernel in ("auto", ringattn.kernels.reference.Reference(rows=2, columns=2)):  # type: ignore[attr-defined]
+    for kernel in ("auto", ringattn.kernels.reference.Reference(rows=2, columns=2)):
         sharding = ringattn.Sharding(8, ringattn.init())
         out = ringattn.attention(
             q, k, v, ringattn.Causal(), sharding=sharding, mechanism=ringattn.Hard(), kernel=kernel

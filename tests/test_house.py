@@ -45,8 +45,12 @@ MAY: dict[str, str] = {
     "mechanisms.*": "errors mechanisms.base mechanisms.dropout",
     "kernels.base": "mechanisms.base plans.tiles",
     "kernels.lowering": "bands plans.tiles",
-    "kernels.choice": "errors mechanisms.base kernels.base kernels.chunked kernels.onednn kernels.reference "
-    "kernels.sdpa",
+    "kernels.machine": "kernels.base",
+    "kernels.rates": "bands layouts mechanisms.base plans.steps",
+    "kernels.store": "kernels.machine kernels.rates",
+    "kernels.trial": "mechanisms.base plans.tiles kernels.base kernels.rates",
+    "kernels.choice": "errors naming mechanisms.base kernels kernels.base kernels.machine kernels.rates kernels.store "
+    "kernels.trial",
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
     "transports.*": "errors transports.base",
@@ -56,8 +60,8 @@ MAY: dict[str, str] = {
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
     "runtime.call": "handles kernels.base mechanisms.base plans.steps transports.base runtime.agreement",
-    "runtime.request": "errors masks sharding kernels.base kernels.choice mechanisms.base plans.planning plans.steps "
-    "runtime.agreement runtime.call runtime.spelling schedules.base",
+    "runtime.request": "errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base plans.planning "
+    "plans.steps runtime.agreement runtime.call runtime.spelling schedules.base",
     "runtime.engine": "mechanisms.base plans.steps transports.base payloads.base payloads.keys payloads.summaries "
     "runtime.call",
     "runtime.op": "handles runtime.call runtime.engine runtime.request runtime.spelling runtime.transforms",

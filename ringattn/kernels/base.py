@@ -7,6 +7,7 @@ keys and values, in any strides but the last, which is 1. Tiles index their dim 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -15,7 +16,13 @@ from ringattn.plans.tiles import Tiles
 
 
 class Kernel(ABC):
-    """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.derive`)."""
+    """Computes tiles. Stateless; what it works out about tiles it keeps with them (`Tiles.memo`).
+
+    Attributes:
+        version: another number where the kernel's speed has changed, so that it is measured again.
+    """
+
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def supports(self, problem: Problem) -> bool:

@@ -1,38 +1,104 @@
-"""Which kernel computes a problem, and why."""
+"""Which kernel computes a problem, and why: as asked for by name, or as measured on this machine."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import UnsupportedError
+from ringattn.kernels import MEMBERS
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.chunked import Chunked
-from ringattn.kernels.onednn import OneDNN
-from ringattn.kernels.reference import Reference
-from ringattn.kernels.sdpa import Sdpa
-from ringattn.mechanisms.base import Problem
+from ringattn.kernels.machine import Machine
+from ringattn.kernels.rates import Rates, Work, Workload
+from ringattn.kernels.store import Store
+from ringattn.kernels.trial import measure
+from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.naming import named
 
-CANDIDATES: tuple[Kernel, ...] = (OneDNN(), Sdpa(), Chunked(), Reference())
-"""What ``auto`` chooses from, fastest first; the last can do everything."""
+Measure = Callable[[Sequence[Kernel], Mechanism, Workload], Rates]
+Decide = Callable[[str, Callable[[], int]], int]
+"""Takes a subject and what chooses a number; returns the number that all ranks take."""
 
 
-def chosen(kernel: Any, problem: Problem) -> tuple[Kernel, str]:
+def stored(kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) -> Rates:
+    """The rates in the user's cache directory, measured where there are none."""
+    machine = Machine.here(kernels)
+    return Store.of_user().found_or_measured(machine, workload, lambda: measure(kernels, mechanism, workload))
+
+
+def chosen(
+    kernel: Any,
+    problem: Problem,
+    work: Work | None = None,
+    *,
+    decide: Decide = lambda _, choose: choose(),
+    rates: Measure = stored,
+) -> tuple[Kernel, str]:
     """The kernel and the reason. A kernel asked for by name is taken or refused, never replaced.
+
+    ``auto`` measures where two fast kernels or more support the mechanism and the work is large enough; otherwise, and
+    where the fastest refuses the problem, it goes by the order of ``MEMBERS``.
+
+    Args:
+        kernel: a kernel, its name, or ``auto``.
+        work: what the call's tiles are like; None where that is not known, and nothing is measured.
+        decide: how the ranks of a call take the same kernel; called on all of them, or on none. One rank decides alone.
+        rates: measures kernels, or knows what was measured.
 
     Raises:
         UnsupportedError: the kernel asked for cannot do the problem; says what of it.
     """
-    named = {str(candidate): candidate for candidate in CANDIDATES}
     if kernel == "auto":
-        refusals = [(candidate, candidate.refusal(problem)) for candidate in CANDIDATES if candidate.supports(problem)]
-        taken = next(candidate for candidate, refusal in refusals if refusal is None)
-        words = "; ".join(itertools.takewhile(bool, (refusal or "" for _, refusal in refusals)))
-        return taken, f"auto fell to it: {words}" if words else "auto took the fastest kernel for this mechanism"
-    asked = named.get(kernel) if isinstance(kernel, str) else kernel
-    if not isinstance(asked, Kernel):
-        raise InputError(f"kernel must be a Kernel or one of {['auto', *named]}; got {kernel!r}.")
+        return _auto(problem, work, decide, rates)
+    asked = named("kernel", kernel, Kernel, MEMBERS, also=("auto",))
     refusal = asked.refusal(problem)
     if refusal is not None:
         raise UnsupportedError(f"{refusal}. Use kernel='reference', or 'auto', which takes what can do it.")
     return asked, "as asked"
+
+
+def contenders(problem: Problem) -> list[Kernel]:
+    """The kernels written for this mechanism and device that do not refuse it; not the last, which does everything."""
+    fast = (member() for member in MEMBERS[:-1])
+    return [kernel for kernel in fast if kernel.supports(problem) and kernel.refusal(problem) is None]
+
+
+def _auto(problem: Problem, work: Work | None, decide: Decide, rates: Measure) -> tuple[Kernel, str]:
+    order = [member() for member in MEMBERS]
+    reason = "auto took the fastest kernel for this mechanism"
+    # What decides whether to measure is the same on every rank. Whether a tile asks a predicate is not.
+    workload = None if work is None else Workload.from_problem(problem, work)
+    if workload is not None and sum(kernel.supports(problem) for kernel in order[:-1]) > 1:
+        known: list[Rates] = []
+
+        def choose() -> int:
+            able = contenders(problem.without_partial)
+            if len(able) > 1:
+                known.append(rates(able, problem.mechanism, workload))
+            best = known[0].best if known else str(able[0] if able else order[-1])
+            return [str(kernel) for kernel in order].index(best)
+
+        first = order.pop(decide(f"kernel for {workload}", choose))
+        order.insert(0, first)
+        reason = _reason(str(first), known[0] if known else None)
+    return _first(order, problem, reason)
+
+
+def _reason(name: str, rates: Rates | None) -> str:
+    if rates is None:
+        return f"auto took {name}, as rank 0 did"
+    if rates.best != name:
+        return f"auto took {name}, as rank 0 did; measured here: {rates}"
+    return f"auto took the fastest, as measured here: {rates}"
+
+
+def _first(order: Sequence[Kernel], problem: Problem, reason: str) -> tuple[Kernel, str]:
+    """The first that does not refuse the problem."""
+    refusals: list[str] = []
+    for kernel in order:
+        refusal = kernel.refusal(problem)
+        if refusal is None:
+            return kernel, f"auto fell to it: {'; '.join(refusals)}" if refusals else reason
+        if kernel.supports(problem):
+            refusals.append(refusal)
+    raise UnsupportedError("; ".join(refusals))

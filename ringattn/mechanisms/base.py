@@ -42,6 +42,7 @@ class Problem:
         seed: for mechanisms that draw random numbers.
         allows: asked for the pairs of partial tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
             where the mask is made of bands alone.
+        constants: those of q, k, v and the params whose gradients nobody asked for: they need not be computed.
     """
 
     mechanism: Mechanism
@@ -55,6 +56,16 @@ class Problem:
     params: Params = dataclasses.field(default_factory=dict)
     seed: int = 0
     allows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.bool_]] | None = None
+    constants: frozenset[str] = frozenset()
+
+    def wants(self, *names: str) -> bool:
+        """Whether the gradient of any of these is asked for."""
+        return not self.constants.issuperset(names)
+
+    @property
+    def without_partial(self) -> Problem:
+        """The same for a mask of bands alone."""
+        return self if self.allows is None else dataclasses.replace(self, allows=None)
 
     @property
     def accumulator(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -69,6 +69,30 @@ def check(transport: Transport, fields: Mapping[str, str]) -> None:
         f"The ranks of one call were called with different arguments: they differ in {' and '.join(problems)}. "
         f"Call with the same arguments on every rank."
     )
+
+
+def decide(transport: Transport, fields: Mapping[str, str], subject: str, choose: Callable[[], int]) -> int:
+    """The same number, below 2^63, on all ranks: what rank 0 chooses the first time they decide on this subject.
+
+    Every rank calls it for the same subjects in the same order, with the fields of the call it is for. A rank that
+    refuses the call is heard here.
+
+    Raises:
+        AgreementError: on every rank alike, where they do not prepare the same call.
+    """
+    if subject not in transport.decisions:
+        own = choose() if transport.rank == 0 else 0
+        if transport.size > 1:
+            check(transport, {**fields, "call": "choice"})
+            own = int.from_bytes(_exchanged(transport, own.to_bytes(8, "little"), subject)[0], "little")
+        transport.decisions[subject] = own
+    return transport.decisions[subject]
+
+
+def decided(transport: Transport | None, subject: str, choose: Callable[[], int]) -> int:
+    """What the ranks have decided or, where they have not yet, what this one chooses. Sends nothing."""
+    own = choose()
+    return own if transport is None else transport.decisions.get(subject, own)
 
 
 def refuse(transport: Transport, error: Exception) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import torch
 
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
+from ringattn.kernels.rates import Work
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.plans.planning import plan
@@ -87,6 +89,8 @@ class Request:
 
     def refuse(self, error: Exception) -> None:
         """Tells the other ranks of the call, where they can be told, that this one will not take part."""
+        if isinstance(error, AgreementError):
+            return  # every rank has seen it
         for sharding in (self.sharding, self.kv_sharding):
             if isinstance(sharding, Sharding) and sharding.mesh.transport is not None:
                 agreement.refuse(sharding.mesh.transport, error)
@@ -96,7 +100,9 @@ class Request:
         """What the call would do, in words."""
         problem = self._problem(q, k, v)
         planned = self._planned(problem)
-        taken, reason = chosen(self.kernel, _with_partial(problem, planned))
+        problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
+        decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
+        taken, reason = chosen(self.kernel, problem, Work.from_plan(planned), decide=decide)
         return f"{planned.explain()}\n  layout: {self.sharding.reason}\n  kernel {taken}: {reason}"
 
     def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
@@ -107,9 +113,10 @@ class Request:
             raise UnsupportedError(refusal)
         own = self._planned(problem)
         own.verify()
-        problem = _with_partial(problem, own)
-        kernel, _ = chosen(self.kernel, problem)
-        return Call(own, problem, kernel, transport, self._fields(problem, wanted), wanted, self._spelling())
+        problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
+        decide = functools.partial(agreement.decide, transport, fields)
+        kernel, _ = chosen(self.kernel, problem, Work.from_plan(own), decide=decide)
+        return Call(own, problem, kernel, transport, fields, wanted, self._spelling())
 
     def _spelling(self) -> tuple[list[float], str]:
         """The mechanism as the ops take it, for their fakes; empty where it has no text."""
@@ -190,6 +197,8 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str)
         raise InputError(f"Query heads must be a multiple of key heads; got {heads} and {k.shape[1]}.")
 
 
-def _with_partial(problem: Problem, plan: Plan) -> Problem:
-    """The problem, with what partial tiles are evaluated by where there are any."""
-    return dataclasses.replace(problem, allows=plan.mask.allows) if len(plan.partial) else problem
+def _completed(problem: Problem, plan: Plan, wanted: tuple[bool, ...]) -> Problem:
+    """The problem, with what partial tiles are evaluated by where there are any, and what needs no gradient."""
+    inputs = ("q", "k", "v", *problem.mechanism.params)
+    constants = frozenset(name for name, there in zip(inputs, wanted, strict=True) if not there)
+    return dataclasses.replace(problem, allows=plan.mask.allows if len(plan.partial) else None, constants=constants)

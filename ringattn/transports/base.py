@@ -83,6 +83,7 @@ class Transport(ABC):
         agreement: whether a digest of each call is exchanged and compared before its payload.
         counters: what this rank has moved.
         buffers: this rank's reusable buffers.
+        decisions: what its ranks have decided on together, by subject.
     """
 
     def __init__(self, rank: int, size: int, agreement: bool) -> None:
@@ -91,6 +92,7 @@ class Transport(ABC):
         self.agreement = agreement
         self.counters = Counters()
         self.buffers = Buffers()
+        self.decisions: dict[str, int] = {}
         self._calls = 0
 
     def next_call(self) -> int:
