@@ -90,17 +90,33 @@ def expand(counts: Array) -> tuple[Array, Array]:
 def overlaps(a0: Array, a1: Array, b0: Array, b1: Array) -> tuple[Array, Array]:
     """Index pairs (i, j) with ``[a0[i], a1[i])`` and ``[b0[j], b1[j])`` overlapping; `b` in any order.
 
-    One sort and two binary searches: a running maximum of the stops bounds from below which sorted intervals
-    can still reach each start. With disjoint intervals nothing superfluous is generated.
+    Pairs come in the order of i, then of b0[j]. The cost is that of a few sorts of the intervals and of the pairs that
+    overlap, however long single intervals are.
     """
     order = np.argsort(b0, kind="stable")
-    starts, reach = b0[order], np.maximum.accumulate(b1[order]) if len(b1) else b1
-    first = np.searchsorted(reach, a0, side="right")
+    starts, stops = b0[order], b1[order]
     last = np.searchsorted(starts, a1, side="left")
-    i, nth = expand(np.maximum(last - first, 0))
-    j = order[first[i] + nth]
+    if (stops[1:] >= stops[:-1]).all():  # none reaches beyond a later one: those that overlap lie behind one another
+        first = np.searchsorted(stops, a0, side="right")
+        i, nth = expand(np.maximum(last - first, 0))
+        j = order[first[i] + nth]
+    else:
+        i, j = _crossing(a0, starts, stops, last)
+        at = np.argsort(i * len(order) + j)
+        i, j = i[at], order[j[at]]
     hit = (a0[i] < b1[j]) & (b0[j] < a1[i])
-    return i[hit], j[hit]
+    return (i, j) if hit.all() else (i[hit], j[hit])
+
+
+def _crossing(a0: Array, starts: Array, stops: Array, last: Array) -> tuple[Array, Array]:
+    """Of two intervals that overlap, one begins within the other: first those of b within one of a, then the others."""
+    first = np.searchsorted(starts, a0, side="left")
+    within, nth = expand(np.maximum(last - first, 0))
+    order = np.argsort(a0, kind="stable")
+    begin = np.searchsorted(a0[order], starts, side="right")
+    end = np.searchsorted(a0[order], stops, side="left")
+    around, ith = expand(np.maximum(end - begin, 0))
+    return np.concatenate([within, order[begin[around] + ith]]), np.concatenate([first[within] + nth, around])
 
 
 def intersect(a: Regions, b: Regions) -> Regions:

@@ -73,6 +73,17 @@ def test_overlaps_finds_every_overlapping_pair(a: list[tuple[int, int]], b: list
     assert sorted(found) == wanted
 
 
+def test_one_long_interval_among_many_short_ones_costs_no_more_than_what_overlaps() -> None:
+    count = 200_000  # squared, 300 GB
+    start = np.append(0, np.arange(count))
+    stop = np.append(count, np.arange(count) + 1)
+    i, j = bands.overlaps(start, stop, start, stop)
+    assert len(i) == (count + 1) + count + count  # the long one with all, each with the long one, each with itself
+    assert np.array_equal(i, np.sort(i))
+    short = (i > 0) & (j > 0)
+    assert np.array_equal(i[short], j[short])
+
+
 def test_many_regions_are_removed_in_order_n_log_n() -> None:
     count = 20_000
     edges = np.arange(count + 1) * 7

@@ -149,9 +149,9 @@ def _held(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple
     Keys taken with a step (of shardings of unequal strides) may so come to lie at uneven distances: such a tile is
     taken apart into its columns.
     """
-    tile, nth = bands.expand(rows[:, tiles.N])
-    stepped = (rows[:, tiles.K_STEP] > 1) & (rows[:, tiles.N] > 1)
-    tile, nth = tile[stepped[tile]], nth[stepped[tile]]
+    stepped = np.flatnonzero((rows[:, tiles.K_STEP] > 1) & (rows[:, tiles.N] > 1))
+    tile, nth = bands.expand(rows[stepped, tiles.N])
+    tile = stepped[tile]
     at = buffers.row(phases[tile], owners[tile], rows[tile, tiles.K] + nth * rows[tile, tiles.K_STEP])
     out = rows.copy()
     out[:, tiles.K] = buffers.row(phases, owners, rows[:, tiles.K])

@@ -1,4 +1,7 @@
-"""How long `Route` plans of packed tokens take to make; with ``--balance``, how even layouts are and what they move."""
+"""How long `Route` plans of packed tokens take to make; with ``--balance``, how even layouts are and what they move.
+
+With ``--scale``, what the largest plans cost in CPU time and memory.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ import ringattn
 from ringattn.advice.comparison import tile_count
 from ringattn.cli import options as shared
 from ringattn.masks import Causal, Documents, Mask, Window
+from scripts.benchmarks import scale
 from scripts.benchmarks.cases import GENERATORS, documents, packed, prefixed
 
 LENGTH, DOCUMENTS, RANKS = 1_048_576, 10_000, (128, 1024)
@@ -32,6 +36,7 @@ AT_ONCE = 2_000_000  # tiles; with more, ranks are planned one after the other, 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench plan", description=__doc__)
     parser.add_argument("--balance", action="store_true", help="print balance and traffic of layouts, not times")
+    parser.add_argument("--scale", action="store_true", help="print the CPU time and memory of large plans")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens (default {LENGTH})")
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default 128 and 1024 for times, 8, 64 and 128 for balance"
@@ -48,6 +53,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    if options.scale:
+        return scale.report(options.json)
     if options.balance:
         return balance(options)
     return times(options)

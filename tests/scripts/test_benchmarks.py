@@ -14,7 +14,7 @@ import torch
 
 import ringattn
 from ringattn import bands
-from scripts.benchmarks import attention, overlap, plan
+from scripts.benchmarks import attention, overlap, plan, scale
 from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
 from scripts.benchmarks.contestants import collect, prepare_ringattn, prepare_sdpa
 from scripts.benchmarks.memory import Call, measure
@@ -86,6 +86,15 @@ def test_plans_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert [x["ranks"] for x in figures["planning"]] == [x["ranks"] for x in figures["verifying"]] == [5, 3]
     assert all(x["all_ranks"] > 0 and x["same"] for x in figures["planning"])
     assert all(0 < x["one"] < x["together"] for x in figures["verifying"])
+
+
+def test_large_plans_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scale, "CASES", scale.CASES[:1])
+    monkeypatch.setattr(sys, "argv", ["plan", "--scale", "--json", str(tmp_path / "scale.json")])
+    plan.main()
+    (cost,) = json.loads((tmp_path / "scale.json").read_text())
+    assert cost["name"] == scale.CASES[0].name
+    assert cost["seconds"] > 0 and 0 < cost["more_megabytes"] < cost["peak_megabytes"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
