@@ -64,7 +64,10 @@ class Sharding(Handled):
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "calls": Recent(PLANS)}
+        return {name: getattr(self, name) for name in ("length", "mesh", "layout", "reason")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, calls=Recent(PLANS))
 
     @functools.cached_property
     def spans(self) -> Array:
