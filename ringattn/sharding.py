@@ -19,7 +19,7 @@ from ringattn.masks import Mask
 from ringattn.mesh import Mesh
 from ringattn.recent import Recent
 from ringattn.runtime import agreement
-from ringattn.runtime.transforms import refuse_transforms
+from ringattn.runtime.transforms import Once, refuse_transforms
 
 PLANS = 64  # calls that differ, kept by a sharding
 
@@ -181,7 +181,10 @@ class _Join(torch.autograd.Function):
         total = incoming[0].to(wide, copy=True)
         for part in incoming[1:]:
             total += part
-        return total.to(grad.dtype), None, None
+        total = total.to(grad.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            (total,) = Once.apply("Sharding.join", 1, grad, total)  # type: ignore[no-untyped-call]
+        return total, None, None
 
 
 def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:

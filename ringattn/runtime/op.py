@@ -211,17 +211,18 @@ class Attention(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Tensors]) -> None:
-    q, k, v, params, ticket, _, _, wanted = inputs
+    q, k, v, params, ticket, numbers, _, wanted = inputs
     out, aux = output
     ctx.save_for_backward(ticket, q, k, v, *params, torch._lazy_clone(out), *aux)  # as in `Attention`
     ctx.params, ctx.wanted = len(params), wanted
+    ctx.no_numbers = None if numbers else []  # torch takes an empty list for one of tensors
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, grad_aux: list[torch.Tensor | None] | None) -> tuple[Any, ...]:
     ticket, *saved = ctx.saved_tensors
     dq, dk, dv, *dparams = _gradients(saved, ctx.params, dout, grad_aux or (), ticket, ctx.wanted)
-    return dq, dk, dv, dparams, None, None, None, None
+    return dq, dk, dv, dparams, None, ctx.no_numbers, None, None
 
 
 torch.library.register_autograd("ringattn::attention", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,4 +1,8 @@
-"""The supporting parts of `launch/train.py`: a model, its data, what a run shows and writes.
+"""What training takes from this package, and the supporting parts of `launch/train.py`.
 
 The trainer is where to start reading; what sharding asks of a training loop is all in there.
 """
+
+from ringattn.training.checkpointing import save_attention
+
+__all__ = ["save_attention"]
