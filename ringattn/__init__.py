@@ -1,6 +1,6 @@
 """ringattn: exact attention over sequences too long for one device. See README.md."""
 
-from ringattn import reference
+from ringattn import conformance, reference
 from ringattn.errors import (
     AgreementError,
     DeadlockError,
@@ -71,6 +71,7 @@ __all__ = [
     "Zigzag",
     "attention",
     "balance",
+    "conformance",
     "explain",
     "init",
     "lower_bound",

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn import reference
-from tests.conformance import (
-    Case,
-    cases,
-    cross_cases,
-    errors,
-    lengths_of_documents,
-    oracle,
-    simulated,
-    single_device,
-)
+from ringattn.conformance import Case, errors, oracle, simulated
+from tests.conformance import cases, cross_cases, lengths_of_documents, single_device
 
 many = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMIT = {torch.float64: 1e-14, torch.float32: 1e-6}

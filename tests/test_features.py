@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ringattn
 from ringattn import reference
+from ringattn.conformance import FEATURES, Case, attend, errors, joined, oracle, simulated
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.mechanisms.dropout import kept
-from tests.conformance import FEATURES, Case, errors, gathered, local_run, oracle, simulated
 from tests.workers import Workers
 
 EVERY = frozenset(FEATURES)
@@ -110,7 +110,7 @@ def test_features_and_mechanisms_on_gloo(gloo: Workers, ranks: int, schedule: st
         Case(90, packed, mechanism="linear", layout="striped", value_dim=5),
     ):
         case = dataclasses.replace(case, ranks=ranks, schedule=schedule)
-        found, virtual = gathered(case, gloo.run(ranks, local_run, case)), simulated(case)
+        found, virtual = joined(case, gloo.run(ranks, attend, case)), simulated(case)
         assert all(torch.equal(found[name], virtual[name]) for name in found)
         assert max(errors(found, oracle(case)).values()) <= 1e-6
 
@@ -134,10 +134,10 @@ def test_hard_ties_go_to_the_first_key_on_any_ranks(layout: str) -> None:
 
 
 def test_large_tables_are_read_in_bounded_parts() -> None:
-    """A bias is never expanded over the batch, nor gathered from other ranks."""
+    """A bias is never expanded over the batch, nor joined from other ranks."""
     case = Case(300, ringattn.Causal(), ranks=3, batch=2, groups=2, features=frozenset({"bias"}))
-    moved = ringattn.simulate(local_run, case, ring=3).traffic
-    plain = ringattn.simulate(local_run, dataclasses.replace(case, features=frozenset(), kernel="reference"), ring=3)
+    moved = ringattn.simulate(attend, case, ring=3).traffic
+    plain = ringattn.simulate(attend, dataclasses.replace(case, features=frozenset(), kernel="reference"), ring=3)
     assert [t.sent_bytes for t in moved] == [t.sent_bytes for t in plain.traffic]
 
 

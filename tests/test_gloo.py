@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ringattn
+from ringattn.conformance import Case, attend, errors, joined, oracle, simulated
+from ringattn.conformance.drawing import SCHEDULES
 from ringattn.schedules.base import Schedule
-from tests.conformance import SCHEDULES, Case, errors, gathered, local_run, oracle, simulated
 from tests.workers import Workers
 
 CASES = [
@@ -28,7 +29,7 @@ CASES = [
 def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers, ranks: int, schedule: Schedule) -> None:
     for case in CASES:
         case = dataclasses.replace(case, ranks=ranks, schedule=schedule)
-        found = gathered(case, gloo.run(ranks, local_run, case))
+        found = joined(case, gloo.run(ranks, attend, case))
         virtual = simulated(case)
         assert all(torch.equal(found[name], virtual[name]) for name in found)
         if case.dtype != torch.bfloat16:
@@ -40,7 +41,7 @@ def _count_bytes(mesh: ringattn.Mesh, case: Case) -> tuple[tuple[int, int, int],
     sharding = ringattn.Sharding(case.length, mesh, case.layout, case.mask)
     assert mesh.transport is not None
     before = dataclasses.replace(mesh.transport.counters)
-    local_run(mesh, case)
+    attend(mesh, case)
     after = mesh.transport.counters
     heads = (case.kv_heads * case.groups, case.kv_heads)
     plan = ringattn.plan(

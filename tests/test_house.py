@@ -69,6 +69,14 @@ MAY: dict[str, str] = {
     "payloads.*": "mechanisms.base plans.steps plans.tiles transports.base runtime.call payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "
     "runtime.spelling runtime.transforms schedules.base",
+    "conformance.battery": "checking conformance.case conformance.drawing conformance.judging conformance.leaks "
+    "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
+    "schedules.base schedules.scan simulator",
+    "conformance.case": "errors kernels.base layouts masks mechanisms naming schedules.base",
+    "conformance.drawing": "conformance.case kernels layouts masks schedules.base schedules.ring schedules.route",
+    "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
+    "conformance.leaks": "conformance.case conformance.running",
+    "conformance.running": "conformance.case errors functional mesh plans.planning plans.steps sharding simulator",
     "saving": "layouts masks mesh sharding",
     "startup": "errors mesh transports.torch_distributed",
     "simulator.transport": "errors transports.base",

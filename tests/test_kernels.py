@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn import bands
+from ringattn.conformance import Case, errors, oracle, simulated
+from ringattn.conformance.drawing import LAYOUTS
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels import onednn
 from ringattn.kernels.base import Kernel
@@ -23,7 +25,6 @@ from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans import tiles
 from ringattn.plans.tiles import Tiles
-from tests.conformance import LAYOUTS, Case, errors, oracle, simulated
 from tests.conformance import masks as any_mask
 
 LIMIT = 1e-6

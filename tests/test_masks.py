@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn import bands, layouts, masks
+from ringattn.conformance.drawing import LAYOUTS
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
 from ringattn.plans import tiles
-from tests.conformance import LAYOUTS
 from tests.conformance import masks as any_mask
 
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
+from ringattn.conformance.drawing import LAYOUTS, SCHEDULES
 from ringattn.errors import InputError, PlanError
 from ringattn.plans import tiles
 from ringattn.plans.steps import RECV_PHASE, SEND_PHASE, Plan
 from ringattn.schedules.base import Schedule
-from tests.conformance import LAYOUTS, SCHEDULES
 from tests.conformance import masks as any_mask
 
 SHAPE: dict[str, Any] = {"heads": (4, 2), "head_dims": (8, 8), "dtype": "float32"}

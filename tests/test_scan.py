@@ -13,10 +13,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ringattn
+from ringattn.conformance import Case, attend, errors, joined, oracle, simulated
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.plans import tiles
 from ringattn.plans.steps import RECV_START, RECV_STOP, SEND_STOP, Plan
-from tests.conformance import Case, errors, gathered, layouts, local_run, masks, oracle, simulated
+from tests.conformance import layouts, masks
 from tests.workers import Workers
 
 SHAPE: dict[str, Any] = {
@@ -148,7 +149,7 @@ CASES = [
 def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers, ranks: int) -> None:
     for case in CASES:
         case = dataclasses.replace(case, ranks=ranks)
-        found, virtual = gathered(case, gloo.run(ranks, local_run, case)), simulated(case)
+        found, virtual = joined(case, gloo.run(ranks, attend, case)), simulated(case)
         assert all(torch.equal(found[name], virtual[name]) for name in found)
         limit = 1e-6 if case.dtype == torch.float32 else 2e-2
         assert max(errors(found, oracle(case)).values()) <= limit
@@ -158,7 +159,7 @@ def _moved(mesh: ringattn.Mesh, length: int) -> tuple[int, int]:
     case = Case(length, ringattn.Causal(), mechanism="linear", kv_heads=2, groups=1)
     assert mesh.transport is not None
     before = mesh.transport.counters.sent_bytes, mesh.transport.counters.received_bytes
-    local_run(mesh, case)
+    attend(mesh, case)
     return mesh.transport.counters.sent_bytes - before[0], mesh.transport.counters.received_bytes - before[1]
 
 

@@ -10,11 +10,14 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-import ringattn
+from ringattn import masks
+from ringattn.conformance import Case
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Mechanism
+from ringattn.mechanisms import MEMBERS, Mechanism
+from ringattn.naming import name_of, named
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence.", min=0)]
 RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence.", min=1)]
@@ -23,14 +26,7 @@ KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many 
 Dim = Annotated[int, typer.Option(help="Size of a query and key.", min=1)]
 ValueDim = Annotated[int | None, typer.Option(help="Size of a value; that of a key unless given.", min=1)]
 Batch = Annotated[int, typer.Option(help="Sequences at once.", min=1)]
-MaskText = Annotated[
-    str,
-    typer.Option(
-        "--mask",
-        help="Which pairs are allowed: full, causal, window:LEFT[,RIGHT], documents:LENGTH,LENGTH,…, prefix:N, "
-        "sinks:N, blocks:SIZE/ROW/ROW/… of 0s and 1s, combined with & | ~ and parentheses.",
-    ),
-]
+MaskText = Annotated[str, typer.Option("--mask", help=f"Which pairs are allowed: {escape(masks.spellings())}.")]
 LayoutName = Annotated[
     str, typer.Option("--layout", help="Who holds which tokens: auto, balanced, contiguous, zigzag or striped.")
 ]
@@ -38,7 +34,9 @@ ScheduleName = Annotated[
     str | None,
     typer.Option("--schedule", help="What moves when: ring, route, scan or auto; all that apply unless given."),
 ]
-MechanismName = Annotated[str, typer.Option("--mechanism", help="What attends: softmax, hard or linear.")]
+MechanismName = Annotated[
+    str, typer.Option("--mechanism", help=f"What attends: {', '.join(map(name_of, MEMBERS))}, or module:Name.")
+]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -62,10 +60,38 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def mechanism_named(name: str) -> Mechanism:
-    known: dict[str, Mechanism] = {"softmax": ringattn.Softmax(), "hard": ringattn.Hard(), "linear": ringattn.Linear()}
-    if name not in known:
-        raise InputError(f"--mechanism must be one of {', '.join(known)}; got {name!r}.")
-    return known[name]
+    return named("--mechanism", name, Mechanism, MEMBERS)
+
+
+def case_of(
+    mask: str,
+    length: int,
+    heads: int,
+    kv_heads: int | None,
+    dim: int,
+    value_dim: int | None,
+    dtype: str,
+    mechanism: str,
+    **more: Any,
+) -> Case:
+    """The attention call that these options name."""
+    shared = kv_heads or heads
+    if heads % shared:
+        raise InputError(
+            f"Query heads must be a multiple of key heads; got {heads} and {shared}. "
+            f"Use --kv-heads {heads}, or a divisor of it."
+        )
+    return Case(
+        length,
+        masks.parse(mask),
+        kv_heads=shared,
+        groups=heads // shared,
+        dim=dim,
+        value_dim=value_dim or dim,
+        dtype=dtype_named(dtype),
+        mechanism=mechanism_named(mechanism),
+        **more,
+    )
 
 
 def schedules_named(name: str | None) -> tuple[str, ...]:

@@ -14,11 +14,13 @@ from rich.table import Table
 import ringattn
 from ringattn import masks, reference
 from ringattn.cli import options
-from ringattn.cli.parity import NAMES, Part, Problem, attend, errors, joined, limits
+from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
 from ringattn.mesh import Mesh
 from ringattn.plans.steps import Plan
 from ringattn.readable import dtype_name, readable_bytes
 from ringattn.transports.base import Transport
+
+NAMES = ("out", "dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,60 +75,55 @@ def simulate(
 
       ringattn simulate --ring 64 --length 16384 --schedule route --json
     """
-    problem = Problem(
-        masks.parse(mask),
-        length,
-        batch,
-        heads,
-        kv_heads or heads,
-        dim,
-        value_dim or dim,
-        options.dtype_named(dtype),
-        backward,
-        seed,
-        options.mechanism_named(mechanism),
-    )
-    plans = {name: _plans(problem, ring, layout, name) for name in _schedules(problem, ring, layout, schedule)}
+    given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
+    case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, **given)
+    cases = [dataclasses.replace(case, schedule=name) for name in _schedules(case, schedule)]
+    planned = [_plans(each) for each in cases]
     started = time.perf_counter()
-    expected = _oracle(problem)
+    answer = _oracle(case)
     oracle_seconds = time.perf_counter() - started
-    bounds = limits(problem, ring, expected)
-    outcomes = [_run(problem, layout, name, plans[name], expected, bounds) for name in plans]
+    bounds = _shown(limits(case, answer))
+    outcomes = [_run(each, plans, answer, bounds) for each, plans in zip(cases, planned, strict=True)]
     if as_json:
-        options.print_json(_machine(problem, ring, outcomes, oracle_seconds))
+        options.print_json(_machine(case, outcomes, oracle_seconds))
     else:
-        _show(problem, ring, outcomes, oracle_seconds)
+        _show(case, outcomes, oracle_seconds)
     if not all(outcome.within for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _schedules(problem: Problem, ring: int, layout: str, schedule: str | None) -> tuple[str, ...]:
+def _shown(results: dict[str, float]) -> dict[str, float]:
+    """Those that are shown."""
+    return {name: results[name] for name in NAMES if name in results}
+
+
+def _schedules(case: Case, schedule: str | None) -> tuple[str, ...]:
     """The schedule asked for; otherwise all, scan among them where auto takes it."""
     names = options.schedules_named(schedule)
-    if schedule is None and any(plan.cargo == "summaries" for plan in _plans(problem, ring, layout, "auto")[:1]):
+    if schedule is None and any(plan.cargo == "summaries" for plan in _plans(case)[:1]):
         return (*names, "scan")
     return names
 
 
-def _plans(problem: Problem, ring: int, layout: str, schedule: str) -> list[Plan]:
+def _plans(case: Case) -> list[Plan]:
     return ringattn.plan_all(
-        problem.mask,
-        problem.length,
-        layout=layout,
-        schedule=schedule,
-        ring=ring,
-        heads=(problem.heads, problem.kv_heads),
-        head_dims=(problem.dim, problem.value_dim),
-        dtype=problem.dtype,
-        batch=problem.batch,
-        mechanism=problem.mechanism,
+        case.mask,
+        case.length,
+        layout=case.layout,
+        schedule=case.schedule,
+        ring=case.ranks,
+        heads=(case.heads, case.kv_heads),
+        head_dims=(case.dim, case.value_dim),
+        dtype=case.dtype,
+        batch=case.batch,
+        mechanism=case.attends,
     )
 
 
-def _oracle(problem: Problem) -> reference.Evaluation:
+def _oracle(case: Case) -> reference.Evaluation:
     with options.progress_bar() as progress:
-        bar = progress.add_task("float64 oracle", total=problem.length)
-        return problem.expected(lambda row: progress.update(bar, completed=row))
+        bar = progress.add_task("float64 oracle", total=case.length)
+        return oracle(case, lambda row: progress.update(bar, completed=row))
 
 
 class _Messages(ProgressColumn):
@@ -142,34 +139,25 @@ class _Messages(ProgressColumn):
         return ProgressBar(total=self._total or None, completed=done, width=40, pulse=not self._total)
 
 
-def _run(
-    problem: Problem,
-    layout: str,
-    schedule: str,
-    plans: list[Plan],
-    expected: reference.Evaluation,
-    bounds: dict[str, float],
-) -> Outcome:
+def _run(case: Case, plans: list[Plan], answer: reference.Evaluation, bounds: dict[str, float]) -> Outcome:
     moved = [plan.traffic() for plan in plans]
-    messages = sum(t.messages + (t.backward_messages if problem.backward else 0) for t in moved)
-    planned = sum(
-        (t.received_bytes or 0) + ((t.backward_received_bytes or 0) if problem.backward else 0) for t in moved
-    )
-    inputs = problem.inputs()
+    messages = sum(t.messages + t.backward_messages * case.backward for t in moved)
+    planned = sum((t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in moved)
+    inputs = case.inputs()
     column = _Messages(messages)
 
     def rank(mesh: Mesh) -> Part:
         column.transports.append(mesh.connected())
-        return attend(mesh, problem, layout, schedule, inputs)
+        return attend(mesh, case, inputs)
 
     with options.progress_bar("{task.description}", column, TimeElapsedColumn()) as progress:
-        progress.add_task(f"{schedule} on {len(plans)} virtual ranks")
+        progress.add_task(f"{case.schedule} on {case.ranks} virtual ranks")
         started = time.perf_counter()
-        simulation = ringattn.simulate(rank, ring=len(plans))
+        simulation = ringattn.simulate(rank, ring=case.ranks)
         seconds = time.perf_counter() - started
     return Outcome(
-        schedule,
-        errors(joined(simulation.results), expected),
+        str(case.schedule),
+        _shown(errors(joined(case, simulation.results), answer)),
         bounds,
         seconds,
         sum(counters.received_bytes for counters in simulation.traffic),
@@ -179,7 +167,7 @@ def _run(
     )
 
 
-def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> dict[str, Any]:
+def _machine(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> dict[str, Any]:
     shown = [
         {
             **dataclasses.asdict(outcome),
@@ -189,26 +177,26 @@ def _machine(problem: Problem, ring: int, outcomes: list[Outcome], oracle_second
         for outcome in outcomes
     ]
     return {
-        "ring": ring,
-        "mask": str(problem.mask),
-        "mechanism": str(problem.mechanism),
-        "length": problem.length,
-        "dtype": dtype_name(problem.dtype),
+        "ring": case.ranks,
+        "mask": str(case.mask),
+        "mechanism": str(case.attends),
+        "length": case.length,
+        "dtype": dtype_name(case.dtype),
         "oracle_seconds": oracle_seconds,
         "schedules": shown,
         "within": all(outcome.within for outcome in outcomes),
     }
 
 
-def _show(problem: Problem, ring: int, outcomes: list[Outcome], oracle_seconds: float) -> None:
+def _show(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> None:
     console = options.console()
     console.print(
-        f"{problem.mechanism}, {masks.shortened(str(problem.mask), 60)}: {problem.length} tokens on {ring} ranks, "
-        f"{problem.heads} query and {problem.kv_heads} key heads of {problem.dim}, {dtype_name(problem.dtype)}",
+        f"{case.attends}, {masks.shortened(str(case.mask), 60)}: {case.length} tokens on {case.ranks} ranks, "
+        f"{case.heads} query and {case.kv_heads} key heads of {case.dim}, {dtype_name(case.dtype)}",
         highlight=False,
     )
     table = Table("schedule")
-    for name in NAMES if problem.backward else NAMES[:1]:
+    for name in NAMES if case.backward else NAMES[:1]:
         table.add_column(f"{name} error\n(at most)", justify="right")
     for title in ("received\n(planned)", "messages", "most pairs\n/ mean", "most received\n/ mean", "time"):
         table.add_column(title, justify="right")

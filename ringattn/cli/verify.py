@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ import typer
 from rich.table import Table
 
 import ringattn
-from ringattn import masks, reference
+from ringattn import reference
 from ringattn.cli import options
-from ringattn.cli.parity import NAMES, Problem, attend, errors, limits
+from ringattn.conformance import Case, Leaks, Results, attend, errors, leaks, limits, oracle
 from ringattn.errors import InputError
 from ringattn.mesh import Mesh
 from ringattn.readable import dtype_name
 
 DENSE_LIMIT = 20_000  # tokens: the leak probe looks at the mask as a matrix
+NAMES = ("out", "dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +33,15 @@ class Finding:
     schedule: str
     errors: dict[str, float]
     limits: dict[str, float]
-    leaks: dict[str, list[int]]  # by result: tokens that moved and should not have
-    moved: bool  # whether the changed token changed anything at all
+    leaks: Leaks
 
     @property
     def accurate(self) -> bool:
         return all(error <= self.limits[name] for name, error in self.errors.items())
 
     @property
-    def tight(self) -> bool:
-        return self.moved and not any(self.leaks.values())
+    def passed(self) -> bool:
+        return self.accurate and self.leaks.none
 
 
 def verify(
@@ -51,6 +52,7 @@ def verify(
     mask: options.MaskText = "documents:700,1,1352&causal",
     layout: Annotated[str | None, typer.Option(help="One layout; all of them unless given.")] = None,
     schedule: options.ScheduleName = None,
+    mechanism: options.MechanismName = "softmax",
     dtype: options.DtypeName = "float32",
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
@@ -70,64 +72,49 @@ def verify(
     """
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
-    kind = options.dtype_named(dtype)
-    problem = Problem(masks.parse(mask), length, 1, heads, kv_heads, dim, dim, kind, backward=True, seed=seed)
-    problem.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
+    case = options.case_of(mask, length, heads, kv_heads, dim, None, dtype, mechanism, seed=seed)
+    case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()
     try:
-        findings = _findings(mesh, problem, (layout,) if layout else options.LAYOUTS, options.schedules_named(schedule))
+        case = dataclasses.replace(case, ranks=mesh.sequence_size)
+        findings = _findings(mesh, case, (layout,) if layout else options.LAYOUTS, options.schedules_named(schedule))
         if mesh.rank == 0:
-            _report(mesh, problem, findings, as_json)
+            _report(mesh, case, findings, as_json)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not all(finding.accurate and finding.tight for finding in findings):
+    if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
 
 
-def _findings(mesh: Mesh, problem: Problem, layouts: tuple[str, ...], schedules: tuple[str, ...]) -> list[Finding]:
+def _findings(mesh: Mesh, case: Case, layouts: tuple[str, ...], schedules: tuple[str, ...]) -> list[Finding]:
     combinations = [(layout, schedule) for layout in layouts for schedule in schedules]
-    expected = problem.expected()
-    bounds = limits(problem, mesh.sequence_size, expected)
+    answer = oracle(case)
+    bounds = limits(case, answer)
     with options.bar("verifying", len(combinations), shown=mesh.rank == 0) as advance:
         findings = []
         for layout, schedule in combinations:
-            findings.append(_finding(mesh, problem, layout, schedule, expected, bounds))
+            taken = dataclasses.replace(case, layout=layout, schedule=schedule)
+            findings.append(_finding(mesh, taken, answer, bounds))
             advance()
     return findings
 
 
-def _finding(
-    mesh: Mesh,
-    problem: Problem,
-    layout: str,
-    schedule: str,
-    expected: reference.Evaluation,
-    bounds: dict[str, float],
-) -> Finding:
-    inputs = problem.inputs()
-    whole = _everywhere(mesh, problem, layout, schedule, inputs)
-    token, may_move = _probe(problem)
-    changed = [x.clone() for x in inputs]
-    for x in changed[:3]:
-        x[:, :, token] += 1.0
-    again = _everywhere(mesh, problem, layout, schedule, changed)
-    leaks, moved = {}, False
-    for name, before, after in zip(NAMES, whole, again, strict=True):
-        different = (before != after).any(dim=3).flatten(0, 1).any(dim=0).numpy()
-        moved = moved or bool(different.any())
-        leaks[name] = np.flatnonzero(different & ~may_move[name]).tolist()
-    return Finding(layout, schedule, errors(whole, expected), bounds, leaks, moved)
+def _finding(mesh: Mesh, case: Case, answer: reference.Evaluation, bounds: dict[str, float]) -> Finding:
+    def run(inputs: Sequence[torch.Tensor]) -> Results:
+        return _everywhere(mesh, case, inputs)
+
+    whole = run(case.inputs())
+    probed = leaks(case, run, whole, _token(case))
+    return Finding(str(case.layout), str(case.schedule), errors(whole, answer), bounds, probed)
 
 
-def _everywhere(
-    mesh: Mesh, problem: Problem, layout: str, schedule: str, inputs: list[torch.Tensor]
-) -> list[torch.Tensor]:
+def _everywhere(mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor]) -> Results:
     """The whole out, dq, dk, dv on every rank."""
     device = _device()
-    part = attend(mesh, problem, layout, schedule, inputs, device)
-    sharding = ringattn.Sharding(problem.length, mesh, layout=layout, mask=problem.mask)
-    return [sharding.join(x.to(device), 2).cpu() for x in part.tensors]
+    part = attend(mesh, case, inputs, device)
+    sharding = ringattn.Sharding(case.length, mesh, layout=case.layout, mask=case.mask)
+    return {name: sharding.join(part.results[name].to(device), 2).cpu() for name in NAMES}
 
 
 def _device() -> str:
@@ -136,34 +123,31 @@ def _device() -> str:
     return "cpu"
 
 
-def _probe(problem: Problem) -> tuple[int, dict[str, Any]]:
-    """A token in the middle of the first document, and which tokens' results may depend on it.
-
-    Rows that see the token may change, and so may the keys they see; its own row may, whatever the mask.
-    """
-    allowed = problem.rows(0, problem.length)
-    starts = np.flatnonzero(problem.mask.local_positions(np.arange(problem.length)).numpy() == 0)
-    token = int(starts[1] if len(starts) > 1 else problem.length) // 2
-    rows = allowed[:, token].copy()
-    rows[token] = True
-    keys = np.logical_or.reduce(allowed[rows], axis=0)
-    keys[token] = True
-    return token, {"out": rows, "dq": rows, "dk": keys, "dv": keys}
+def _token(case: Case) -> int:
+    """A token in the middle of the first document."""
+    starts = np.flatnonzero(case.mask.local_positions(np.arange(case.length)).numpy() == 0)
+    return int(starts[1] if len(starts) > 1 else case.length) // 2
 
 
-def _report(mesh: Mesh, problem: Problem, findings: list[Finding], as_json: bool) -> None:
+def _report(mesh: Mesh, case: Case, findings: list[Finding], as_json: bool) -> None:
     if as_json:
         verdicts = [
-            {**dataclasses.asdict(finding), "accurate": finding.accurate, "tight": finding.tight}
+            {
+                **dataclasses.asdict(finding),
+                "leaks": finding.leaks.tokens,
+                "moved": finding.leaks.moved,
+                "accurate": finding.accurate,
+                "tight": finding.leaks.none,
+            }
             for finding in findings
         ]
-        good = all(finding.accurate and finding.tight for finding in findings)
-        options.print_json({"ranks": mesh.size, "mask": str(problem.mask), "findings": verdicts, "passed": good})
+        good = all(finding.passed for finding in findings)
+        options.print_json({"ranks": mesh.size, "mask": str(case.mask), "findings": verdicts, "passed": good})
         return
     console = options.console()
     console.print(
-        f"{problem.mask}: {problem.length} tokens on {mesh.size} ranks, {problem.heads} query and {problem.kv_heads} "
-        f"key heads of {problem.dim}, {dtype_name(problem.dtype)}",
+        f"{case.mask}: {case.length} tokens on {mesh.size} ranks, {case.heads} query and {case.kv_heads} "
+        f"key heads of {case.dim}, {dtype_name(case.dtype)}",
         highlight=False,
     )
     table = Table("layout", "schedule")
@@ -176,14 +160,7 @@ def _report(mesh: Mesh, problem: Problem, findings: list[Finding], as_json: bool
             finding.layout,
             finding.schedule,
             *(f"{error:.1e}\n({finding.limits[name]:.1e})" for name, error in finding.errors.items()),
-            _leaks(finding),
-            "[green]passed" if finding.accurate and finding.tight else "[bold red]FAILED",
+            str(finding.leaks),
+            "[green]passed" if finding.passed else "[bold red]FAILED",
         )
     console.print(table)
-
-
-def _leaks(finding: Finding) -> str:
-    if not finding.moved:
-        return "the changed token changed nothing"
-    leaking = [f"{name} at {len(at)} tokens, first {at[0]}" for name, at in finding.leaks.items() if at]
-    return "; ".join(leaking) or "none"

@@ -1,1 +1,14 @@
-"""What one block contributes and how contributions merge: `base` is the contract, one file a member."""
+"""What one block contributes and how contributions merge: `base` is the contract, one file a member.
+
+To add a mechanism, write one class and its line in ``MEMBERS`` and in ``ringattn/__init__.py``.
+"""
+
+from ringattn.mechanisms.base import Block, Mechanism, Problem
+from ringattn.mechanisms.hard import Hard
+from ringattn.mechanisms.linear import Linear
+from ringattn.mechanisms.softmax import Softmax
+
+MEMBERS: tuple[type[Mechanism], ...] = (Softmax, Hard, Linear)
+"""Every mechanism, the common one first."""
+
+__all__ = ["MEMBERS", "Block", "Hard", "Linear", "Mechanism", "Problem", "Softmax"]

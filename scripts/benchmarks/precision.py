@@ -17,7 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import ringattn
-from tests.conformance import Case, errors, oracle, simulated, single_device
+from ringattn.conformance import Case, errors, oracle, simulated
+from tests.conformance import single_device
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 NAMES = ("out", "dq", "dk", "dv")

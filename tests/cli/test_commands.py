@@ -15,7 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 import ringattn
-from ringattn.cli import app, parity
+from ringattn import conformance
+from ringattn.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,11 +80,11 @@ def test_simulate_takes_any_length_and_number_of_ranks(shape: tuple[str, str]) -
 
 
 def test_simulate_ends_with_1_when_the_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = parity.attend
+    right = conformance.attend
 
-    def wrong(*arguments: Any) -> parity.Part:
+    def wrong(*arguments: Any) -> conformance.Part:
         part = right(*arguments)
-        part.tensors[0].mul_(1.0001)
+        part.results["out"].mul_(1.0001)
         return part
 
     monkeypatch.setattr("ringattn.cli.simulate.attend", wrong)
@@ -105,7 +106,7 @@ def test_verify_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: ringattn.Mask, **others: Any) -> torch.Tensor:
         return honest(q, k, v, ringattn.Causal(), **others)
 
-    monkeypatch.setattr("ringattn.attention", leaking)
+    monkeypatch.setattr("ringattn.conformance.running.attention", leaking)
     shown = run("verify", "--length", "61", "--mask", "documents:30,31&causal", "--dim", "8", "--json")
     assert shown.exit_code == 1
     finding = json.loads(shown.stdout)["findings"][0]

@@ -1,0 +1,240 @@
+"""`check`: many cases, each looked at from all sides, and a report of them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from random import Random
+
+from ringattn import layouts
+from ringattn.checking import MAX_TOKENS, integer
+from ringattn.conformance.case import Case
+from ringattn.conformance.drawing import draw, draw_cross
+from ringattn.conformance.judging import errors, limits, oracle
+from ringattn.conformance.leaks import leaks
+from ringattn.conformance.running import attend, joined, plans, simulated
+from ringattn.errors import InputError, PlanError
+from ringattn.kernels import MEMBERS as KERNELS
+from ringattn.kernels import Kernel
+from ringattn.layouts import Layout
+from ringattn.masks import Causal, Mask, parse
+from ringattn.mechanisms import MEMBERS as MECHANISMS
+from ringattn.mechanisms import Mechanism
+from ringattn.naming import name_of, named
+from ringattn.plans.planning import named_schedule
+from ringattn.plans.verification import verify
+from ringattn.readable import dtype_name
+from ringattn.schedules.base import Schedule
+from ringattn.schedules.scan import Scan
+from ringattn.simulator import simulate
+
+Track = Callable[[Sequence[Case]], Iterable[Case]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one case did.
+
+    Attributes:
+        errors, limits: by result, in units of the magnitudes of `ringattn.reference`; empty where nothing was computed.
+        faults: what is wrong, in words.
+        refusal: why the case cannot be computed, in the words of who refused it; None where it was.
+    """
+
+    case: Case
+    errors: dict[str, float]
+    limits: dict[str, float]
+    faults: tuple[str, ...] = ()
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.case}:\n  " + "\n  ".join(self.faults or (self.refusal or "right",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All findings. ``str`` is a summary, with the first of the faulty cases."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def faulty(self) -> list[Finding]:
+        """Those with faults."""
+        return [finding for finding in self.findings if finding.faults]
+
+    @property
+    def computed(self) -> list[Finding]:
+        """Those that nobody refused."""
+        return [finding for finding in self.findings if finding.refusal is None]
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How often something was refused in which words, numbers apart."""
+        words = (finding.refusal for finding in self.findings if finding.refusal is not None)
+        return dict(collections.Counter(re.sub(r"-?\d[\d.,]*", "#", each) for each in words))
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many cases were computed of each mechanism, dtype and feature, and across two sequences."""
+        kinds: collections.Counter[str] = collections.Counter()
+        for finding in self.computed:
+            case = finding.case
+            cross = () if case.kv_length is None else ("cross-attention",)
+            kinds.update((name_of(case.mechanism), dtype_name(case.dtype), *cross, *case.features))
+        return dict(kinds)
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """The largest error of each result, over its limit: up to 1 is within."""
+        worst: dict[str, float] = {}
+        for finding in self.computed:
+            for name, error in finding.errors.items():
+                if error and name in finding.limits:
+                    limit = finding.limits[name]
+                    worst[name] = max(worst.get(name, 0.0), error / limit if limit else float("inf"))
+        return worst
+
+    @property
+    def passed(self) -> bool:
+        """Whether some cases were computed, all of them rightly."""
+        return bool(self.computed) and not self.faulty
+
+    def __str__(self) -> str:
+        refused = len(self.findings) - len(self.computed)
+        lines = [f"{len(self.computed)} cases computed, {len(self.faulty)} of them wrong; {refused} refused"]
+        lines.append("computed: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items())))
+        lines += [f"refused {count} times: {words}" for words, count in self.refusals.items()]
+        if self.worst:
+            lines.append("largest error over its limit: " + ", ".join(f"{n} {x:.2f}" for n, x in self.worst.items()))
+        return "\n".join(lines + [str(finding) for finding in self.faulty[:1]])
+
+
+def check(
+    *,
+    mask: Mask | str | None = None,
+    layout: Layout | str | None = None,
+    schedule: Schedule | str | None = None,
+    mechanism: Mechanism | str | None = None,
+    kernel: Kernel | str | None = None,
+    count: int = 60,
+    seed: int = 0,
+    track: Track = iter,
+) -> Report:
+    """Puts a member through many cases on virtual ranks, everything else drawn at random.
+
+    Members are instances, names or ``module:Name``; what is left out is drawn. Every case must be exact (output and all
+    gradients, against a float64 oracle), its plans must fit together, move the bytes they say and reach every rank, and
+    a changed token may change nothing that the mask does not tie to it, by a single bit.
+
+    Args:
+        mask: one that knows its lengths, as `Documents` do, is tried at those.
+        count: cases, beside those of 0 and 1 tokens and of more ranks than tokens.
+        seed: of the cases: the same one gives the same.
+        track: walks the cases, and may show how far it has come.
+
+    Raises:
+        InputError: there is no such member.
+    """
+    integer(count, "count", least=1)
+    random = Random(integer(seed, "seed"))
+    _refuse_unknown(layout, schedule, mechanism, kernel)
+    pinned = {"layout": layout, "schedule": schedule, "kernel": kernel}
+    given = {name: value for name, value in pinned.items() if value is not None}
+    taken = parse(mask) if isinstance(mask, str) else mask
+    cases = [_with(case, taken, mechanism, given) for case in itertools.chain(_edges(), _drawn(random, count))]
+    return Report(tuple(examine(case) for case in track(cases)))
+
+
+def _refuse_unknown(layout: object, schedule: object, mechanism: object, kernel: object) -> None:
+    """An error where there is no member of such a name."""
+    if layout is not None:
+        layouts.named(layout, Causal(), 1)
+    if schedule is not None:
+        named_schedule(schedule)
+    if mechanism is not None:
+        named("mechanism", mechanism, Mechanism, MECHANISMS)
+    if kernel not in (None, "auto"):
+        named("kernel", kernel, Kernel, KERNELS, also=("auto",))
+
+
+def _edges() -> Iterator[Case]:
+    """The shapes that go wrong first."""
+    for length, ranks in ((0, 1), (0, 3), (1, 1), (1, 3), (5, 7), (129, 4)):
+        yield Case(length, Causal(), ranks, groups=2, value_dim=12, use_lse=True)
+
+
+def _drawn(random: Random, count: int) -> Iterator[Case]:
+    """Any calls, and some with a schedule or kernel by name that may refuse them."""
+    for nth in range(count):
+        case = draw_cross(random) if nth % 6 == 5 else draw(random)
+        if random.random() < (0.5 if case.mechanism == "linear" else 0.03):
+            case = dataclasses.replace(case, schedule=random.choice((Scan(), Scan(lookahead=0))))
+        if random.random() < 0.2:
+            case = dataclasses.replace(case, kernel=random.choice(tuple(map(name_of, KERNELS))))
+        yield case
+
+
+def _with(case: Case, mask: Mask | None, mechanism: Mechanism | str | None, given: Mapping[str, object]) -> Case:
+    """The case with the members that are to be checked."""
+    changes: dict[str, object] = dict(given)
+    if mechanism is not None:
+        changes |= {"mechanism": mechanism, "features": frozenset(), "scale": None, "use_lse": False}
+    if mask is not None:
+        changes |= {"mask": mask, "features": case.features - {"bias"}, **_lengths(mask)}
+    if "layout" not in given and not isinstance(case.layout, str) and mask is not None:
+        changes["layout"] = "auto"  # an explicit layout is of the drawn length
+    if "schedule" not in given and mechanism is not None:
+        changes["schedule"] = "auto"
+    return dataclasses.replace(case, **changes)  # type: ignore[arg-type]
+
+
+def _lengths(mask: Mask) -> dict[str, int | None]:
+    """The lengths that the mask knows of, or those of the case."""
+    queries, keys = mask.extents
+    if max(queries, keys) == MAX_TOKENS:
+        return {}
+    return {"length": queries, "kv_length": None if queries == keys else keys}
+
+
+def examine(case: Case) -> Finding:
+    """One case, from all sides."""
+    try:
+        simulation = simulate(attend, case, ring=case.ranks)
+        results = joined(case, simulation.results)
+    except InputError as error:
+        return Finding(case, {}, {}, refusal=str(error))
+    except Exception as error:
+        return Finding(case, {}, {}, (_words(error),))
+    answer = oracle(case)
+    found, most = errors(results, answer), limits(case, answer)
+    faults = [
+        f"{name} is off by {error:.1e}, which may be {most[name]:.1e}"
+        for name, error in found.items()
+        if name in most and not error <= most[name]
+    ]
+    try:
+        made = plans(case)
+        verify(made)
+        traffic = [plan.traffic() for plan in made]
+        planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in traffic]
+        moved = [counters.received_bytes for counters in simulation.traffic]
+        if planned != moved:
+            faults.append(f"the plans say that the ranks receive {planned} bytes; they received {moved}")
+        if min(case.length, case.keys):
+            token = case.seed % min(case.length, case.keys)
+            probed = leaks(case, lambda inputs: simulated(case, inputs), results, token)
+            faults += [f"token {token} leaks: {probed}"] if any(probed.tokens.values()) else []
+    except PlanError as error:
+        faults.append(f"the plans do not fit together: {error}")
+    except Exception as error:
+        faults.append(_words(error))
+    return Finding(case, found, most, tuple(faults))
+
+
+def _words(error: Exception) -> str:
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {at.filename}:{at.lineno}: {error}"

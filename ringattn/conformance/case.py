@@ -1,0 +1,114 @@
+"""A case: one attention call with random inputs, small enough to be compared with the dense oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ringattn.errors import InputError
+from ringattn.kernels.base import Kernel
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.mechanisms import MEMBERS, Mechanism, Softmax
+from ringattn.naming import named
+from ringattn.schedules.base import Schedule
+
+FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout")
+"""What may change the scores of softmax, and a case can draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention call over a whole sequence. Sizes are as for `ringattn.attention`, members instances or names.
+
+    Attributes:
+        length: queries, and keys too unless ``kv_length`` makes it cross-attention, with a layout of its own.
+        groups: query heads of each key head.
+        features: those of `FEATURES` that are drawn, where the mechanism is softmax.
+        scale: of the scores, where the mechanism has one; None leaves it as it is.
+        use_lse: whether the log-sum-exp gets a gradient too.
+        backward: whether gradients are computed.
+    """
+
+    length: int
+    mask: Mask
+    ranks: int = 1
+    batch: int = 1
+    kv_heads: int = 1
+    groups: int = 1
+    dim: int = 8
+    value_dim: int = 8
+    layout: Layout | str = "auto"
+    schedule: Schedule | str = "auto"
+    kernel: Kernel | str = "auto"
+    dtype: torch.dtype = torch.float32
+    use_lse: bool = False
+    seed: int = 0
+    mechanism: Mechanism | str = "softmax"
+    features: frozenset[str] = frozenset()
+    scale: float | None = None
+    kv_length: int | None = None
+    kv_layout: Layout | str = "contiguous"
+    backward: bool = True
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.groups
+
+    @property
+    def keys(self) -> int:
+        """Keys of the whole sequence."""
+        return self.length if self.kv_length is None else self.kv_length
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v, and the gradients of the output and the log-sum-exp, of the whole sequence: one seed, one draw."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = [
+            (self.heads, self.length, self.dim),
+            (self.kv_heads, self.keys, self.dim),
+            (self.kv_heads, self.keys, self.value_dim),
+            (self.heads, self.length, self.value_dim),
+        ]
+        # drawn in float32, so that all dtypes see the same numbers up to rounding
+        made = [torch.randn(self.batch, *shape, generator=generator) for shape in shapes]
+        made.append(torch.randn(self.batch, self.heads, self.length, generator=generator) * self.use_lse)
+        return tuple(x.to(self.dtype) for x in made)
+
+    @property
+    def attends(self) -> Mechanism:
+        """The mechanism, with the learned tensors of the whole sequence."""
+        mechanism = named("mechanism", self.mechanism, Mechanism, MEMBERS)
+        drawn = self._drawn() if isinstance(mechanism, Softmax) else {}
+        if self.scale is not None:
+            drawn["scale"] = self.scale
+        try:
+            return dataclasses.replace(mechanism, **drawn) if drawn else mechanism
+        except TypeError as error:
+            raise InputError(f"{mechanism} has no scale; leave it out.") from error
+
+    def _drawn(self) -> dict[str, Any]:
+        """The features' values; random numbers are drawn by the case's seed."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+        drawn: dict[str, Any] = {
+            "sinks": torch.randn(self.heads, generator=g),
+            "alibi": torch.rand(self.heads, generator=g),
+            "relative": torch.randn(self.heads, 9, generator=g),
+        }
+        if "bias" in self.features:
+            drawn["bias"] = torch.randn(self.heads, self.length, self.keys, generator=g)
+        drawn = {name: x.to(self.dtype) for name, x in drawn.items()}
+        drawn |= {"softcap": 1.5, "dropout": 0.3, "seed": self.seed}
+        return {name: x for name, x in drawn.items() if name in self.features or name == "seed"}
+
+    def allowed(self) -> torch.Tensor:
+        """The mask, dense: bool ``[length, keys]``."""
+        return self.mask.dense(range(self.length), range(self.keys))
+
+    def rows(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Rows of the dense mask, for sequences too long for all of it."""
+        return self.mask.dense(range(start, stop), range(self.keys)).numpy()

@@ -1,0 +1,179 @@
+"""Random cases: any mask, layout, mechanism and shape, drawn with a `random.Random`.
+
+Nothing else is random: a seed repeats a case, and the tests hand in a generator whose draws hypothesis can shrink.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from random import Random
+
+import torch
+
+from ringattn.conformance.case import FEATURES, Case
+from ringattn.kernels import Kernel
+from ringattn.layouts import Contiguous, Explicit, Layout, Striped, Zigzag
+from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
+from ringattn.schedules.base import Schedule
+from ringattn.schedules.ring import Ring
+from ringattn.schedules.route import Route
+
+SCHEDULES: tuple[Schedule, ...] = (Ring(), Route(), Ring(lookahead=0), Route(lookahead=0))
+"""Those that can serve any call."""
+
+LAYOUTS: tuple[Layout, ...] = (Contiguous(), Zigzag(), Striped())
+"""Those that need no arguments."""
+
+RANKS = (1, 2, 3, 4, 6, 7, 8)
+HEADS = ((8, 1), (2, 4), (1, 8), (3, 2), (5, 1), (1, 7), (1, 1))  # key heads, and the query heads of each
+DTYPES = (torch.float32, torch.float64)
+LONGEST = 257
+
+
+def sparse(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Pairs without an order that bands could see."""
+    return (q * 7 + k * 3) % 5 < 2
+
+
+def dilated(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Every eighth key to either side."""
+    return (q - k).abs() % 8 == 0
+
+
+def everything(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """A predicate that bands could say."""
+    return (q >= 0) & (k >= 0)
+
+
+PREDICATES = tuple(map(Predicate, (sparse, dilated, everything)))
+
+
+def draw(
+    random: Random,
+    *,
+    schedules: Sequence[Schedule | str] = ("auto", *SCHEDULES),
+    kernels: Sequence[Kernel | str] = ("auto", "reference"),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Case:
+    """Any call that no schedule or kernel refuses, if those are of the package."""
+    length = random.randint(0, random.choice((40, LONGEST)))
+    ranks, dim = random.choice(RANKS), random.choice((1, 4, 8, 16))
+    kv_heads, groups = random.choice(HEADS)
+    mechanism = random.choice(("softmax", "softmax", "softmax", "hard", "linear"))
+    softmax = mechanism == "softmax"
+    features = [name for name in FEATURES if random.random() < 0.3] if softmax and random.random() < 0.5 else []
+    return Case(
+        length=length,
+        mask=mask(random, length),
+        ranks=ranks,
+        batch=random.randint(1, 2),
+        kv_heads=kv_heads,
+        groups=groups,
+        dim=dim,
+        value_dim=random.choice((dim, dim, 3, 12)),
+        layout=layout(random, length, ranks),
+        schedule=random.choice(schedules),
+        kernel=random.choice(kernels),
+        dtype=random.choice(dtypes),
+        use_lse=softmax and random.random() < 0.5,
+        seed=random.randint(0, 2**16),
+        mechanism=mechanism,
+        features=frozenset(features),
+        scale=random.choice((None, None, 0.3)) if mechanism != "linear" else None,
+    )
+
+
+def mask(random: Random, length: int, *, predicates: bool = True) -> Mask:
+    """Every class of masks, and random combinations of them."""
+    size = max(length, 1)
+    simple: list[Callable[[], Mask]] = [
+        Full,
+        Causal,
+        lambda: Window(random.randint(0, size), random.randint(0, size)),
+        lambda: Documents(document_lengths(random, length)),
+        lambda: Prefix(random.randint(0, size)),
+        lambda: SinkTokens(random.randint(0, size)),
+        lambda: bitmap(random, length, random.randint(1, 64)),
+        *([lambda: random.choice(PREDICATES)] if predicates else []),
+    ]
+
+    def combined(depth: int) -> Mask:
+        kind = random.randint(0, 5 if depth else 2)  # the deeper, the likelier to end
+        if kind < 3:
+            return random.choice(simple)()
+        first = combined(depth - 1)
+        if kind == 3:
+            return ~first
+        return first & combined(depth - 1) if kind == 4 else first | combined(depth - 1)
+
+    return combined(3)
+
+
+def document_lengths(random: Random, length: int) -> list[int]:
+    """Lengths that sum to ``length``; one-token and empty documents among them."""
+    cuts = sorted(random.randint(0, length) for _ in range(random.randint(0, 6)))
+    return [b - a for a, b in itertools.pairwise([0, *cuts, length])]
+
+
+def bitmap(random: Random, length: int, size: int) -> Blocks:
+    """Half of the blocks of this many tokens."""
+    side = -(-length // size)
+    generator = torch.Generator().manual_seed(random.randint(0, 999))
+    return Blocks(torch.rand(side, side, generator=generator) < 0.5, size)
+
+
+def layout(random: Random, length: int, ranks: int) -> Layout | str:
+    """Every layout; of the explicit ones, runs dealt at random."""
+    kind = random.randint(0, 4)
+    if kind < 2:
+        return ("auto", "balanced")[kind]
+    if kind < 4:
+        return random.choice(LAYOUTS)
+    owners = [random.randint(0, ranks - 1) for _ in range(random.randint(1, 9))]
+    edges = [length * i // len(owners) for i in range(len(owners) + 1)]
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for owner, run in zip(owners, itertools.pairwise(edges), strict=True):
+        if run[0] < run[1]:
+            runs[owner].append(run)
+    return Explicit(runs)
+
+
+def draw_cross(random: Random, **choices: Sequence[object]) -> Case:
+    """Any call of queries with the keys of another sequence; strides of the two layouts need not be equal."""
+    case = draw(random, **choices)  # type: ignore[arg-type]
+    length, kv_length = random.randint(0, 60), random.randint(0, 60)
+    scale = random.choice((None, 0.3, 0.0, -0.7)) if case.mechanism == "softmax" else case.scale
+    return dataclasses.replace(
+        case,
+        length=length,
+        kv_length=kv_length,
+        mask=cross_mask(random, length, kv_length),
+        layout=random.choice(LAYOUTS),
+        kv_layout=random.choice(LAYOUTS),
+        scale=scale,
+    )
+
+
+def cross_mask(random: Random, length: int, kv_length: int) -> Mask:
+    """Masks of a query and a key sequence, packed documents of both among them."""
+    count = random.randint(0, 4)
+    cuts = ([random.randint(0, n) for _ in range(count)] for n in (length, kv_length))
+    sides = zip(cuts, (length, kv_length), strict=True)
+    both = Documents(*([b - a for a, b in itertools.pairwise([0, *sorted(cut), n])] for cut, n in sides))
+    window = Window(random.randint(0, 9), random.randint(0, 9))
+    return random.choice(
+        (
+            both,
+            window,
+            both & window,
+            window | Prefix(random.randint(0, 9)),
+            ~window,
+            Causal(),
+            Full(),
+            SinkTokens(2),
+            PREDICATES[0],
+            PREDICATES[1] & Causal(),
+        )
+    )

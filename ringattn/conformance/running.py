@@ -1,0 +1,118 @@
+"""A case run on the ranks of a mesh, and its parts put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ringattn.conformance.case import Case
+from ringattn.errors import PlanError
+from ringattn.functional import attention
+from ringattn.mesh import Mesh
+from ringattn.plans.planning import plan
+from ringattn.plans.steps import Plan
+from ringattn.sharding import Sharding
+from ringattn.simulator import simulate
+
+Results = dict[str, torch.Tensor]
+"""By name: ``out``, ``lse`` where the mechanism has one, and with a backward pass ``dq``, ``dk``, ``dv`` and ``d`` and
+the name of each learned tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One rank's results, and the positions of its queries and keys."""
+
+    q_positions: torch.Tensor
+    k_positions: torch.Tensor
+    results: Results
+
+
+def shardings(case: Case, mesh: Mesh) -> tuple[Sharding, Sharding]:
+    """Who holds the queries, and who the keys."""
+    own = Sharding(case.length, mesh, case.layout, case.mask if case.kv_length is None else None)
+    return own, own if case.kv_length is None else Sharding(case.kv_length, mesh, case.kv_layout)
+
+
+def attend(
+    mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor] | None = None, device: str | torch.device = "cpu"
+) -> Part:
+    """The call on this rank of a mesh, whose size counts and not the case's number of ranks.
+
+    Args:
+        inputs: of the whole sequence, if not those that the case draws.
+        device: where it is computed. The results are on the CPU.
+    """
+    own, kv = shardings(case, mesh)
+    pieces = zip((own, kv, kv, own, own), case.inputs() if inputs is None else inputs, strict=True)
+    q, k, v, dout, dlse = (sharding.split(x, 2).clone().to(device) for sharding, x in pieces)
+    mechanism = case.attends
+    params = {
+        name: (own.split(x, 1) if name in mechanism.sharded else x).detach().clone().to(device)
+        for name, x in mechanism.params.items()
+    }
+    leaves = {"q": q, "k": k, "v": v, **params}
+    for leaf in leaves.values():
+        leaf.requires_grad_(case.backward)
+    mechanism = dataclasses.replace(mechanism, **params) if params else mechanism
+    found: Results = {}
+    call = {"sharding": own, "kv_sharding": kv, "mechanism": mechanism, "schedule": case.schedule}
+    if "lse" in mechanism.extras:
+        found["out"], found["lse"] = attention(q, k, v, case.mask, kernel=case.kernel, return_lse=True, **call)  # type: ignore[call-overload]
+    else:
+        found["out"] = attention(q, k, v, case.mask, kernel=case.kernel, **call)  # type: ignore[call-overload]
+    if case.backward:
+        loss = (found["out"] * dout).sum()
+        if case.use_lse:
+            loss = loss + (found["lse"].masked_fill(~found["lse"].isfinite(), 0) * dlse).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        found |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return Part(own.positions, kv.positions, {name: x.detach().cpu() for name, x in found.items()})
+
+
+def joined(case: Case, parts: Sequence[Part]) -> Results:
+    """The whole results: the ranks' parts in order of position, and of replicated tensors their sum, in float64.
+
+    Raises:
+        PlanError: the ranks' positions are not each of the sequence's, once, ascending on every rank: a layout's fault.
+    """
+    orders = [
+        _order(case, [part.q_positions for part in parts], case.length),
+        _order(case, [part.k_positions for part in parts], case.keys),
+    ]
+    whole, mechanism = {}, case.attends
+    for name in parts[0].results:
+        every = [part.results[name] for part in parts]
+        if name[1:] in mechanism.params and name[1:] not in mechanism.sharded:
+            whole[name] = torch.stack([x.double() for x in every]).sum(dim=0)
+        else:
+            dim = 1 if name[1:] in mechanism.sharded else 2
+            whole[name] = torch.cat(every, dim=dim).index_select(dim, orders[name in ("dk", "dv")])
+    return whole
+
+
+def _order(case: Case, parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    positions = torch.cat(list(parts))
+    ascending = all(bool((part[1:] > part[:-1]).all()) for part in parts)
+    if not ascending or sorted(positions.tolist()) != list(range(length)):
+        raise PlanError(f"The layout {case.layout} does not give each of {length} positions to one rank, ascending.")
+    return positions.argsort()
+
+
+def simulated(case: Case, inputs: Sequence[torch.Tensor] | None = None) -> Results:
+    """The whole results of the case on virtual ranks."""
+    return joined(case, simulate(attend, case, inputs, ring=case.ranks).results)
+
+
+def plans(case: Case) -> list[Plan]:
+    """The plan of every rank."""
+    made = []
+    for rank in range(case.ranks):
+        own, kv = shardings(case, Mesh.virtual(ring=case.ranks, rank=rank))
+        shape = {"heads": (case.heads, case.kv_heads), "head_dims": (case.dim, case.value_dim), "dtype": case.dtype}
+        made.append(
+            plan(case.mask, own, case.schedule, kv, batch=case.batch, mechanism=case.attends, **shape)  # type: ignore[arg-type]
+        )
+    return made
