@@ -72,7 +72,8 @@ def test_summaries_stand_for_their_keys(seed: int, cut: int) -> None:
     assert _close(mechanism.attend(problem, q, parts[0] + parts[1]), mechanism.tile(problem, block, q, k, v))
     dq, dsummary = mechanism.attend_grad(problem, q, parts[0] + parts[1], output_grad)
     found = (dq, *mechanism.summarise_grad(problem, k, v, dsummary))
-    assert _close(found, mechanism.tile_grad(problem, block, q, k, v, output_grad, {}))
+    expected = mechanism.tile_grad(problem, block, q, k, v, output_grad, {})
+    assert _close(found, tuple(x for x in expected if x is not None))
 
 
 @given(mechanism=st.sampled_from(MECHANISMS), seeds=st.tuples(*[st.integers(0, 99)] * 3), masked=st.booleans())

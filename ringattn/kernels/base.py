@@ -50,4 +50,7 @@ class Kernel(ABC):
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
-        """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params."""
+        """Adds what the tiles contribute to the gradients of q, k, v (accumulators of their shapes) and the params.
+
+        Those that `Problem.wants` says nobody asked for are left alone, and what only they need is not computed.
+        """

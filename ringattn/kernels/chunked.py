@@ -12,7 +12,7 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, tile_views
-from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Block, Gradients, OutputGrad, Params, Problem, State, Summarising
 from ringattn.plans.tiles import Tiles
 
 LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
@@ -60,6 +60,8 @@ class Chunked(Kernel):
         dparams: Params,
     ) -> None:
         mechanism, wide = _mechanism(problem), problem.accumulator
+        if not problem.wants("q", "k", "v", *problem.params):
+            return
         for batch in tiles.memo(lower, LEAF, MOST):
             for queries, keys in tile_views(batch, problem.batch):
                 inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
@@ -67,12 +69,15 @@ class Chunked(Kernel):
                 if batch.kind == FULL:
                     summary = mechanism.summarise(problem, *inputs[1:])
                     dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
-                    parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
+                    parts: Gradients = dq, None, None
+                    if problem.wants("k", "v"):
+                        parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
                 else:
                     block = _square(batch, q.device)
                     parts = mechanism.tile_grad(problem, block, *inputs, output, dparams)
-                for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
-                    place(total).add_(part)
+                for total, place, part in zip(gradients, (queries, keys, keys), problem.wanted(*parts), strict=True):
+                    if part is not None:
+                        place(total).add_(part)
 
     def __str__(self) -> str:
         return "chunked"

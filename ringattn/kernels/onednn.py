@@ -96,10 +96,13 @@ class OneDNN(Kernel):
         gradients: Triple,
         dparams: Params,
     ) -> None:
+        wants = problem.wants("q"), problem.wants("k"), problem.wants("v")
+        if not any(wants):
+            return
         scores = _Scores.of(problem)
         for part in self._parts(problem, tiles):
             output = output_grad.of(part.queries, problem.dtype)  # as they are
-            self._attend_grad(part, scores, part.of(q, k, v), output, part.of(*gradients))
+            self._attend_grad(part, scores, part.of(q, k, v), output, part.of(*gradients), wants)
 
     def _parts(self, problem: Problem, tiles: Tiles) -> Iterator[_Part]:
         """Large pieces one by one and head by head, small ones as many at once as fill a block."""
@@ -133,10 +136,16 @@ class OneDNN(Kernel):
                 place.copy_(updated.view(place.shape))
 
     def _attend_grad(
-        self, part: _Part, scores: _Scores, inputs: Triple, output_grad: OutputGrad, gradients: Triple
+        self,
+        part: _Part,
+        scores: _Scores,
+        inputs: Triple,
+        output_grad: OutputGrad,
+        gradients: Triple,
+        wants: tuple[bool, bool, bool],
     ) -> None:
-        """Adds the part's contributions to the gradients of its queries, keys and values."""
-        (q, k, v), (dq, dk, dv) = inputs, gradients
+        """Adds the part's contributions to the gradients of its queries, keys and values, of those that are wanted."""
+        (q, k, v), (dq, dk, dv), (wants_q, wants_k, wants_v) = inputs, gradients, wants
         for rows, blocks in part.blocks:
             given = _Given.of(_rows(q, rows), output_grad.of(functools.partial(_rows, rows=rows), torch.float32))
             queries, total = given.queries * scores.factor, torch.zeros_like(given.queries).transpose(1, 2)
@@ -146,17 +155,22 @@ class OneDNN(Kernel):
                 slope = scores.bend(weights)
                 _hide(weights.unflatten(2, (part.group, -1)).permute(0, 2, 3, 1), outside)
                 torch.exp2(weights.sub_(given.level), out=weights)
-                dscores = _product(_columns(v, columns), given.dout, whole).sub_(given.delta).mul_(weights)
-                if slope is not None:
-                    dscores *= slope
                 # what is left are sums of products: their operands may be as narrow as the inputs are
-                dtype = scores.narrow if whole else torch.float32
-                weights, dscores = weights.to(dtype), dscores.to(dtype)
-                _add(dv, columns, _product(weights, given.dout.to(dtype).transpose(1, 2), whole))
-                _add(dk, columns, _product(dscores, given.queries.to(dtype).transpose(1, 2), whole), scores.scale)
-                total += _product(keys.to(dtype).transpose(1, 2), dscores.transpose(1, 2), whole)
+                dtype, dscores = scores.narrow if whole else torch.float32, None
+                if wants_q or wants_k:
+                    dscores = _product(_columns(v, columns), given.dout, whole).sub_(given.delta).mul_(weights)
+                    dscores = (dscores if slope is None else dscores.mul_(slope)).to(dtype)
+                if wants_v:
+                    weights = weights.to(dtype)
+                    _add(dv, columns, _product(weights, given.dout.to(dtype).transpose(1, 2), whole))
+                if dscores is not None and wants_k:
+                    part_k = _product(dscores, given.queries.to(dtype).transpose(1, 2), whole)
+                    _add(dk, columns, part_k, scores.scale)
+                if dscores is not None and wants_q:
+                    total += _product(keys.to(dtype).transpose(1, 2), dscores.transpose(1, 2), whole)
                 del weights, dscores, slope  # their memory is the next ones'
-            _add(dq, rows, total.transpose(1, 2), scores.scale)
+            if wants_q:
+                _add(dq, rows, total.transpose(1, 2), scores.scale)
 
     def _whole(self, queries: torch.Tensor, columns: slice) -> bool:
         """Whether a block of these queries and columns is one that oneDNN's product is for."""

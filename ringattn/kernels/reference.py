@@ -58,7 +58,6 @@ class Reference(Kernel):
         dparams: Params,
     ) -> None:
         wide = problem.accumulator
-        dq, dk, dv = gradients
         for keys, block in self._blocks(tiles, problem):
             at = block.queries
             parts = problem.mechanism.tile_grad(
@@ -70,9 +69,9 @@ class Reference(Kernel):
                 output_grad.of(rows_at(at), wide),
                 dparams,
             )
-            dq[:, :, at] += parts[0]
-            dk[:, :, keys] += parts[1]
-            dv[:, :, keys] += parts[2]
+            for total, rows, part in zip(gradients, (at, keys, keys), problem.wanted(*parts), strict=True):
+                if part is not None:
+                    total[:, :, rows] += part
 
     def _blocks(self, tiles: Tiles, problem: Problem) -> Iterator[tuple[slice, Block]]:
         """The sub-tiles: rows of keys, and the pairs."""

@@ -15,11 +15,11 @@ import torch
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, TileView, flipped, lower, tile_views
-from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
+from ringattn.mechanisms.base import Gradients, OutputGrad, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans.tiles import Tiles
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,11 @@ class Sdpa(Kernel):
         v: torch.Tensor,
         output_grad: OutputGrad,
         tiles: Tiles,
-        gradients: Gradients,
+        gradients: Triple,
         dparams: Params,
     ) -> None:
+        if not problem.wants("q", "k", "v"):
+            return
         dlse = output_grad.grad_extras[0]
         for batch in tiles.memo(lower, *_backward_limits(problem)):
             for queries, keys in tile_views(batch, problem.batch):
@@ -86,10 +88,9 @@ class Sdpa(Kernel):
                 if batch.kind == FLIPPED:
                     inputs = list(flipped(inputs))
                 parts = _backward(problem, *inputs, causal=batch.kind != FULL)
-                if batch.kind == FLIPPED:
-                    parts = flipped(parts)
                 for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
-                    place(total).add_(part)
+                    if part is not None:
+                        place(total).add_(part.flip(2) if batch.kind == FLIPPED else part)
 
     def __str__(self) -> str:
         return "sdpa"
@@ -150,14 +151,14 @@ def _backward(
     *,
     causal: bool,
 ) -> Gradients:
-    """The gradients of one launch."""
-    dq, dk, dv = _flash_backward(problem, dout, q, k, v, out, lse, causal)
-    if dlse is not None:
+    """The gradients of one launch. PyTorch's kernel computes all three, whatever is wanted."""
+    dq, dk, dv = problem.wanted(*_flash_backward(problem, dout, q, k, v, out, lse, causal))
+    if dlse is not None and problem.wants("q", "k"):
         # With V = 0, dO = dlse e_1 and O = -e_1, dO V^T - rowsum(dO o O) is dlse, so that dS = P o dlse.
         unit = torch.zeros_like(out)
         unit[..., 0] = 1
         more = _flash_backward(problem, unit * dlse.unsqueeze(-1), q, k, torch.zeros_like(v), -unit, lse, causal)
-        dq, dk = dq + more[0], dk + more[1]
+        dq, dk = (None if x is None else x + y for x, y in zip((dq, dk), more, strict=False))
     return dq, dk, dv
 
 
@@ -170,7 +171,7 @@ def _flash_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     causal: bool,
-) -> Gradients:
+) -> Triple:
     scale, dout = _scale(problem), dout.to(q.dtype)
     if problem.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]

@@ -28,6 +28,8 @@ from ringattn.errors import InputError
 
 State = tuple[torch.Tensor, ...]
 Params = Mapping[str, torch.Tensor]
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""Of q, k and v; None for what nobody asked for, and for what is nothing but zeros."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +63,10 @@ class Problem:
     def wants(self, *names: str) -> bool:
         """Whether the gradient of any of these is asked for."""
         return not self.constants.issuperset(names)
+
+    def wanted(self, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None) -> Gradients:
+        """These without what nobody asked for."""
+        return dq if self.wants("q") else None, dk if self.wants("k") else None, dv if self.wants("v") else None
 
     @property
     def without_partial(self) -> Problem:
@@ -249,8 +255,10 @@ class Mechanism(ABC):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         """One block's contribution to the gradients; those of the params are added to ``dparams``.
+
+        What `Problem.wants` says nobody asked for need not be computed, and is not used where it is.
 
         Returns:
             dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``.

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, Gradients, Mechanism, OutputGrad, Params, Problem, State, finite
 
 _NOWHERE = torch.iinfo(torch.int64).max  # behind every key
 _AT_ONCE = 1 << 16  # candidates scored at once
@@ -75,14 +75,16 @@ class Hard(Mechanism):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
+        if not problem.wants("v"):
+            return None, None, None
         won = output_grad.saved[1].unsqueeze(-1) == block.k_positions(q.device)
         if block.allowed is not None:
             won = won & block.allowed  # the winner's pair may lie in the rectangle of another tile, outside its band
         # a product with ones and zeros adds in a fixed order, where scattering would not on every device
         won, dout = (x.to(q.dtype).unflatten(1, (problem.kv_heads, -1)) for x in (won, output_grad.dout))
         dv = (won.transpose(-1, -2) @ dout).sum(dim=2)
-        return torch.zeros_like(q), torch.zeros_like(k), dv
+        return None, None, dv
 
 
 def _exact(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:

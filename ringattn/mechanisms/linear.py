@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Block, Gradients, OutputGrad, Params, Problem, State, Summarising
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,15 +53,20 @@ class Linear(Summarising):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         groups = (problem.kv_heads, -1)
+        dq = dk = dv = None
         dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(output_grad))
-        dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
-        if block.allowed is not None:
-            dweights *= block.allowed
-        dq = (dweights @ _phi(k).unsqueeze(2)).flatten(1, 2) * _slope(q)
-        dk = (dweights.transpose(-1, -2) @ _phi(q).unflatten(1, groups)).sum(dim=2) * _slope(k)
-        dv = (_weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
+        if problem.wants("v"):
+            dv = (_weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
+        if problem.wants("q", "k"):
+            dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
+            if block.allowed is not None:
+                dweights *= block.allowed
+            if problem.wants("q"):
+                dq = (dweights @ _phi(k).unsqueeze(2)).flatten(1, 2) * _slope(q)
+            if problem.wants("k"):
+                dk = (dweights.transpose(-1, -2) @ _phi(q).unflatten(1, groups)).sum(dim=2) * _slope(k)
         return dq, dk, dv
 
     def summary_size(self, dim: int, value_dim: int) -> int:

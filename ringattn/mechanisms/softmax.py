@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, Gradients, Mechanism, OutputGrad, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
 
 
@@ -164,30 +164,36 @@ class Softmax(Mechanism):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        lse, dout = output_grad.saved[1], output_grad.dout
-        scale, groups = self.scale_for(problem), (problem.kv_heads, -1)
+    ) -> Gradients:
+        tables = {name: total for name, total in dparams.items() if name != "sinks" and problem.wants(name)}
+        if not (tables or problem.wants("q", "k", "v")):
+            return None, None, None
+        lse, scale, groups = output_grad.saved[1], self.scale_for(problem), (problem.kv_heads, -1)
         scores, slope = self._scores(problem, block, q, k)
         weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
-        grouped = dout.unflatten(1, groups)
-        dscores = grouped @ v.unsqueeze(2).transpose(-1, -2)
-        given = weights
-        if self.dropout:
-            keep = self._kept(problem, block)
-            given = weights * keep
-            dscores *= keep
-        dscores -= _delta(output_grad).unflatten(1, groups).unsqueeze(-1)
-        dscores *= weights
-        self._add_bias_grads(block, dscores, dparams)
-        if slope is not None:
-            dscores *= slope
-        dq = (dscores @ k.unsqueeze(2)).flatten(1, 2) * scale
-        dk = (dscores.transpose(-1, -2) @ q.unflatten(1, groups)).sum(dim=2) * scale
-        dv = (given.transpose(-1, -2) @ grouped).sum(dim=2)
+        keep = self._kept(problem, block) if self.dropout else None
+        dout = output_grad.dout.unflatten(1, groups)
+        dq = dk = dv = None
+        if problem.wants("v"):
+            kept_weights = weights if keep is None else weights * keep
+            dv = (kept_weights.transpose(-1, -2) @ dout).sum(dim=2)
+        if tables or problem.wants("q", "k"):
+            dscores = dout @ v.unsqueeze(2).transpose(-1, -2)
+            if keep is not None:
+                dscores *= keep
+            dscores -= _delta(output_grad).unflatten(1, groups).unsqueeze(-1)
+            dscores *= weights
+            self._add_table_grads(block, dscores, tables)
+            if slope is not None:
+                dscores *= slope
+            if problem.wants("q"):
+                dq = (dscores @ k.unsqueeze(2)).flatten(1, 2) * scale
+            if problem.wants("k"):
+                dk = (dscores.transpose(-1, -2) @ q.unflatten(1, groups)).sum(dim=2) * scale
         return dq, dk, dv
 
     def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:
-        if "sinks" in problem.params:
+        if "sinks" in problem.params and problem.wants("sinks"):
             total, lse = dparams["sinks"], output_grad.saved[1]
             weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
             total -= (weight * _delta(output_grad.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
@@ -217,10 +223,10 @@ class Softmax(Mechanism):
         return table[:, block.queries, block.k_at]
 
     @staticmethod
-    def _add_bias_grads(block: Block, dscores: torch.Tensor, dparams: Params) -> None:
+    def _add_table_grads(block: Block, dscores: torch.Tensor, tables: Params) -> None:
         """Adds the gradients of the tables, which are those of the scores, summed over what shares an entry."""
-        for name in dparams.keys() - {"sinks"}:
-            total, each = dparams[name], dscores.sum(dim=0).flatten(0, 1)
+        for name, total in tables.items():
+            each = dscores.sum(dim=0).flatten(0, 1)
             if name == "alibi":
                 total -= (each * _offsets(block, total.device).abs()).sum(dim=(1, 2))
             elif name == "relative":
