@@ -24,20 +24,22 @@ from ringattn.plans.tiles import Tiles
 ROWS = 256  # queries and keys of the one tile
 PRODUCTS = ("mm", "bmm", "_linear_pointwise", "_scaled_dot_product_flash_attention_for_cpu_backward")
 G = torch.Generator().manual_seed(0)
-TABLES = {
-    "sinks": torch.randn(4, generator=G),
-    "alibi": torch.rand(4, generator=G),
-    "relative": torch.randn(4, 5, generator=G),
-    "bias": torch.randn(4, ROWS, ROWS, generator=G),
-}
-SINKS = {"sinks": TABLES["sinks"]}
+SINKS = torch.randn(4, generator=G)
+EVERY_TERM = Softmax(
+    softcap=3.0,
+    dropout=0.2,
+    sinks=SINKS,
+    alibi=torch.rand(4, generator=G),
+    relative=torch.randn(4, 5, generator=G),
+    bias=torch.randn(4, ROWS, ROWS, generator=G),
+)
 
 
 class _Products(TorchDispatchMode):
     """Counts the products that are computed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,12 +67,12 @@ def _flash(wanted: set[str]) -> int:
 
 
 CASES: dict[str, tuple[Kernel, Mechanism, Callable[[set[str]], int], int]] = {
-    "reference, softmax": (Reference(), Softmax(softcap=3.0, dropout=0.2, **TABLES), _softmax, 1),
+    "reference, softmax": (Reference(), EVERY_TERM, _softmax, 1),
     "reference, linear": (Reference(), ringattn.Linear(), _linear, 1),
     "reference, hard": (Reference(), ringattn.Hard(), _hard, 1),
-    "onednn": (OneDNN(), Softmax(softcap=3.0, **SINKS), _softmax, 4),  # two key heads by two blocks of rows
-    "onednn, small blocks": (OneDNN(rows=2048, columns=1024, least=2048), Softmax(**SINKS), _softmax, 1),
-    "sdpa": (Sdpa(), Softmax(**SINKS), _flash, 1),
+    "onednn": (OneDNN(), Softmax(softcap=3.0, sinks=SINKS), _softmax, 4),  # two key heads by two blocks of rows
+    "onednn, small blocks": (OneDNN(rows=2048, columns=1024, least=2048), Softmax(sinks=SINKS), _softmax, 1),
+    "sdpa": (Sdpa(), Softmax(sinks=SINKS), _flash, 1),
 }
 """The kernel, the mechanism, the products of a block by what is wanted, and how many blocks there are."""
 
