@@ -33,13 +33,13 @@ MAY: dict[str, str] = {
     "plans.tiles": "bands layouts masks",
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.cost": "bands checking errors masks plans.tiles plans.steps",
-    "plans.steps": "bands layouts masks plans.tiles plans.cost plans.verification",
+    "plans.steps": "bands layouts masks payloads.base plans.tiles plans.cost plans.verification",
     "plans.verification": "bands checking errors layouts plans.tiles plans.steps",
-    "plans.assembly": "bands plans.tiles plans.demand plans.cost plans.steps",
+    "plans.assembly": "bands payloads.base plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost plans.demand "
     "plans.steps schedules.base schedules.ring schedules.route schedules.scan",
-    "schedules.base": "bands errors plans.assembly plans.demand plans.steps",
-    "schedules.*": "bands schedules.base plans.assembly plans.demand plans.steps plans.tiles",
+    "schedules.base": "bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",
+    "schedules.*": "bands schedules.base payloads.base payloads.summaries plans.assembly plans.demand plans.tiles",
     "mechanisms.base": "errors",
     "mechanisms.dropout": "",
     "mechanisms.*": "errors mechanisms.base mechanisms.dropout",
@@ -59,14 +59,15 @@ MAY: dict[str, str] = {
     "runtime.agreement": "errors readable transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
-    "runtime.call": "handles kernels.base mechanisms.base plans.steps transports.base runtime.agreement",
+    "runtime.call": "handles kernels.base mechanisms.base plans.steps transports.base runtime.agreement "
+    "runtime.messages",
+    "runtime.messages": "mechanisms.base payloads.base plans.steps transports.base",
     "runtime.request": "errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base plans.planning "
     "plans.steps runtime.agreement runtime.call runtime.spelling schedules.base",
-    "runtime.engine": "mechanisms.base plans.steps transports.base payloads.base payloads.keys payloads.summaries "
-    "runtime.call",
+    "runtime.engine": "mechanisms.base payloads.base transports.base runtime.call runtime.messages",
     "runtime.op": "handles runtime.call runtime.engine runtime.request runtime.spelling runtime.transforms",
-    "payloads.base": "mechanisms.base plans.steps transports.base",
-    "payloads.*": "mechanisms.base plans.steps plans.tiles transports.base runtime.call payloads.base",
+    "payloads.base": "kernels.base mechanisms.base plans.tiles",
+    "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "
     "runtime.spelling runtime.transforms schedules.base",
     "conformance.battery": "checking conformance.case conformance.drawing conformance.judging conformance.leaks "

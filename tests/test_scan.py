@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn.conformance import Case, attend, errors, joined, oracle, simulated
 from ringattn.errors import InputError, PlanError, UnsupportedError
+from ringattn.payloads.keys import Keys
 from ringattn.plans import tiles
 from ringattn.plans.steps import RECV_START, RECV_STOP, SEND_STOP, Plan
 from tests.conformance import layouts, masks
@@ -95,7 +96,7 @@ def _cut(name: str) -> Fault:
         (_cut("sends"), "sends 1 messages|sends 0 messages|sends 2 messages|that are not"),
         (_cut("grad_sends"), "does not send home"),
         (_cut("grad_receives"), "does not reach its owner"),
-        (lambda plan: dataclasses.replace(plan, cargo="keys"), "another mask, sharding, cargo"),
+        (lambda plan: dataclasses.replace(plan, payload=Keys()), "another mask, sharding, payload"),
     ],
 )
 def test_faults_are_caught(fault: Fault, words: str) -> None:

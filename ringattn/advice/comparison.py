@@ -265,5 +265,5 @@ def measured(plans: Sequence[Plan], layout: str, bound: float) -> Combination:
         backward_messages=sum(t.backward_messages for t in moved),
         steps=max(len(plan.steps) for plan in plans),
         memory=max(plan.memory().total for plan in plans),
-        over_bound=sum(t.received_tokens for t in moved) / bound if bound and plans[0].cargo == "keys" else None,
+        over_bound=sum(t.received_tokens for t in moved) / bound if bound and plans[0].payload.per_key else None,
     )

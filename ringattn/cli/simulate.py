@@ -100,7 +100,7 @@ def _shown(results: dict[str, float]) -> dict[str, float]:
 def _schedules(case: Case, schedule: str | None) -> tuple[str, ...]:
     """The schedule asked for; otherwise all, scan among them where auto takes it."""
     names = options.schedules_named(schedule)
-    if schedule is None and any(plan.cargo == "summaries" for plan in _plans(case)[:1]):
+    if schedule is None and any(not plan.payload.per_key for plan in _plans(case)[:1]):
         return (*names, "scan")
     return names
 

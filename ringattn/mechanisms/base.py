@@ -78,12 +78,11 @@ class Problem:
         """The dtype of states and gradient accumulators: float64 for float64 inputs, else float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def cargo_size(self, cargo: str) -> int:
-        """Numbers of one key head in a row of what travels: a key and its value, or one of the ``summaries``."""
-        if cargo == "summaries":
-            assert isinstance(self.mechanism, Summarising)
-            return self.mechanism.summary_size(self.dim, self.value_dim)
-        return self.dim + self.value_dim
+    @property
+    def summary(self) -> int | None:
+        """Numbers in the summary of one key head, where keys can be summed up."""
+        mechanism = self.mechanism
+        return mechanism.summary_size(self.dim, self.value_dim) if isinstance(mechanism, Summarising) else None
 
     def rows(self, heads: int, length: int, dim: int) -> torch.Tensor:
         """Zeros ``[B, heads, length, dim]`` of the accumulator's dtype, stored as [B, length, heads, dim].

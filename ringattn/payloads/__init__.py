@@ -1,1 +1,1 @@
-"""What travels between ranks and is attended to: `base` is the contract, one file a member."""
+"""What travels between ranks and is attended to: `base` is the contract, one file per member."""

@@ -1,4 +1,8 @@
-"""The cargo contract: what travels forward to be attended to, and how its gradients travel home.
+"""The payload contract: what travels between ranks to be attended to, and what becomes of its gradients.
+
+Whatever travels is rows ``[rows, B, Hkv, size]`` of a buffer. A plan says which rows go where, `runtime.messages` finds
+them, and the engine moves them; a payload makes rows of its rank's own keys, attends to rows that arrived, and adds the
+gradients of its own rows that come back. To add one, write one file here and name it in a schedule.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``.
 """
@@ -7,63 +11,105 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
-from ringattn.plans.steps import Exchange, Step
-from ringattn.transports.base import Message
+from ringattn.kernels.base import Kernel
+from ringattn.mechanisms.base import Mechanism, OutputGrad, Params, Problem, State
+from ringattn.plans.tiles import Tiles
+
+Rows = npt.NDArray[np.int64]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, or their gradients."""
 
 
-class Traveller(ABC):
-    """What has messages in exchanges."""
+class Heads(Protocol):
+    """What the size of a row depends on."""
 
-    @abstractmethod
-    def sends(self, exchange: Exchange) -> list[Message]:
-        """What leaves in this exchange."""
+    @property
+    def dim(self) -> int: ...
 
-    @abstractmethod
-    def receives(self, exchange: Exchange) -> list[Message]:
-        """Where what arrives in it goes."""
+    @property
+    def value_dim(self) -> int: ...
+
+    @property
+    def summary(self) -> int | None: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Queries:
-    """The query side of a backward pass; ``dq`` and ``dparams`` are accumulators."""
-
-    q: torch.Tensor
-    output_grad: OutputGrad
-    dq: torch.Tensor
-    dparams: Params
-
-
-class Gradients(Traveller):
-    """The gradients of a cargo, accumulated where it was attended to and sent home.
+class Parcel:
+    """Some of a rank's own keys, or their gradients, as they travel in one message.
 
     Attributes:
-        own: the gradients of this rank's keys and values, accumulated.
+        spans: half-open ranges of the rank's keys, in the order they travel.
+        rows: what stands for them, part of a buffer.
     """
 
-    def __init__(self, problem: Problem, length: int) -> None:
-        dk, dv = (problem.rows(problem.kv_heads, length, dim) for dim in (problem.dim, problem.value_dim))
-        self.own = dk, dv
+    spans: list[tuple[int, int]]
+    rows: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload(ABC):
+    """An immutable value.
+
+    Attributes:
+        name: what travels, in a word.
+        unit: what it is counted in.
+        per_key: whether a row is one key; otherwise one row stands for a whole range of keys.
+        accumulated: whether it travels in the accumulator's dtype, not the inputs'.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    per_key: ClassVar[bool]
+    accumulated: ClassVar[bool]
+
+    def rows(self, start: Rows, stop: Rows) -> Rows:
+        """How many rows stand for each range of keys."""
+        return stop - start if self.per_key else np.ones_like(start)
 
     @abstractmethod
-    def compute(self, step: Step, queries: Queries) -> None:
-        """Adds what the step's tiles contribute to every gradient."""
+    def size(self, heads: Heads) -> int:
+        """Numbers of one key head in a row.
+
+        Raises:
+            InputError: that depends on a mechanism which nobody named.
+        """
+
+    def refusal(self, mechanism: Mechanism) -> str | None:
+        """Why the mechanism cannot attend to it, in words; None when it can."""
+        return None
 
     @abstractmethod
-    def add_arrived(self, exchange: Exchange) -> None:
-        """Adds what came home to this rank's own gradients, in the order of the exchange's items."""
-
-
-class Cargo(Traveller):
-    """Keys and values, or what stands for them."""
+    def pack(self, problem: Problem, own: Pair, parcels: Sequence[Parcel]) -> None:
+        """Writes the rows of all parcels that leave in one exchange, from this rank's keys and values."""
 
     @abstractmethod
-    def compute(self, step: Step, q: torch.Tensor, state: State | None) -> State:
-        """Merges what the step's tiles contribute into the state, or makes one where there is none yet."""
+    def attend(
+        self, problem: Problem, kernel: Kernel, q: torch.Tensor, rows: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
+        """Merges what the tiles contribute over rows that arrived into the state, or makes one."""
 
     @abstractmethod
-    def gradients(self) -> Gradients:
-        """The accumulators of a backward pass over this cargo."""
+    def attend_grad(
+        self,
+        problem: Problem,
+        kernel: Kernel,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        output_grad: OutputGrad,
+        tiles: Tiles,
+        dq: torch.Tensor,
+        drows: torch.Tensor,
+        dparams: Params,
+    ) -> None:
+        """Adds what the tiles contribute to the gradients of the queries, the rows and the params."""
+
+    @abstractmethod
+    def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
+        """Adds the gradients of own rows that came back in one exchange to those of the keys and values."""

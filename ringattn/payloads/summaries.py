@@ -1,4 +1,4 @@
-"""Summaries of keys and values, ``[rows, B, Hkv, size]``: what a linear mechanism exchanges in place of them.
+"""Summaries of keys and values: what a mechanism exchanges in place of them where keys can be summed up.
 
 A rank sums up the keys that others may see and sends one summary for each set of them; keys and values stay where
 they are, so that what travels does not depend on how long the sequence is. Whoever receives summaries adds up, in the
@@ -8,147 +8,117 @@ summary goes to the rank whose keys it sums up, which takes it apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Problem, State, Summarising, rows_at
-from ringattn.payloads.base import Cargo, Gradients, Queries
+from ringattn.errors import InputError
+from ringattn.kernels.base import Kernel
+from ringattn.mechanisms.base import Mechanism, OutputGrad, Params, Problem, State, Summarising, rows_at
+from ringattn.payloads.base import Heads, Pair, Parcel, Payload
 from ringattn.plans import tiles as t
-from ringattn.plans.steps import Exchange, Step
 from ringattn.plans.tiles import Tiles
-from ringattn.runtime.call import Call, Staging
-from ringattn.transports.base import Message
 
 AT_ONCE = 1024  # rows worked on at once: a few copies of them in the accumulator's dtype are all the memory it takes
-Run = tuple[int, int]
 
 
-class Summaries(Cargo):
-    """The summaries of every phase; in phase 0 this rank's own keys and values themselves."""
+@dataclasses.dataclass(frozen=True)
+class Summaries(Payload):
+    """Sums over keys, for mechanisms that are `Summarising`."""
 
-    def __init__(self, call: Call, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> None:
-        assert isinstance(problem.mechanism, Summarising)
-        self.call, self.problem, self.mechanism, self.k, self.v = call, problem, problem.mechanism, k, v
+    name: ClassVar[str] = "summaries"
+    unit: ClassVar[str] = "sums over keys"
+    per_key: ClassVar[bool] = False
+    accumulated: ClassVar[bool] = True
 
-    def compute(self, step: Step, q: torch.Tensor, state: State | None) -> State:
-        if step.phase == 0:
-            return self.call.kernel.forward(self.problem, q, self.k, self.v, step.tiles, state)
-        state = self.mechanism.empty(self.problem, q.shape[2]) if state is None else state
-        for at, rows in step.tiles.memo(_folds):
-            part = self.mechanism.attend(self.problem, self.wide(q[:, :, at]), self.folded(step.phase, rows))
-            self.mechanism.merge(tuple(x[:, :, at] for x in state), part)
+    def size(self, heads: Heads) -> int:
+        if heads.summary is None:
+            raise InputError("The bytes of a plan that exchanges summaries depend on the mechanism; give it to plan.")
+        return heads.summary
+
+    def refusal(self, mechanism: Mechanism) -> str | None:
+        if isinstance(mechanism, Summarising):
+            return None
+        return f"{mechanism} needs the keys themselves"
+
+    def pack(self, problem: Problem, own: Pair, parcels: Sequence[Parcel]) -> None:
+        made: dict[tuple[int, int], torch.Tensor] = {}  # several ranks may get the same
+        for parcel in parcels:
+            for row, span in zip(parcel.rows, parcel.spans, strict=True):
+                if span not in made:
+                    made[span] = _summary(problem, own, *span)
+                row.copy_(made[span])
+
+    def attend(
+        self, problem: Problem, kernel: Kernel, q: torch.Tensor, rows: torch.Tensor, tiles: Tiles, state: State | None
+    ) -> State:
+        mechanism = _summarising(problem)
+        state = mechanism.empty(problem, q.shape[2]) if state is None else state
+        for at, which in tiles.memo(_folds):
+            part = mechanism.attend(problem, q[:, :, at].to(problem.accumulator), _folded(rows, which))
+            mechanism.merge(tuple(x[:, :, at] for x in state), part)
         return state
 
-    def gradients(self) -> SummaryGradients:
-        return SummaryGradients(self)
-
-    def sends(self, exchange: Exchange) -> list[Message]:
-        staging = Staging(self.call, "key staging", self.problem.accumulator)
-        made: dict[Run, torch.Tensor] = {}
-        messages = []
-        for item in exchange.sends:
-            if not item.gradient:
-                out = staging.take(item.rows)
-                for row, (start, stop) in zip(out, item.spans.tolist(), strict=True):
-                    if (start, stop) not in made:
-                        made[start, stop] = self._summary(start, stop)
-                    row.copy_(made[start, stop])
-                messages.append((item.peer, out))
-        return messages
-
-    def receives(self, exchange: Exchange) -> list[Message]:
-        return [(item.peer, item.run_of(self._rows(item.phase))) for item in exchange.receives if not item.gradient]
-
-    def folded(self, phase: int, rows: torch.Tensor) -> torch.Tensor:
-        """The sum of these rows of a phase, ``[B, Hkv, size]``."""
-        return self._rows(phase).index_select(0, rows.to(self.problem.device)).sum(dim=0)
-
-    def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """In the accumulator's dtype."""
-        return x.to(self.problem.accumulator)
-
-    def parts(self, start: int, stop: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """This rank's keys and values from ``start`` to ``stop``, some rows at a time."""
-        for first in range(start, stop, AT_ONCE):
-            at = slice(first, min(first + AT_ONCE, stop))
-            yield at, self.wide(self.k[:, :, at]), self.wide(self.v[:, :, at])
-
-    def _summary(self, start: int, stop: int) -> torch.Tensor:
-        first, *others = (self.mechanism.summarise(self.problem, k, v) for _, k, v in self.parts(start, stop))
-        for other in others:
-            first += other
-        return first
-
-    def _rows(self, phase: int) -> torch.Tensor:
-        return self.call.phase_buffer("keys", phase, self.problem.accumulator)
-
-
-class SummaryGradients(Gradients):
-    """Gradients of the summaries of every phase, and of this rank's keys and values."""
-
-    def __init__(self, cargo: Summaries) -> None:
-        super().__init__(cargo.problem, cargo.k.shape[2])
-        self._cargo, self._call = cargo, cargo.call
-
-    def compute(self, step: Step, queries: Queries) -> None:
-        cargo, wide = self._cargo, self._cargo.wide
-        if step.phase == 0:
-            into = (queries.dq, *self.own)
-            self._call.kernel.backward(
-                cargo.problem, queries.q, cargo.k, cargo.v, queries.output_grad, step.tiles, into, queries.dparams
+    def attend_grad(
+        self,
+        problem: Problem,
+        kernel: Kernel,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        output_grad: OutputGrad,
+        tiles: Tiles,
+        dq: torch.Tensor,
+        drows: torch.Tensor,
+        dparams: Params,
+    ) -> None:
+        mechanism, accumulator = _summarising(problem), problem.accumulator
+        for at, which in tiles.memo(_folds):
+            part, folded = mechanism.attend_grad(
+                problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.of(rows_at(at), accumulator)
             )
-            return
-        gradients = self._rows(step.phase).zero_()
-        for at, rows in step.tiles.memo(_folds):
-            dq, folded = cargo.mechanism.attend_grad(
-                cargo.problem,
-                wide(queries.q[:, :, at]),
-                cargo.folded(step.phase, rows),
-                queries.output_grad.of(rows_at(at), cargo.problem.accumulator),
-            )
-            queries.dq[:, :, at] += dq
+            dq[:, :, at] += part
             # a sum hands its gradient on to every part; no part is in a fold twice
-            gradients[rows.to(gradients.device)] += folded
+            drows[which.to(drows.device)] += folded
 
-    def sends(self, exchange: Exchange) -> list[Message]:
-        staging = Staging(self._call, "gradient staging", self._call.grad_dtype)
-        messages = []
-        for item in exchange.sends:
-            if item.gradient:
-                rows = item.run_of(self._rows(item.phase))
-                messages.append(
-                    (item.peer, staging.take(item.rows).copy_(rows) if self._call.plan.packed(item) else rows)
-                )
-        return messages
+    def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
+        totals: dict[tuple[int, int], torch.Tensor] = {}
+        for parcel in parcels:
+            for row, span in zip(parcel.rows, parcel.spans, strict=True):
+                part = row.to(problem.accumulator)
+                totals[span] = totals[span] + part if span in totals else part
+        for span, total in totals.items():
+            for at, k, v in _parts(problem, own, *span):
+                for grad, part in zip(grads, _summarising(problem).summarise_grad(problem, k, v, total), strict=True):
+                    grad[:, :, at] += part
 
-    def receives(self, exchange: Exchange) -> list[Message]:
-        return [(peer, rows) for peer, _, rows in self._arrivals(exchange)]
 
-    def add_arrived(self, exchange: Exchange) -> None:
-        totals: dict[Run, torch.Tensor] = {}
-        for _, runs, rows in self._arrivals(exchange):
-            for run, row in zip(runs, rows, strict=True):
-                part = self._cargo.wide(row)
-                totals[run] = totals[run] + part if run in totals else part
-        dk, dv = self.own
-        for (start, stop), total in totals.items():
-            for at, k, v in self._cargo.parts(start, stop):
-                for own, part in zip(
-                    (dk, dv), self._cargo.mechanism.summarise_grad(self._cargo.problem, k, v, total), strict=True
-                ):
-                    own[:, :, at] += part
+def _summarising(problem: Problem) -> Summarising:
+    assert isinstance(problem.mechanism, Summarising)  # by `refusal`
+    return problem.mechanism
 
-    def _arrivals(self, exchange: Exchange) -> list[tuple[int, list[Run], torch.Tensor]]:
-        staging = Staging(self._call, "gradient arrivals", self._call.grad_dtype)
-        return [
-            (item.peer, [(start, stop) for start, stop in item.spans.tolist()], staging.take(item.rows))
-            for item in exchange.receives
-            if item.gradient
-        ]
 
-    def _rows(self, phase: int) -> torch.Tensor:
-        return self._call.phase_buffer("gradients", phase, self._cargo.problem.accumulator)
+def _summary(problem: Problem, own: Pair, start: int, stop: int) -> torch.Tensor:
+    """The summary ``[B, Hkv, size]`` of a range of own keys."""
+    mechanism = _summarising(problem)
+    first, *others = (mechanism.summarise(problem, k, v) for _, k, v in _parts(problem, own, start, stop))
+    for other in others:
+        first += other
+    return first
+
+
+def _parts(problem: Problem, own: Pair, start: int, stop: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Own keys and values from ``start`` to ``stop``, some rows at a time, in the accumulator's dtype."""
+    k, v = own
+    for first in range(start, stop, AT_ONCE):
+        at = slice(first, min(first + AT_ONCE, stop))
+        yield at, k[:, :, at].to(problem.accumulator), v[:, :, at].to(problem.accumulator)
+
+
+def _folded(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """The sum of these rows, ``[B, Hkv, size]``."""
+    return rows.index_select(0, which.to(rows.device)).sum(dim=0)
 
 
 def _folds(tiles: Tiles) -> list[tuple[slice, torch.Tensor]]:
@@ -157,8 +127,8 @@ def _folds(tiles: Tiles) -> list[tuple[slice, torch.Tensor]]:
     for row in tiles.rows.tolist():
         rows.setdefault((row[t.Q], row[t.M], row[t.Q_STEP]), []).append(row[t.K])
     folds = []
-    for (first, count, step), of in rows.items():
-        summaries = torch.tensor(sorted(of))
+    for (first, count, step), which in rows.items():
+        summaries = torch.tensor(sorted(which))
         for start in range(0, count, AT_ONCE):
             stop = min(start + AT_ONCE, count)
             folds.append((slice(first + start * step, first + (stop - 1) * step + 1, step), summaries))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.payloads.base import Payload
 from ringattn.plans import tiles
 from ringattn.plans.cost import Shape
 from ringattn.plans.demand import Demand
@@ -21,10 +22,9 @@ from ringattn.plans.steps import (
     RECV_PHASE,
     RECV_START,
     RECV_STOP,
-    CargoName,
     GradientWire,
     Plan,
-    hold_rows,
+    received_rows,
 )
 from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 
@@ -33,7 +33,7 @@ from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 class Moves:
     """What a schedule decides for one rank, in rows of the origin's shard.
 
-    Where the schedule's cargo is summaries, a row of these tables is one of them.
+    Where the schedule's payload is not per key, a row of these tables is one of its rows.
 
     Attributes:
         receives: ``(phase, sender, origin, start, stop)``.
@@ -51,7 +51,7 @@ def assemble(
     moves: Moves,
     *,
     description: str,
-    cargo: CargoName,
+    payload: Payload,
     lookahead: int,
     gradient_wire: GradientWire,
     shape: Shape | None,
@@ -63,14 +63,14 @@ def assemble(
     """
     order = np.lexsort((moves.receives[:, 3], moves.receives[:, 2], moves.receives[:, 1], moves.receives[:, 0]))
     receives = np.concatenate([moves.receives[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
-    receives[:, RECV_OFFSET] = _offsets(receives[:, RECV_PHASE], hold_rows(cargo, receives))
+    receives[:, RECV_OFFSET] = _offsets(receives[:, RECV_PHASE], received_rows(payload, receives))
     buffers = _Buffers(receives, rank)
 
     table = demand.rows(rank)
     tile_phases = phases[rank, table[:, K_RANK]]
     order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
     rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
-    if cargo == "keys":
+    if payload.per_key:
         rows, tile_phases = _held(rows, tile_phases, owners, buffers)
         grad_sends, grad_receives = _key_homes(demand, rank, phases, buffers)
     else:
@@ -92,7 +92,7 @@ def assemble(
         q_spans=demand.q_spans,
         k_spans=demand.k_spans,
         description=description,
-        cargo=cargo,
+        payload=payload,
         tile_phases=tile_phases,
         tile_rows=rows,
         receives=receives,

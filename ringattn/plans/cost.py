@@ -42,19 +42,15 @@ class Shape:
         return max(self.itemsize, 4)
 
     def row(self, plan: Plan) -> int:
-        """Numbers in one row of the plan's cargo, all key heads."""
-        if plan.cargo == "keys":
-            return self.batch * self.kv_heads * (self.dim + self.value_dim)
-        if self.summary is None:
-            raise InputError("The bytes of a plan that exchanges summaries depend on the mechanism; give it to plan.")
-        return self.batch * self.kv_heads * self.summary
+        """Numbers in one row of the plan's payload, all key heads."""
+        return self.batch * self.kv_heads * plan.payload.size(self)
 
-    def cargo_itemsize(self, plan: Plan) -> int:
-        """Bytes of one number of the plan's cargo: summaries are accumulated."""
-        return self.itemsize if plan.cargo == "keys" else self.accumulator
+    def payload_itemsize(self, plan: Plan) -> int:
+        """Bytes of one number of the plan's payload."""
+        return self.accumulator if plan.payload.accumulated else self.itemsize
 
     def grad_itemsize(self, plan: Plan) -> int:
-        """Bytes of one number of the cargo's gradients, as they travel."""
+        """Bytes of one number of the payload's gradients, as they travel."""
         return self.itemsize if plan.gradient_wire == "input" else self.accumulator
 
 
@@ -93,11 +89,11 @@ def traffic(plan: Plan) -> Traffic:
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None:
             return None
-        out, home = shape.cargo_itemsize(plan), shape.grad_itemsize(plan)
+        out, home = shape.payload_itemsize(plan), shape.grad_itemsize(plan)
         return shape.row(plan) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
 
     sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
-    tokens = plan.cargo == "keys"
+    tokens = plan.payload.per_key
     return Traffic(
         messages=sum(len(x.sends) for x in forward),
         sent_tokens=sent if tokens else 0,
@@ -147,8 +143,8 @@ def memory(plan: Plan) -> Memory:
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
     for name, rows in plan.buffer_rows.items():
-        cargo, home = shape.cargo_itemsize(plan), shape.grad_itemsize(plan)
-        size = cargo if name.startswith("key") else wide if name.startswith("gradients") else home
+        out, home = shape.payload_itemsize(plan), shape.grad_itemsize(plan)
+        size = out if name.startswith("key") else wide if name.startswith("gradients") else home
         buffers[name] = rows * shape.row(plan) * size
     return Memory(buffers)
 
@@ -157,7 +153,7 @@ def _kernel_rows(plan: Plan, shape: Shape) -> int:
     """Numbers in the results of the largest backward launch: dq of its queries, dk and dv of its keys."""
     most = 0
     for phase, step_tiles in plan.tiles.items():
-        if phase and plan.cargo == "summaries":
+        if phase and not plan.payload.per_key:
             continue  # a launch is over keys
         rows = step_tiles.rows
         q = int((rows[:, tiles.Q] + rows[:, tiles.M]).max() - rows[:, tiles.Q].min())
@@ -169,15 +165,13 @@ def _kernel_rows(plan: Plan, shape: Shape) -> int:
 def explain(plan: Plan) -> str:
     """A plan in words: what it is, and a line a step."""
     moved = traffic(plan)
-    received, sent = (
-        (f"{moved.received_tokens} key positions", str(moved.sent_tokens))
-        if plan.cargo == "keys"
-        else (f"{moved.received_summaries} sums over keys", str(moved.sent_summaries))
-    )
+    received = moved.received_tokens + moved.received_summaries
+    sent = moved.sent_tokens + moved.sent_summaries
     lines = [
         f"rank {plan.rank} of {plan.size}, {plan.description}",
         f"  {plan.tokens} queries, {plan.key_tokens} keys, {plan.area} allowed pairs, plan {plan.hash}",
-        f"  receives {received} in {len(plan.held_rows) - 1} phases, sends {sent} in {moved.messages} messages",
+        f"  receives {received} {plan.payload.unit} in {len(plan.held_rows) - 1} phases, "
+        f"sends {sent} in {moved.messages} messages",
     ]
     lines += [f"  {plan.reason}"] if plan.reason else []
     if plan.shape is not None:
@@ -191,7 +185,7 @@ def explain(plan: Plan) -> str:
             parts += [f"send {item.rows} rows to rank {item.peer}" for item in step.exchange.sends]
             parts += [f"receive {item.rows} rows from rank {item.peer}" for item in step.exchange.receives]
         if step.tiles:
-            where = "its own keys" if step.phase == 0 else f"the {plan.cargo} of phase {step.phase}"
+            where = "its own keys" if step.phase == 0 else f"the {plan.payload.name} of phase {step.phase}"
             parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, over {where}")
         lines.append(f"  phase {step.phase}: " + "; ".join(parts))
     return "\n".join(lines)

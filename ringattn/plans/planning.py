@@ -152,10 +152,11 @@ def _shape(
 def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None) -> tuple[Schedule, str]:
     """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive."""
     if schedule is not None:
-        if schedule.cargo == "summaries" and mechanism is not None and not isinstance(mechanism, Summarising):
+        wrong = None if mechanism is None else schedule.payload.refusal(mechanism)
+        if wrong is not None:
             raise UnsupportedError(
-                f"{schedule} exchanges sums over keys, and {mechanism} needs the keys themselves. Use ring, route or "
-                f"auto, or a mechanism whose keys can be summed up, such as Linear."
+                f"{schedule} exchanges {schedule.payload.unit}, and {wrong}. Use ring, route or auto, or a mechanism "
+                f"whose keys can be summed up, such as Linear."
             )
         refusal = schedule.refusal(demand)
         if refusal is not None:
@@ -184,7 +185,7 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
         demand.memo(_phases, schedule),
         schedule.moves(demand, rank),
         description=f"{schedule}: {words}",
-        cargo=schedule.cargo,
+        payload=schedule.payload,
         lookahead=schedule.lookahead,
         gradient_wire=schedule.gradient_wire,
         shape=shape,

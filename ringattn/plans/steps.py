@@ -22,13 +22,12 @@ import numpy as np
 from ringattn import layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
+from ringattn.payloads.base import Payload
 from ringattn.plans import cost, tiles
 from ringattn.plans.cost import Memory, Shape, Traffic
 from ringattn.plans.tiles import NO_TILES, PARTIAL, Tiles
 
 GradientWire = Literal["float32", "input"]
-CargoName = Literal["keys", "summaries"]
-"""What travels: keys with their values, or sums over them (see `mechanisms.base.Summarising`)."""
 
 T = TypeVar("T")
 
@@ -43,15 +42,15 @@ class Item:
 
     Attributes:
         peer: the other rank.
-        cargo: what travels, or whose gradients do.
+        payload: what travels, or whose gradients do.
         gradient: whether gradients travel.
         phase: the buffer: 0 for this rank's own rows, p for those of phase p.
         spans: half-open row ranges ``[n, 2]`` of that buffer, in the order they travel. Of this rank's own rows,
-            a summary travels for each range.
+            what is not per key travels once for each range.
     """
 
     peer: int
-    cargo: CargoName
+    payload: Payload
     gradient: bool
     phase: int
     spans: Array
@@ -59,9 +58,12 @@ class Item:
     @functools.cached_property
     def rows(self) -> int:
         """Rows that travel."""
-        if self.cargo == "summaries":
-            return len(self.spans)
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+        return int(self.payload.rows(*self.spans.T).sum())
+
+    @functools.cached_property
+    def is_run(self) -> bool:
+        """Whether its ranges lie behind one another in their buffer."""
+        return bool((self.spans[1:, 0] == self.spans[:-1, 1]).all())
 
     def run_of(self, rows: T) -> T:
         """The item's part of a buffer in which its ranges lie behind one another."""
@@ -70,7 +72,7 @@ class Item:
     @property
     def words(self) -> str:
         """What travels, such as ``12 rows of keys``."""
-        return f"{self.rows} {'gradients' if self.gradient else 'rows'} of {self.cargo}"
+        return f"{self.rows} {'gradients' if self.gradient else 'rows'} of {self.payload.name}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,8 +108,8 @@ class Plan:
         mask, regions, partial, q_spans, k_spans: what was asked for: the mask and its regions, who holds which
             queries and keys.
         description: mask, layouts and schedule, in words.
-        cargo: what travels. Summaries are rows of their phase's buffer, one a hold, and a tile of another rank's
-            keys attends to one of them; only phase 0, this rank's own keys, is rows of keys then.
+        payload: what travels. Where it is not per key, each receive is one row of its phase's buffer, and a tile of
+            another rank's keys attends to one of them; only phase 0, this rank's own keys, is rows of keys then.
         tile_phases, tile_rows: every tile and its phase, sorted by phase; keys are rows of the phase's buffer.
         receives: ``(phase, sender, origin, start, stop, offset)``: rows of the origin's shard that arrive from the
             sender, and where they, or their summary, lie in the phase's buffer.
@@ -129,7 +131,7 @@ class Plan:
     q_spans: Array
     k_spans: Array
     description: str
-    cargo: CargoName
+    payload: Payload
     tile_phases: Array
     tile_rows: Array
     receives: Array
@@ -208,14 +210,14 @@ class Plan:
             exchanges[phase] = Exchange(phase, sends=items)
         for phase, rows in _groups(self.receives[:, RECV_PHASE], self.receives):
             offset = rows[:, RECV_OFFSET]
-            spans = np.stack([offset, offset + hold_rows(self.cargo, rows)], axis=1)
+            spans = np.stack([offset, offset + received_rows(self.payload, rows)], axis=1)
             items = self._items(rows[:, RECV_SENDER], spans, False, phase)
             exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
 
     def _items(self, peers: Array, spans: Array, gradient: bool, phase: int) -> tuple[Item, ...]:
-        return tuple(Item(peer, self.cargo, gradient, phase, part) for peer, part in _groups(peers, spans))
+        return tuple(Item(peer, self.payload, gradient, phase, part) for peer, part in _groups(peers, spans))
 
     def _steps(self, keys: dict[int, Exchange], homes: dict[int, Exchange]) -> tuple[Step, ...]:
         """Keys of phase x travel with gradients of phase x - 1 - lookahead, which are ready by then on every rank."""
@@ -243,17 +245,17 @@ class Plan:
     def held_rows(self) -> dict[int, int]:
         """Rows in the buffer of every phase, this rank's own in phase 0."""
         groups = _groups(self.receives[:, RECV_PHASE], self.receives)
-        return {0: self.key_tokens, **{phase: int(hold_rows(self.cargo, rows).sum()) for phase, rows in groups}}
+        return {0: self.key_tokens, **{phase: int(received_rows(self.payload, rows).sum()) for phase, rows in groups}}
 
     def packed(self, item: Item) -> bool:
         """Whether what an item sends must be copied together first; otherwise it travels from where it lies."""
         if item.gradient:
-            return (self.cargo == "keys" and len(item.spans) > 1) or self.gradient_wire == "input"
-        return item.phase == 0 or len(item.spans) > 1
+            return not item.is_run or self.gradient_wire == "input"
+        return item.phase == 0 or not item.is_run
 
     @functools.cached_property
     def buffer_rows(self) -> dict[str, int]:
-        """Rows of the cargo that each exchange buffer must hold, by the buffer's name.
+        """Rows of the payload that each exchange buffer must hold, by the buffer's name.
 
         ``keys 0`` and ``keys 1`` receive keys in turn, ``gradients 0`` and ``1`` accumulate their gradients; the
         stagings are packed before they are sent; ``gradient arrivals`` are added to this rank's own gradients.
@@ -280,7 +282,9 @@ class Plan:
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
-        h.update(repr((self.rank, self.size, self.cargo, self.lookahead, self.gradient_wire, self.shape)).encode())
+        h.update(
+            repr((self.rank, self.size, self.payload.name, self.lookahead, self.gradient_wire, self.shape)).encode()
+        )
         return h.hexdigest()
 
     def verify(self) -> None:
@@ -302,11 +306,9 @@ class Plan:
         return cost.explain(self)
 
 
-def hold_rows(cargo: CargoName, receives: Array) -> Array:
-    """The buffer rows of each hold: its keys, or their one summary."""
-    return (
-        receives[:, RECV_STOP] - receives[:, RECV_START] if cargo == "keys" else np.ones(len(receives), dtype=np.int64)
-    )
+def received_rows(payload: Payload, receives: Array) -> Array:
+    """The buffer rows of each receive."""
+    return payload.rows(receives[:, RECV_START], receives[:, RECV_STOP])
 
 
 def _groups(keys: Array, rows: Array) -> list[tuple[int, Array]]:

@@ -91,9 +91,11 @@ def verify(plans: Sequence[Plan]) -> None:
             (plan.q_spans, first.q_spans),
             (plan.k_spans, first.k_spans),
         )
-        alike = (plan.gradient_wire, plan.cargo) == (first.gradient_wire, first.cargo)
+        alike = (plan.gradient_wire, plan.payload) == (first.gradient_wire, first.payload)
         if not alike or not all(np.array_equal(a, b) for a, b in asked):
-            raise PlanError(f"Rank {plan.rank} and rank 0 planned for another mask, sharding, cargo or gradient dtype.")
+            raise PlanError(
+                f"Rank {plan.rank} and rank 0 planned for another mask, sharding, payload or gradient dtype."
+            )
         verify_rank(plan, keys)
     _verify_homing(plans)
     for name, exchanges in (
@@ -190,7 +192,7 @@ def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) -
             continue
         rows, held = step.tiles.rows, keys.held(plan, step.phase)
         sides = [("queries", [queries], (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE))]
-        if step.phase and plan.cargo == "summaries":
+        if step.phase and not plan.payload.per_key:
             _verify_summed(plan, name, step, held)
         else:
             sides.append(("keys", held, (tiles.K, tiles.N, tiles.K_STEP, tiles.K_POSITION, tiles.K_STRIDE)))
@@ -281,7 +283,7 @@ def _used_rows(plan: Plan) -> list[Array]:
     for phase, step_tiles in plan.tiles.items():
         if not phase:
             continue
-        if plan.cargo == "summaries":
+        if not plan.payload.per_key:
             row = np.unique(step_tiles.rows[:, tiles.K])
             start, stop = row, row + 1
         else:
@@ -301,7 +303,7 @@ def _origin_rows(plan: Plan) -> Array:
     for phase, peer, start, stop in plan.grad_sends.tolist():
         receives = plan.receives[(plan.receives[:, RECV_PHASE] == phase) & (plan.receives[:, RECV_ORIGIN] == peer)]
         first, last = receives[:, RECV_START], receives[:, RECV_STOP]
-        if plan.cargo == "summaries":
+        if not plan.payload.per_key:
             hit = (start <= receives[:, RECV_OFFSET]) & (receives[:, RECV_OFFSET] < stop)
         else:
             shift = first - receives[:, RECV_OFFSET]
@@ -315,7 +317,7 @@ def _origin_rows(plan: Plan) -> Array:
 def _positions(plan: Plan, item: Item, keys: _Keys) -> list[Array]:
     """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
     held = keys.held(plan, item.phase)
-    apart = item.cargo == "summaries" and item.phase != 0  # a row is a hold
+    apart = not item.payload.per_key and item.phase != 0  # a row is a receive
     rows = len(held) if apart else sum(map(len, held))
     if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > rows:
         raise PlanError(
@@ -326,7 +328,7 @@ def _positions(plan: Plan, item: Item, keys: _Keys) -> list[Array]:
         return [held[row] for start, stop in item.spans.tolist() for row in range(start, stop)]
     whole = np.concatenate(held)
     parts = [whole[start:stop] for start, stop in item.spans.tolist()]
-    return parts if item.cargo == "summaries" else [np.concatenate(parts)]
+    return [np.concatenate(parts)] if item.payload.per_key else parts
 
 
 def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:

@@ -11,7 +11,8 @@ from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.steps import Plan
-from ringattn.runtime import agreement
+from ringattn.runtime import agreement, messages
+from ringattn.runtime.messages import Moves
 from ringattn.transports.base import Transport
 
 
@@ -40,41 +41,18 @@ class Call:
 
     def begun(self, name: str, params: Sequence[torch.Tensor], seed: int) -> Problem:
         """The problem of one pass, after comparing the call with every other rank's, before any payload."""
-        agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)})
-        return self.with_params(params, seed)
-
-    def with_params(self, params: Sequence[torch.Tensor], seed: int) -> Problem:
-        """The problem with this call's learned tensors and seed."""
+        if self.transport.agrees:
+            agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)})
+        if not params and not seed:
+            return self.problem
         named = dict(zip(self.problem.mechanism.params, params, strict=True))
         return dataclasses.replace(self.problem, params=named, seed=seed)
 
     @property
-    def grad_dtype(self) -> torch.dtype:
-        """In which gradients of keys and values, or of summaries, travel."""
-        return self.problem.dtype if self.plan.gradient_wire == "input" else self.problem.accumulator
-
-    def buffer(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        """``[rows, B, Hkv, size]`` over the transport's buffer of this name, which is kept from call to call.
-
-        A row is a key and its value, ``D + Dv`` numbers a head, or one summary.
-        """
-        problem = self.problem
-        shape = (rows, problem.batch, problem.kv_heads, problem.cargo_size(self.plan.cargo))
-        return self.transport.buffers.take(name, shape, dtype, problem.device)
-
-    def phase_buffer(self, name: str, phase: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of a phase in one of the two buffers that take turns."""
-        return self.buffer(f"{name} {self.plan.slots[phase]}", self.plan.held_rows[phase], dtype)
+    def moves(self) -> Moves:
+        """The exchanges of both passes over the transport's buffers."""
+        return self.transport.buffers.views(self, _moves)
 
 
-class Staging:
-    """Hands out the rows of one buffer, from its beginning, to the messages of one exchange."""
-
-    def __init__(self, call: Call, name: str, dtype: torch.dtype) -> None:
-        self._rows = call.buffer(name, call.plan.buffer_rows[name], dtype)
-        self._at = 0
-
-    def take(self, rows: int) -> torch.Tensor:
-        """The next rows."""
-        self._at += rows
-        return self._rows[self._at - rows : self._at]
+def _moves(call: Call) -> Moves:
+    return messages.moves(call.plan, call.problem, call.transport.buffers)

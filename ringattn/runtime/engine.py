@@ -1,7 +1,7 @@
-"""The engine: interprets a plan, forward and backward. The only caller of kernels and transports.
+"""The engine: interprets a plan, forward and backward. Nobody else calls kernels or moves a payload.
 
 Every step does the same three things: start the exchange, compute the tiles over what is already here, wait for the
-exchange. What travels is the plan's cargo.
+exchange. What travels is the plan's payload; in phase 0 the tiles are over this rank's own keys and values.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``.
 """
@@ -13,11 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from ringattn.mechanisms.base import OutputGrad, Problem, State
-from ringattn.payloads.base import Cargo, Queries, Traveller
-from ringattn.payloads.keys import Keys
-from ringattn.payloads.summaries import Summaries
-from ringattn.plans.steps import Exchange
+from ringattn.payloads.base import Pair
 from ringattn.runtime.call import Call
+from ringattn.runtime.messages import Move
 from ringattn.transports.base import Handle
 
 
@@ -32,12 +30,16 @@ def forward(
 ) -> tuple[torch.Tensor, State]:
     """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
     problem = call.begun(f"fwd {number}", params, seed)
+    kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
-    cargo = _cargo(call, problem, k, v)
-    for step in call.plan.steps:
-        under_way = _start(call, step.exchange, "forward", cargo)
+    for step, move in call.moves.forward:
+        under_way = _start(call, problem, (k, v), move)
         if step.tiles:
-            state = cargo.compute(step, q, state)
+            state = (
+                kernel.forward(problem, q, k, v, step.tiles, state)
+                if step.phase == 0
+                else payload.attend(problem, kernel, q, move.rows, step.tiles, state)
+            )
         under_way.wait()
     return problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]) if state is None else state)
 
@@ -56,32 +58,33 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
     problem = call.begun(f"bwd {number}", params, seed)
-    cargo = _cargo(call, problem, k, v)
-    gradients = cargo.gradients()
+    kernel, payload, moves = call.kernel, call.plan.payload, call.moves
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
+    own = dk, dv = (
+        problem.rows(problem.kv_heads, k.shape[2], problem.dim),
+        problem.rows(problem.kv_heads, k.shape[2], problem.value_dim),
+    )
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
     output_grad = OutputGrad(saved, dout, grad_extras)
-    queries = Queries(q, output_grad, dq, dparams)
-    for step in call.plan.backward_steps:
-        under_way = _start(call, step.exchange, "backward", cargo, gradients)
-        if step.tiles:
-            gradients.compute(step, queries)
+    for step, move in moves.backward if problem.wants("k", "v") else moves.queries:
+        under_way = _start(call, problem, (k, v), move)
+        if step.tiles and step.phase == 0:
+            kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)
+        elif step.tiles:
+            drows = move.drows.zero_()
+            payload.attend_grad(problem, kernel, q, move.rows, output_grad, step.tiles, dq, drows, dparams)
         under_way.wait()
-        gradients.add_arrived(step.exchange)
+        if move.returned:
+            payload.unpack_grad(problem, (k, v), move.returned, own)
     problem.mechanism.finish_grad(problem, output_grad, dparams)
-    dk, dv = gradients.own
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals
 
 
-def _cargo(call: Call, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> Cargo:
-    return Summaries(call, problem, k, v) if call.plan.cargo == "summaries" else Keys(call, problem, k, v)
-
-
-def _start(call: Call, exchange: Exchange, name: str, *travellers: Traveller) -> Handle:
-    """Starts an exchange of what these have for it. Cargo comes before gradients, on every rank alike."""
-    return call.transport.exchange(
-        [message for part in travellers for message in part.sends(exchange)],
-        [message for part in travellers for message in part.receives(exchange)],
-        label=f"attention {name}, phase {exchange.phase}",
-    )
+def _start(call: Call, problem: Problem, own: Pair, move: Move) -> Handle:
+    """Starts a step's exchange, after putting together what does not travel from where it lies."""
+    if move.packs:
+        call.plan.payload.pack(problem, own, move.packs)
+    for source, target in move.copies:
+        target.copy_(source)
+    return call.transport.exchange(move.sends, move.receives, label=move.label)

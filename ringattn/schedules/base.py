@@ -12,9 +12,11 @@ from typing import ClassVar
 
 from ringattn.bands import Array
 from ringattn.errors import InputError
+from ringattn.payloads.base import Payload
+from ringattn.payloads.keys import Keys
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
-from ringattn.plans.steps import CargoName, GradientWire
+from ringattn.plans.steps import GradientWire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Schedule(ABC):
             inputs), or ``input`` for the inputs' own, half the bytes of bfloat16 at an error of 2^-9 a contribution.
     """
 
-    cargo: ClassVar[CargoName] = "keys"
+    payload: ClassVar[Payload] = Keys()
     """What travels."""
 
     lookahead: int = 1

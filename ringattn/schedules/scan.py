@@ -17,10 +17,11 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.payloads.base import Payload
+from ringattn.payloads.summaries import Summaries
 from ringattn.plans import tiles
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
-from ringattn.plans.steps import CargoName
 from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 from ringattn.schedules.base import Schedule
 
@@ -29,7 +30,7 @@ from ringattn.schedules.base import Schedule
 class Scan(Schedule):
     """Ask for sums over keys in place of keys."""
 
-    cargo: ClassVar[CargoName] = "summaries"
+    payload: ClassVar[Payload] = Summaries()
 
     def refusal(self, demand: Demand) -> str | None:
         foreign = _foreign(demand)

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from ringattn.errors import TransportError
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 Message = tuple[int, torch.Tensor]
 """A peer's rank within the sequence group, and a contiguous buffer."""
@@ -38,6 +43,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._views: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor of this shape over the buffer of this name. Its content is whatever was there."""
@@ -49,7 +55,16 @@ class Buffers:
         if held is None or held.numel() < size:
             held = torch.empty(size, dtype=torch.uint8, device=device)
             self._bytes[name, device] = held
+            self._views.clear()
         return held[:size].view(dtype).view(*shape)
+
+    def views(self, owner: T, make: Callable[[T], V]) -> V:
+        """What ``make`` takes of these buffers for an owner, worked out once; again where one has grown since."""
+        found: V | None = self._views.get(owner)
+        if found is None:
+            found = make(owner)
+            self._views[owner] = found
+        return found
 
     @property
     def held_bytes(self) -> int:
