@@ -55,14 +55,23 @@ def tokens(value: object, name: str, *, least: int = 0) -> int:
     return integer(value, name, least=least, needed="a number of tokens")
 
 
-def number(value: object, name: str, *, least: float = -math.inf, above: float = -math.inf, unit: str = "") -> float:
-    """A finite number, ``least`` or more and above ``above``, as a float."""
+def number(
+    value: object,
+    name: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    unit: str = "",
+) -> float:
+    """A finite number, ``least`` or more, above ``above`` and up to ``most``, as a float."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
         found = float(value)
-        if found > above and found >= least:
+        if above < found <= most and found >= least:
             return found
     limit = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
-    raise InputError(f"{name} must be a finite number{f' of {unit}' if unit else ''}{limit}; got {shown(value)}.")
+    upto = f" and at most {most:g}" if most < math.inf else ""
+    raise InputError(f"{name} must be a finite number{f' of {unit}' if unit else ''}{limit}{upto}; got {shown(value)}.")
 
 
 def flag(value: object, name: str) -> bool:

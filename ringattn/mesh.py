@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from ringattn.checking import flag, instance, integer, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.transports.base import Transport
 from ringattn.transports.local import Local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+MAX_RANKS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +38,32 @@ class Mesh:
     transport: Transport | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for axis, size in self.axes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InputError(f"The {axis} axis needs at least one rank; got {size!r}.")
+        for axis in ("data", "ring", "ulysses"):
+            size = integer(
+                getattr(self, axis),
+                f"The {axis} axis needs at least one rank; it",
+                least=1,
+                below=MAX_RANKS + 1,
+                needed="a number of ranks",
+            )
+            object.__setattr__(self, axis, size)
+        if self.size > MAX_RANKS:
+            raise InputError(f"A mesh has at most {MAX_RANKS} ranks; got {self.size}.")
         if self.ulysses > 1:
             raise UnsupportedError(
                 f"This version shards over the ring axis only; got ulysses={self.ulysses}. "
                 f"Use ring={self.ring * self.ulysses}, ulysses=1."
             )
-        if not 0 <= self.rank < self.size:
-            raise InputError(f"A rank of this mesh is 0 to {self.size - 1}; got {self.rank}.")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 0 <= self.rank < self.size:
+            raise InputError(f"A rank of this mesh is 0 to {self.size - 1}; got {shown(self.rank)}.")
+        if self.transport is not None:
+            self._check_transport(self.transport)
+
+    def _check_transport(self, transport: object) -> None:
+        needed = "a ringattn transport, as a mesh of ringattn.init() has one, or None"
+        size = instance(transport, Transport, "transport", needed).size
+        if size != self.sequence_size:
+            raise InputError(f"This transport joins {size} ranks; the mesh has {self.sequence_size} to a sequence.")
 
     @classmethod
     def virtual(cls, ring: int, ulysses: int = 1, rank: int = 0, transport: Transport | None = None) -> Mesh:
@@ -57,20 +76,45 @@ class Mesh:
         return cls(ring=1, transport=Local())
 
     @classmethod
-    def from_device_mesh(cls, device_mesh: DeviceMesh, *, agreement: bool | None = None) -> Mesh:
-        """The mesh of a one-dimensional torch ``DeviceMesh``, such as ``device_mesh["cp"]``.
+    def from_device_mesh(
+        cls,
+        device_mesh: DeviceMesh,
+        ring: str | None = None,
+        ulysses: str | None = None,
+        data: str | None = None,
+        *,
+        agreement: bool | None = None,
+    ) -> Mesh:
+        """The mesh of a torch ``DeviceMesh``, given the names of its dimensions. One of one dimension needs none.
 
-        ``mesh.rank`` is then the rank within that mesh. ``agreement`` as in `ringattn.init`.
+        ``Mesh.from_device_mesh(device_mesh, ring="cp", data="dp")``. Every dimension of more than one rank is named: a
+        dimension that is left out would leave its ranks' gradients out of a sum over the mesh. To leave one out that
+        has no replicas, as of tensor parallel ranks, pass the others, ``device_mesh["dp", "cp"]``, and their names.
+
+        Args:
+            ring, ulysses: the dimensions of the ranks that share a sequence.
+            data: that of replicas.
+            agreement: as in `ringattn.init`; None for ``auto``.
+
+        Raises:
+            InputError: a name is missing, unknown or given twice, or one dimension of a larger mesh was passed without
+                its name.
         """
+        from torch.distributed.device_mesh import DeviceMesh
+
         from ringattn.transports.torch_distributed import TorchDistributed
 
-        if device_mesh.ndim != 1:
-            raise InputError(
-                f"A sequence is sharded over one mesh dimension; got {device_mesh.ndim} dimensions "
-                f"{device_mesh.mesh_dim_names}. Pass one of them, as in device_mesh['cp']."
-            )
-        transport = TorchDistributed(device_mesh.get_group(), agreement)
-        return cls(ring=transport.size, rank=transport.rank, transport=transport)
+        whole = instance(device_mesh, DeviceMesh, "device_mesh", "a torch DeviceMesh, as init_device_mesh makes it")
+        names = _dimensions(whole, ring, ulysses, data)
+        if agreement is not None:
+            flag(agreement, "agreement")
+        sizes = {axis: 1 if name is None else int(whole.size(_index(whole, name))) for axis, name in names.items()}
+        if sizes["ulysses"] > 1:
+            cls(sizes["ring"], sizes["ulysses"])  # which says what to use instead
+        transport = TorchDistributed(whole.get_group(_index(whole, names["ring"])), agreement)
+        replica = 0 if names["data"] is None else int(whole.get_local_rank(_index(whole, names["data"])))
+        sizes["ring"] = transport.size
+        return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -114,3 +158,49 @@ class Mesh:
                 "Use the mesh of ringattn.init(), ringattn.simulate or Mesh.from_device_mesh."
             )
         return self.transport
+
+
+def _dimensions(
+    device_mesh: DeviceMesh, ring: str | None, ulysses: str | None, data: str | None
+) -> dict[str, str | None]:
+    """The name of the dimension of each axis, None where it has none; the only one may have no name."""
+    known, names = device_mesh.mesh_dim_names or (), {"ring": ring, "ulysses": ulysses, "data": data}
+    listed = ", ".join(map(repr, known)) or "none"
+    given = [name for name in names.values() if name is not None]
+    if not given and device_mesh.ndim == 1:
+        _refuse_part(device_mesh)
+        return names
+    if not isinstance(ring, str):
+        raise InputError(
+            f"ring must name the dimension of the ranks that share a sequence, one mesh dimension; got "
+            f"{device_mesh.ndim}, {listed}, and ring={shown(ring)}."
+        )
+    for name in given:
+        if name not in known:
+            raise InputError(f"The DeviceMesh has no dimension {shown(name)}; it has {listed}.")
+        if given.count(name) > 1:
+            raise InputError(f"The dimension {name!r} is named twice; each is one axis.")
+    for name in known:
+        if name not in given and device_mesh[name].size() > 1:
+            raise InputError(
+                f"The dimension {name!r} of {device_mesh[name].size()} ranks is not named: give it as ring, ulysses or "
+                f"data, or pass a mesh without it, as in device_mesh[{', '.join(map(repr, given))}]."
+            )
+    return names
+
+
+def _refuse_part(device_mesh: DeviceMesh) -> None:
+    """An error where this is one dimension of a larger mesh: whether the others hold replicas is not known."""
+    known, larger = device_mesh.mesh_dim_names or (), device_mesh._get_root_mesh()
+    others = [name for name in larger.mesh_dim_names or () if name not in known and larger[name].size() > 1]
+    if others:
+        raise InputError(
+            f"This is one dimension of a mesh that has {', '.join(map(repr, others))} too. Pass the whole mesh and the "
+            f"names of its dimensions, as in Mesh.from_device_mesh(device_mesh, ring='cp', data='dp'); or, for a mesh "
+            f"of these ranks alone, ring={known[0]!r}."
+        )
+
+
+def _index(device_mesh: DeviceMesh, name: str | None) -> int:
+    """The dimension of this name, or the only one."""
+    return 0 if name is None else (device_mesh.mesh_dim_names or ()).index(name)

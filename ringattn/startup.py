@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import InputError
-from ringattn.mesh import Mesh
+from ringattn.checking import integer, number, shown
+from ringattn.errors import InputError, TransportError
+from ringattn.mesh import MAX_RANKS, Mesh
+from ringattn.rendezvous import Rendezvous
 from ringattn.transports.torch_distributed import TorchDistributed
+
+TRANSPORTS = ("auto", "local", "gloo", "nccl")
+LONGEST = 10**9  # seconds, some thirty years: beyond, torch's own clocks overflow
+PATIENCE = 60  # seconds, of a rank that refuses its own timeout
 
 
 def init(
@@ -33,46 +39,75 @@ def init(
             what is left is the data axis.
         ulysses: ranks on the ulysses axis.
         transport: ``auto`` takes NCCL when there is a GPU, else Gloo; ``local`` is one process.
-        timeout: seconds after which a wait for another rank is an error.
-        agreement: whether the ranks compare a digest of every call before its payload. ``auto``: on for Gloo, off for
-            NCCL.
+        timeout: seconds after which a wait for another rank is an error; at most 10^9.
+        agreement: ``True`` or ``False``: whether the ranks compare a digest of every call before its payload.
+            ``auto``: on for Gloo, off for NCCL.
 
     Raises:
-        InputError: the axes do not divide the world, or the environment is incomplete.
+        InputError: an argument is wrong, the axes do not divide the world, or the environment is incomplete.
+        AgreementError: the ranks start with different arguments, or one of them refuses its own; on all of them.
+        TransportError: the ranks do not find each other within the timeout.
 
     >>> init().axes
     {'data': 1, 'ring': 1, 'ulysses': 1}
     """
-    if transport not in ("auto", "local", "gloo", "nccl"):
-        raise InputError(f"transport must be 'auto', 'local', 'gloo' or 'nccl'; got {transport!r}.")
-    if timeout <= 0:
-        raise InputError(f"timeout is a number of seconds above 0; got {timeout}.")
+    refusal = _refusal(ring, ulysses, transport, timeout, agreement)
     launched = dist.is_initialized() or "WORLD_SIZE" in os.environ
+    if refusal is not None and not launched:
+        raise refusal
     if transport == "local" or (transport == "auto" and not launched):
         _divide(1, ring, ulysses)
         return Mesh.local()
-    limit = datetime.timedelta(seconds=timeout)
-    if not dist.is_initialized():
-        _start_default_group(transport, limit)
-    elif transport not in ("auto", dist.get_backend()):
+    ranks = Rendezvous.found(transport, datetime.timedelta(seconds=PATIENCE if refusal else timeout))
+    given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement}
+    ranks.agree(given, refusal)
+    if dist.is_initialized() and transport not in ("auto", dist.get_backend()):
         raise InputError(
             f"The default process group runs on {dist.get_backend()}; got transport={transport!r}. "
             f"Leave transport='auto' to adopt it."
         )
-    world, rank = dist.get_world_size(), dist.get_rank()
-    sizes = _divide(world, ring, ulysses)
+    return _connected(_divide(ranks.world, ring, ulysses), ranks, transport, None if agreement == "auto" else agreement)
+
+
+def _connected(sizes: dict[str, int], ranks: Rendezvous, transport: str, agreement: bool | None) -> Mesh:
+    """The mesh of these axes, with a group for the ranks of each sequence. All ranks ask for the same."""
     together = sizes["ring"] * sizes["ulysses"]
-    groups = [
-        dist.new_group(list(range(first, first + together)), timeout=limit) for first in range(0, world, together)
-    ]
-    on = None if agreement == "auto" else agreement
-    return Mesh(**sizes, rank=rank, transport=TorchDistributed(groups[rank // together], on))
+    try:
+        if not dist.is_initialized():
+            _start_default_group(transport, ranks)
+        groups = [
+            dist.new_group(list(range(first, first + together)), timeout=ranks.limit)
+            for first in range(0, ranks.world, together)
+        ]
+    except RuntimeError as error:  # of torch's groups, and of their stores
+        raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
+    return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(groups[ranks.rank // together], agreement))
+
+
+def _start_default_group(transport: str, ranks: Rendezvous) -> None:
+    backend = ("nccl" if torch.cuda.is_available() else "gloo") if transport == "auto" else transport
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=ranks.limit)
+
+
+def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: Any) -> InputError | None:
+    """What is wrong with the arguments, whatever the world."""
+    try:
+        if not isinstance(transport, str) or transport not in TRANSPORTS:
+            raise InputError(f"transport must be 'auto', 'local', 'gloo' or 'nccl'; got {shown(transport)}.")
+        if not isinstance(agreement, bool) and agreement != "auto":
+            raise InputError(f"agreement must be 'auto', True or False; got {shown(agreement)}.")
+        number(timeout, "timeout, a number of seconds,", above=0, most=LONGEST)
+        for axis, size in (("ring", 1 if ring is None else ring), ("ulysses", ulysses)):
+            integer(size, axis, least=1, below=MAX_RANKS + 1, needed="a number of ranks, at least one rank each")
+    except InputError as error:
+        return error
+    return None
 
 
 def _divide(world: int, ring: int | None, ulysses: int) -> dict[str, int]:
     """The axes' sizes in a world of this many ranks."""
-    if ulysses < 1 or (ring is not None and ring < 1):
-        raise InputError(f"ring and ulysses need at least one rank each; got ring={ring}, ulysses={ulysses}.")
     each = ulysses if ring is None else ring * ulysses
     if world % each:
         raise InputError(
@@ -84,16 +119,3 @@ def _divide(world: int, ring: int | None, ulysses: int) -> dict[str, int]:
         "ulysses": ulysses,
         "data": world // each if ring else 1,
     }
-
-
-def _start_default_group(transport: str, limit: datetime.timedelta) -> None:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"transport={transport!r} needs a launcher's environment; {', '.join(missing)} is not set. "
-            f"Start with torchrun --nproc-per-node N, or use transport='local'."
-        )
-    backend = ("nccl" if torch.cuda.is_available() else "gloo") if transport == "auto" else transport
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=limit)

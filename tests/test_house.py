@@ -54,7 +54,7 @@ MAY: dict[str, str] = {
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
     "transports.*": "errors transports.base",
-    "mesh": "errors transports.base transports.local transports.torch_distributed",
+    "mesh": "checking errors transports.base transports.local transports.torch_distributed",
     "sharding": "bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
     "runtime.agreement": "errors readable transports.base",
     "runtime.transforms": "errors",
@@ -79,7 +79,8 @@ MAY: dict[str, str] = {
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional mesh plans.planning plans.steps sharding simulator",
     "saving": "layouts masks mesh sharding",
-    "startup": "errors mesh transports.torch_distributed",
+    "rendezvous": "checking errors",
+    "startup": "checking errors mesh rendezvous transports.torch_distributed",
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.transports.base import Transport
 
@@ -28,6 +29,9 @@ def sum_gradients(model: nn.Module, loss: Tensor, mesh: Mesh) -> Tensor:
 def sum_over_ranks(x: Tensor, mesh: Mesh) -> None:
     """Replaces x, one flat tensor, by the sum over all ranks of the mesh, the same bits on each of them."""
     if mesh.axes["data"] > 1:  # the mesh's transport joins the ranks of one sequence; replicas meet in the world
+        world = torch.distributed.get_world_size()
+        if world != mesh.size:
+            raise UnsupportedError(f"Replicas are summed over the world: it has {world} ranks, the mesh {mesh.size}.")
         torch.distributed.all_reduce(x)
     elif mesh.size > 1:
         _all_reduce(x, mesh.connected())
