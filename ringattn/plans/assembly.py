@@ -7,6 +7,7 @@ gradients follows from the demand alone, whatever the schedule.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from ringattn.plans.steps import (
 )
 from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles
 
+Phases = Callable[[Array, Array], Array]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
@@ -47,7 +50,7 @@ class Moves:
 def assemble(
     demand: Demand,
     rank: int,
-    phases: Array,
+    phases: Phases,
     moves: Moves,
     *,
     description: str,
@@ -59,7 +62,7 @@ def assemble(
     """The plan of a rank, from what its schedule moves.
 
     Args:
-        phases: ``[size, size]``, the phase in which rank i's queries meet rank j's keys.
+        phases: the phase in which the queries of some ranks meet the keys of others: see `schedules.base`.
     """
     order = np.lexsort((moves.receives[:, 3], moves.receives[:, 2], moves.receives[:, 1], moves.receives[:, 0]))
     receives = np.concatenate([moves.receives[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
@@ -67,7 +70,7 @@ def assemble(
     buffers = _Buffers(receives, rank)
 
     table = demand.rows(rank)
-    tile_phases = phases[rank, table[:, K_RANK]]
+    tile_phases = phases(table[:, Q_RANK], table[:, K_RANK])
     order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
     rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
     if payload.per_key:
@@ -105,17 +108,17 @@ def assemble(
     )
 
 
-def _key_homes(demand: Demand, rank: int, phases: Array, buffers: _Buffers) -> tuple[Array, Array]:
+def _key_homes(demand: Demand, rank: int, phases: Phases, buffers: _Buffers) -> tuple[Array, Array]:
     """Where the gradients of the keys a rank has used go, and which ones of its own come home."""
     used = demand.keys_needed_by(rank)
     used = used[used[:, K_RANK] != rank]
-    phase, owner = phases[rank, used[:, K_RANK]], used[:, K_RANK]
+    phase, owner = phases(used[:, Q_RANK], used[:, K_RANK]), used[:, K_RANK]
     start = buffers.row(phase, owner, used[:, 2])
     lent = demand.keys_requested_from(rank)
     lent = lent[lent[:, Q_RANK] != rank]
     return (
         _sorted(phase, owner, start, start + used[:, 3] - used[:, 2]),
-        _sorted(phases[lent[:, Q_RANK], rank], lent[:, Q_RANK], lent[:, 2], lent[:, 3]),
+        _sorted(phases(lent[:, Q_RANK], lent[:, K_RANK]), lent[:, Q_RANK], lent[:, 2], lent[:, 3]),
     )
 
 

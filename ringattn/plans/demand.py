@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,19 +16,23 @@ from ringattn.plans.tiles import K_RANK, Q_RANK
 
 T = TypeVar("T")
 
+AT_ONCE = 100_000  # tiles: while there are fewer, twice as many ranks are cut at once
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Demand:
     """The allowed pairs of a mask, by the ranks that hold them.
 
-    One rank's plan needs only its own rows and columns of the cut; all ranks' plans share one whole cut, which is
-    made when `whole` is first asked for.
+    One rank's plan needs only its own rows and columns of the cut, which are made when they are asked for; all ranks'
+    plans share one (`for_all_ranks`).
 
     Attributes:
         mask: what was asked for.
         regions, partial: its regions in these lengths: all pairs allowed, and pairs to be asked for.
         q_spans, k_spans: who holds which queries and keys, as `layouts` describes.
         size: ranks that share the sequence.
+        table: the cut of all ranks, sorted by the rank of the queries, then of the keys; None where ranks are planned
+            one by one.
     """
 
     mask: Mask
@@ -38,6 +41,7 @@ class Demand:
     q_spans: Array
     k_spans: Array
     size: int
+    table: Array | None = None
     _memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def memo(self, function: Callable[..., T], *args: Hashable) -> T:
@@ -47,62 +51,88 @@ class Demand:
             self._memo[key] = function(self, *args)
         return self._memo[key]  # type: ignore[no-any-return]
 
-    @functools.cached_property
-    def whole(self) -> Array:
-        """The cut of all ranks, sorted by the rank of the queries, then of the keys."""
-        table = self.cut(self.q_spans, self.k_spans)
-        return table[np.lexsort((table[:, K_RANK], table[:, Q_RANK]))]
-
-    @functools.cached_property
-    def used(self) -> Array:
-        """Key rows used, all ranks: ``(q_rank, k_rank, start, stop)``, sorted."""
-        return tiles.used_keys(self.whole)
-
-    @functools.cached_property
-    def needed_by_owner(self) -> Array:
-        """`used`, sorted by the rank of the keys, then of the queries."""
-        return self.used[np.argsort(self.used[:, K_RANK], kind="stable")]
-
-    def cut(self, q_spans: Array, k_spans: Array) -> Array:
-        """The mask cut by some ranks' queries and keys."""
-        table = tiles.cut(self.regions, q_spans, k_spans)
-        if not len(self.partial):
-            return table
-        return np.concatenate([table, tiles.cut(self.partial, q_spans, k_spans, partial=True)])
+    def for_all_ranks(self) -> Demand:
+        """The same demand with one cut for all ranks."""
+        return dataclasses.replace(self, table=self.cut(self.q_spans, self.k_spans))
 
     def rows(self, rank: int) -> Array:
         """The cut of one rank's queries with everybody's keys."""
-        return self.memo(_rows, rank)
+        return self.memo(_rows, range(rank, rank + 1))
 
     def keys_needed_by(self, rank: int) -> Array:
         """The key rows one rank's queries use: ``(rank, k_rank, start, stop)``, sorted."""
-        return self.memo(_used_by, rank)
+        return self.memo(_keys_needed_by, rank)
 
     def keys_requested_from(self, rank: int) -> Array:
         """One rank's key rows that queries use: ``(q_rank, rank, start, stop)``, sorted."""
-        return self.memo(_used_of, rank)
+        return self.memo(_keys_requested_from, range(rank, rank + 1))[0]
+
+    def columns(self, rank: int) -> Array:
+        """The cut of everybody's queries with one rank's keys."""
+        return _columns(self, range(rank, rank + 1))
+
+    def rows_of_all(self) -> Iterator[Array]:
+        """The whole cut, the queries of some ranks at a time, in order."""
+        ranks = range(1)
+        while ranks.start < self.size:
+            table = _rows(self, ranks)
+            yield table
+            ranks = _next(ranks, len(table))
+
+    def keys_requested_from_all(self) -> Iterator[Array]:
+        """The key rows that queries use, of the keys of some ranks at a time, in order: see `keys_requested_from`.
+
+        The first are those of rank 0: who finds among them what was looked for has cut no more than one plan takes.
+        """
+        ranks = range(1)
+        while ranks.start < self.size:
+            used, cut = self.memo(_keys_requested_from, ranks)
+            yield used
+            ranks = _next(ranks, cut)
+
+    def cut(self, q_spans: Array, k_spans: Array) -> Array:
+        """The mask cut by some ranks' queries and keys, sorted by the rank of the queries, then of the keys."""
+        table = tiles.cut(self.regions, q_spans, k_spans)
+        if len(self.partial):
+            table = np.concatenate([table, tiles.cut(self.partial, q_spans, k_spans, partial=True)])
+        return table[np.lexsort((table[:, K_RANK], table[:, Q_RANK]))]
 
 
-def _rows(demand: Demand, rank: int) -> Array:
-    if "whole" in demand.__dict__:
-        return _slice(demand.whole, Q_RANK, rank)
-    return demand.cut(_slice(demand.q_spans, layouts.RANK, rank), demand.k_spans)
+def _rows(demand: Demand, ranks: range) -> Array:
+    if demand.table is not None:
+        return _of(demand.table, Q_RANK, ranks)
+    return demand.cut(_of(demand.q_spans, layouts.RANK, ranks), demand.k_spans)
 
 
-def _used_by(demand: Demand, rank: int) -> Array:
-    if "whole" in demand.__dict__:
-        return _slice(demand.used, Q_RANK, rank)
+def _columns(demand: Demand, ranks: range) -> Array:
+    if demand.table is not None:
+        return _of(demand.memo(_by_owner), K_RANK, ranks)
+    return demand.cut(demand.q_spans, _of(demand.k_spans, layouts.RANK, ranks))
+
+
+def _by_owner(demand: Demand) -> Array:
+    """The whole cut, sorted by the rank of the keys, then of the queries."""
+    assert demand.table is not None
+    return demand.table[np.argsort(demand.table[:, K_RANK], kind="stable")]
+
+
+def _keys_needed_by(demand: Demand, rank: int) -> Array:
     return tiles.used_keys(demand.rows(rank))
 
 
-def _used_of(demand: Demand, rank: int) -> Array:
-    if "whole" in demand.__dict__:
-        return _slice(demand.needed_by_owner, K_RANK, rank)
-    own = _slice(demand.k_spans, layouts.RANK, rank)
-    return tiles.used_keys(demand.cut(demand.q_spans, own))
+def _keys_requested_from(demand: Demand, ranks: range) -> tuple[Array, int]:
+    """The key rows of these ranks that queries use, and how many tiles do."""
+    table = _columns(demand, ranks)
+    return tiles.used_keys(table), len(table)
 
 
-def _slice(table: Array, column: int, value: int) -> Array:
-    """The rows of a sorted table with this value."""
-    start, stop = np.searchsorted(table[:, column], [value, value + 1])
+def _next(ranks: range, tile_count: int) -> range:
+    """The ranks after these: twice as many, or half as many where these had many tiles."""
+    count = 2 * len(ranks) if tile_count < AT_ONCE else max(len(ranks) // 2, 1)
+    return range(ranks.stop, ranks.stop + count)
+
+
+def _of(table: Array, column: int, ranks: range) -> Array:
+    """The rows of a table, sorted by this column, whose rank there is one of these."""
+    start, stop = np.searchsorted(table[:, column], [ranks.start, ranks.stop])
     return table[start:stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ringattn.plans.assembly import assemble
 from ringattn.plans.cost import Shape
 from ringattn.plans.demand import Demand
 from ringattn.plans.steps import Plan
+from ringattn.plans.tiles import K_RANK
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
@@ -103,7 +105,7 @@ def plan_all(
     demand = _demand(mask, sharding, kv_sharding)
     words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism)
-    _ = demand.whole  # one cut for all ranks
+    demand = demand.for_all_ranks()
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
 
@@ -168,21 +170,34 @@ def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | Non
         if refusal is None:
             return Scan(), "auto took scan: sums over keys travel, and keys and values stay where they are"
         why = f"; not scan: {refusal}"
+    taken, reason = _ring_or_route(demand)
+    return taken, reason + why
+
+
+def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:
+    """Route, unless all ranks together receive no more by ring, of any rank's keys, than the route that none betters.
+
+    So the first keys of which they do decide, and no more of the mask than that is cut.
+    """
     ring, route = Ring(), Route()
-    by_ring, by_route = ring.received_tokens(demand), route.received_tokens(demand)
-    if by_route < by_ring:
-        return route, f"auto took route: all ranks together receive {by_route} key positions, {by_ring} by ring{why}"
-    return (
-        ring,
-        f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only{why}",
-    )
+    by_ring = by_route = 0
+    for requested in demand.keys_requested_from_all():
+        by_ring += ring.received_tokens(requested, demand.size)
+        by_route += route.received_tokens(requested, demand.size)
+        if by_route < by_ring:
+            last = int(requested[:, K_RANK].max())
+            owners = "rank 0" if last == 0 else f"ranks 0 to {last}"
+            return route, (
+                f"auto took route: all ranks together receive {by_route} key positions of {owners}, {by_ring} by ring"
+            )
+    return ring, f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only"
 
 
 def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None) -> Plan:
     built = assemble(
         demand,
         rank,
-        demand.memo(_phases, schedule),
+        functools.partial(schedule.phases, demand),
         schedule.moves(demand, rank),
         description=f"{schedule}: {words}",
         payload=schedule.payload,
@@ -191,7 +206,3 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
         shape=shape,
     )
     return dataclasses.replace(built, reason=reason)
-
-
-def _phases(demand: Demand, schedule: Schedule) -> Any:
-    return schedule.phases(demand.size)

@@ -100,18 +100,46 @@ class Tiles:
 NO_TILES = Tiles(np.empty((0, WIDTH), dtype=np.int64))
 
 
-def _classes(spans: Array, stride: int) -> tuple[Array, Array]:
-    """Spans of one common stride: each span split into residue classes. Returns them and their local steps."""
-    steps = stride // spans[:, layouts.STRIDE]
-    span, residue = bands.expand(steps)
-    out = spans[span].copy()
-    own = out[:, layouts.STRIDE].copy()
-    out[:, layouts.OFFSET] += residue
-    out[:, layouts.START] += residue * own
-    out[:, layouts.COUNT] = (out[:, layouts.COUNT] - residue + steps[span] - 1) // steps[span]
-    out[:, layouts.STRIDE] = stride
-    kept = out[:, layouts.COUNT] > 0
-    return out[kept], steps[span][kept]
+def cut(regions: Regions, q_spans: Array, k_spans: Array, partial: bool = False) -> Array:
+    """A mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 13]``, exact.
+
+    Within spans of equal stride s, ``q = a + s u`` and ``k = b + s v``, a band stays a band:
+    ``ceil((lo - (a - b)) / s) <= u - v <= floor((hi - (a - b)) / s)``. Spans of unequal strides are first split
+    into residue classes of the least common multiple, which makes them equal.
+    """
+    stride = int(
+        np.lcm.reduce(np.unique(np.concatenate([q_spans[:, layouts.STRIDE], k_spans[:, layouts.STRIDE], [1]])))
+    )
+    part, q, k = _crossed(regions, q_spans, k_spans)
+    row, q_spans, q_steps = _classes(part[:, Q0], part[:, Q1], q_spans[q], stride)
+    part, k_spans = part[row], k_spans[k[row]]
+    row, k_spans, k_steps = _classes(part[:, K0], part[:, K1], k_spans, stride)
+    part, q_spans, q_steps = part[row], q_spans[row], q_steps[row]
+    a, b = q_spans[:, layouts.START], k_spans[:, layouts.START]
+    box = np.empty_like(part)
+    box[:, Q0] = np.maximum(-((a - part[:, Q0]) // stride), 0)
+    box[:, Q1] = np.minimum(-((a - part[:, Q1]) // stride), q_spans[:, layouts.COUNT])
+    box[:, K0] = np.maximum(-((b - part[:, K0]) // stride), 0)
+    box[:, K1] = np.minimum(-((b - part[:, K1]) // stride), k_spans[:, layouts.COUNT])
+    box[:, LO] = -((a - b - part[:, LO]) // stride)
+    box[:, HI] = (part[:, HI] - (a - b)) // stride
+    box, kept = bands.tighten(box)
+    a, b, q_spans, k_spans, q_steps, k_steps = (x[kept] for x in (a, b, q_spans, k_spans, q_steps, k_steps))
+
+    out = np.empty((len(box), 2 + WIDTH), dtype=np.int64)
+    out[:, Q_RANK], out[:, K_RANK] = q_spans[:, layouts.RANK], k_spans[:, layouts.RANK]
+    tile = out[:, 2:]
+    tile[:, Q] = q_spans[:, layouts.OFFSET] + q_steps * box[:, Q0]
+    tile[:, K] = k_spans[:, layouts.OFFSET] + k_steps * box[:, K0]
+    tile[:, M], tile[:, N] = box[:, Q1] - box[:, Q0], box[:, K1] - box[:, K0]
+    tile[:, Q_STEP], tile[:, K_STEP] = q_steps, k_steps
+    tile[:, LOW] = box[:, LO] - box[:, Q0] + box[:, K0]
+    tile[:, HIGH] = box[:, HI] - box[:, Q0] + box[:, K0]
+    tile[:, Q_POSITION] = a + stride * box[:, Q0]
+    tile[:, K_POSITION] = b + stride * box[:, K0]
+    tile[:, Q_STRIDE] = tile[:, K_STRIDE] = stride
+    tile[:, PARTIAL] = partial
+    return out
 
 
 def _reach(spans: Array) -> tuple[Array, Array]:
@@ -120,54 +148,89 @@ def _reach(spans: Array) -> tuple[Array, Array]:
     return start, start + (spans[:, layouts.COUNT] - 1) * spans[:, layouts.STRIDE] + 1
 
 
-def cut(regions: Regions, q_spans: Array, k_spans: Array, partial: bool = False) -> Array:
-    """A mask's regions cut by the spans of queries and of keys: int64 ``[tiles, 2 + 13]``, exact.
+def _crossed(regions: Regions, q_spans: Array, k_spans: Array) -> tuple[Regions, Array, Array]:
+    """The regions cut to where the spans lie: every part, and its span of queries and of keys.
 
-    Within spans of equal stride s, ``q = a + s u`` and ``k = b + s v``, a band stays a band:
-    ``ceil((lo - (a - b)) / s) <= u - v <= floor((hi - (a - b)) / s)``. Spans of unequal strides are first split
-    into residue classes of the least common multiple, which makes them equal.
+    The side with fewer spans is cut first: a causal or windowed region shrinks its keys when its queries are cut, and
+    its queries when its keys are. So one rank's tiles cost what they are, on either side.
     """
-    strides = np.concatenate([q_spans[:, layouts.STRIDE], k_spans[:, layouts.STRIDE], [1]])
-    stride = int(np.lcm.reduce(np.unique(strides)))
-    (q_spans, q_steps), (k_spans, k_steps) = _classes(q_spans, stride), _classes(k_spans, stride)
+    if len(q_spans) <= len(k_spans):
+        q, part = _cut_side(regions, q_spans, Q0, Q1)[1:]
+        row, k, part = _cut_side(part, k_spans, K0, K1)
+        return part, q[row], k
+    k, part = _cut_side(regions, k_spans, K0, K1)[1:]
+    row, q, part = _cut_side(part, q_spans, Q0, Q1)
+    return part, q, k[row]
 
-    # Rows first: a causal or windowed region shrinks its keys when its queries are cut.
-    q_start, q_stop = _reach(q_spans)
-    region, q = bands.overlaps(regions[:, Q0], regions[:, Q1], q_start, q_stop)
+
+def _cut_side(regions: Regions, spans: Array, start: int, stop: int) -> tuple[Array, Array, Regions]:
+    """The regions cut on one side to where these spans lie: of every part its region, its span and itself."""
+    region, span = _meetings(regions[:, start], regions[:, stop], spans)
+    first, last = _reach(spans)
     part = regions[region].copy()
-    part[:, Q0] = np.maximum(part[:, Q0], q_start[q])
-    part[:, Q1] = np.minimum(part[:, Q1], q_stop[q])
+    part[:, start] = np.maximum(part[:, start], first[span])
+    part[:, stop] = np.minimum(part[:, stop], last[span])
     part, kept = bands.tighten(part)
-    q = q[kept]
+    return region[kept], span[kept], part
 
-    k_start, k_stop = _reach(k_spans)
-    row, k = bands.overlaps(part[:, K0], part[:, K1], k_start, k_stop)
-    part, q = part[row], q[row]
-    a, b = q_start[q], k_start[k]
-    box = np.empty_like(part)
-    box[:, Q0] = np.maximum(-((a - part[:, Q0]) // stride), 0)
-    box[:, Q1] = np.minimum(-((a - part[:, Q1]) // stride), q_spans[q, layouts.COUNT])
-    box[:, K0] = np.maximum(-((b - part[:, K0]) // stride), 0)
-    box[:, K1] = np.minimum(-((b - part[:, K1]) // stride), k_spans[k, layouts.COUNT])
-    box[:, LO] = -((a - b - part[:, LO]) // stride)
-    box[:, HI] = (part[:, HI] - (a - b)) // stride
-    box, kept = bands.tighten(box)
-    q, k = q[kept], k[kept]
 
-    out = np.empty((len(box), 2 + WIDTH), dtype=np.int64)
-    out[:, Q_RANK], out[:, K_RANK] = q_spans[q, layouts.RANK], k_spans[k, layouts.RANK]
-    tile = out[:, 2:]
-    tile[:, Q] = q_spans[q, layouts.OFFSET] + q_steps[q] * box[:, Q0]
-    tile[:, K] = k_spans[k, layouts.OFFSET] + k_steps[k] * box[:, K0]
-    tile[:, M], tile[:, N] = box[:, Q1] - box[:, Q0], box[:, K1] - box[:, K0]
-    tile[:, Q_STEP], tile[:, K_STEP] = q_steps[q], k_steps[k]
-    tile[:, LOW] = box[:, LO] - box[:, Q0] + box[:, K0]
-    tile[:, HIGH] = box[:, HI] - box[:, Q0] + box[:, K0]
-    tile[:, Q_POSITION] = q_start[q] + stride * box[:, Q0]
-    tile[:, K_POSITION] = k_start[k] + stride * box[:, K0]
-    tile[:, Q_STRIDE] = tile[:, K_STRIDE] = stride
-    tile[:, PARTIAL] = partial
-    return out
+def _meetings(start: Array, stop: Array, spans: Array) -> tuple[Array, Array]:
+    """Index pairs of ranges of positions, and spans of which the range holds a position."""
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    for stride in np.unique(spans[:, layouts.STRIDE]).tolist():
+        alike = np.flatnonzero(spans[:, layouts.STRIDE] == stride)
+        first, last = _reach(spans[alike])
+        short = stop - start < stride
+        # A range as long as the stride holds a position of whatever span it overlaps.
+        i = np.flatnonzero(~short)
+        long, j = bands.overlaps(start[i], stop[i], first, last)
+        pairs.append(np.stack([i[long], alike[j]]))
+        if short.any():
+            i = np.flatnonzero(short)
+            few, j = _holding(start[i], stop[i], first, last, stride)
+            pairs.append(np.stack([i[few], alike[j]]))
+    found = np.concatenate(pairs, axis=1)
+    return found[0], found[1]
+
+
+def _holding(start: Array, stop: Array, first: Array, last: Array, stride: int) -> tuple[Array, Array]:
+    """Index pairs of ranges shorter than a stride, and of the spans of it, ``[first, last)``, that they meet."""
+    if len(start) * len(first) <= (stop - start).sum():
+        i, j = bands.overlaps(start, stop, first, last)
+        position = first[j] + np.maximum(-((first[j] - start[i]) // stride), 0) * stride
+        hit = position < np.minimum(stop[i], last[j])
+        return i[hit], j[hit]
+    # Every position is looked up among the spans of its residue, which are apart from each other.
+    i, nth = bands.expand(stop - start)
+    position, lift = start[i] + nth, int(max(stop.max(), last.max()))
+    key = first % stride * lift + first
+    order = np.argsort(key)
+    j = order[np.searchsorted(key, position % stride * lift + position, side="right", sorter=order) - 1]
+    hit = (first[j] <= position) & (position < last[j]) & ((position - first[j]) % stride == 0)
+    return i[hit], j[hit]
+
+
+def _classes(start: Array, stop: Array, spans: Array, stride: int) -> tuple[Array, Array, Array]:
+    """Spans made spans of one common stride: each split into the residue classes of which a range holds a position.
+
+    Args:
+        start, stop: a range of positions for each span.
+
+    Returns:
+        The index of the span that each class is of, the classes, and their steps in the span's rows.
+    """
+    own = spans[:, layouts.STRIDE]
+    steps = stride // own
+    first = np.maximum(-((spans[:, layouts.START] - start) // own), 0)
+    last = np.minimum(-((spans[:, layouts.START] - stop) // own), spans[:, layouts.COUNT])
+    span, nth = bands.expand(np.minimum(np.maximum(last - first, 0), steps))
+    residue = (first[span] + nth) % steps[span]
+    out = spans[span].copy()
+    out[:, layouts.OFFSET] += residue
+    out[:, layouts.START] += residue * own[span]
+    out[:, layouts.COUNT] = (out[:, layouts.COUNT] - residue + steps[span] - 1) // steps[span]
+    out[:, layouts.STRIDE] = stride
+    return span, out, steps[span]
 
 
 def partial_area(mask: Mask, row: list[int]) -> int:

@@ -47,13 +47,22 @@ class Schedule(ABC):
         return None
 
     @abstractmethod
-    def phases(self, size: int) -> Array:
-        """``[size, size]``: the phase in which rank i's queries meet rank j's keys; 0 for a rank's own."""
+    def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
+        """The phase in which each of these ranks' queries meets the keys of the other; 0 for a rank's own.
+
+        Args:
+            q_ranks, k_ranks: ranks, ``[n]`` each, elementwise.
+        """
 
     @abstractmethod
     def moves(self, demand: Demand, rank: int) -> Moves:
         """What one rank holds and sends in each phase."""
 
     @abstractmethod
-    def received_tokens(self, demand: Demand) -> int:
-        """Key positions received by all ranks together."""
+    def received_tokens(self, requested: Array, size: int) -> int:
+        """Key positions of some owners that all ranks together receive.
+
+        Args:
+            requested: all key rows of these owners that queries use: ``(q_rank, k_rank, start, stop)``.
+            size: ranks that share the sequence.
+        """

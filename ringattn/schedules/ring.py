@@ -21,9 +21,8 @@ from ringattn.schedules.base import Schedule
 class Ring(Schedule):
     """Relay to the neighbour."""
 
-    def phases(self, size: int) -> Array:
-        ranks = np.arange(size)
-        return (ranks[:, None] - ranks[None, :]) % size
+    def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
+        return (q_ranks - k_ranks) % demand.size
 
     def moves(self, demand: Demand, rank: int) -> Moves:
         needed = demand.memo(_still_needed)
@@ -37,8 +36,9 @@ class Ring(Schedule):
         sends = np.stack([hops, np.full_like(hops, right), hops - 1, passed, start, stop], axis=1)[start < stop]
         return Moves(receives, sends)
 
-    def received_tokens(self, demand: Demand) -> int:
-        needed = demand.memo(_still_needed)[:, 1:]
+    def received_tokens(self, requested: Array, size: int) -> int:
+        owners, owner = np.unique(requested[:, K_RANK], return_inverse=True)
+        needed = _needed_from_hop(requested, owner, len(owners), size)[:, 1:]
         return int(np.maximum(needed[..., 1] - needed[..., 0], 0).sum())
 
     def __str__(self) -> str:
@@ -47,14 +47,18 @@ class Ring(Schedule):
 
 def _still_needed(demand: Demand) -> Array:
     """``[origin, hop, 2]``: the range of the origin's rows that ranks at this hop or further on use."""
-    size = demand.size
-    used = demand.used
-    used = used[used[:, Q_RANK] != used[:, K_RANK]]
-    hop = (used[:, Q_RANK] - used[:, K_RANK]) % size
-    start = np.full((size, size), np.iinfo(np.int64).max)
-    stop = np.zeros((size, size), dtype=np.int64)
-    np.minimum.at(start, (used[:, K_RANK], hop), used[:, 2])
-    np.maximum.at(stop, (used[:, K_RANK], hop), used[:, 3])
+    requested = np.concatenate(list(demand.keys_requested_from_all()))
+    return _needed_from_hop(requested, requested[:, K_RANK], demand.size, demand.size)
+
+
+def _needed_from_hop(requested: Array, owner: Array, owners: int, size: int) -> Array:
+    """``[owner, hop, 2]``: the range of the rows requested of each owner by ranks at this hop or further on."""
+    hop = (requested[:, Q_RANK] - requested[:, K_RANK]) % size
+    owner, hop, first, last = (x[hop > 0] for x in (owner, hop, requested[:, 2], requested[:, 3]))
+    start = np.full((owners, size), np.iinfo(np.int64).max)
+    stop = np.zeros((owners, size), dtype=np.int64)
+    np.minimum.at(start, (owner, hop), first)
+    np.maximum.at(stop, (owner, hop), last)
     start = np.minimum.accumulate(start[:, ::-1], axis=1)[:, ::-1]
     stop = np.maximum.accumulate(stop[:, ::-1], axis=1)[:, ::-1]
     return np.stack([start, stop], axis=2)

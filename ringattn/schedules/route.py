@@ -22,9 +22,8 @@ from ringattn.schedules.base import Schedule
 class Route(Schedule):
     """Ask the owner for what the mask needs."""
 
-    def phases(self, size: int) -> Array:
-        ranks = np.arange(size)
-        return (ranks[:, None] - ranks[None, :]) % size
+    def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
+        return (q_ranks - k_ranks) % demand.size
 
     def moves(self, demand: Demand, rank: int) -> Moves:
         _, owner, start, stop = demand.keys_needed_by(rank).T
@@ -37,10 +36,9 @@ class Route(Schedule):
         sends = np.stack([phase, user, np.zeros_like(user), own, start, stop], axis=1)[user != rank]
         return Moves(receives, sends)
 
-    def received_tokens(self, demand: Demand) -> int:
-        used = demand.used
-        foreign = used[:, Q_RANK] != used[:, K_RANK]
-        return int((used[foreign, 3] - used[foreign, 2]).sum())
+    def received_tokens(self, requested: Array, size: int) -> int:
+        foreign = requested[requested[:, Q_RANK] != requested[:, K_RANK]]
+        return int((foreign[:, 3] - foreign[:, 2]).sum())
 
     def __str__(self) -> str:
         return "route"

@@ -33,11 +33,8 @@ class Scan(Schedule):
     payload: ClassVar[Payload] = Summaries()
 
     def refusal(self, demand: Demand) -> str | None:
-        foreign = _foreign(demand)
-        rows = foreign[:, 2:]
-        full = bands.areas(Tiles(rows).regions) == rows[:, tiles.M] * rows[:, tiles.N]
-        wrong = foreign[~(full & (rows[:, tiles.K_STEP] == 1) & (rows[:, tiles.PARTIAL] == 0))]
-        if not len(wrong):
+        wrong: Array | None = next(filter(len, map(_not_whole, demand.rows_of_all())), None)
+        if wrong is None:
             return None
         return (
             f"scan exchanges sums over keys, so a query must see all of a run of another rank's keys or none of it; "
@@ -46,38 +43,46 @@ class Scan(Schedule):
             f"route, by which keys and values travel"
         )
 
-    def phases(self, size: int) -> Array:
-        return 1 - np.eye(size, dtype=np.int64)
+    def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
+        phases: Array = (q_ranks != k_ranks).astype(np.int64)
+        return phases
 
     def moves(self, demand: Demand, rank: int) -> Moves:
-        table = demand.memo(_summaries)
-        _, owner, start, stop = table[table[:, Q_RANK] == rank].T
+        _, owner, start, stop = _summaries(demand.rows(rank)).T
         one = np.ones_like(owner)
         receives = np.stack([one, owner, owner, start, stop], axis=1)
-        user, _, start, stop = table[table[:, K_RANK] == rank].T
+        user, _, start, stop = _summaries(demand.columns(rank)).T
         one = np.ones_like(user)
         sends = np.stack([one, user, 0 * one, rank * one, start, stop], axis=1)
         return Moves(receives, sends)
 
-    def received_tokens(self, demand: Demand) -> int:
+    def received_tokens(self, requested: Array, size: int) -> int:
         return 0
 
     def __str__(self) -> str:
         return "scan"
 
 
-def _foreign(demand: Demand) -> Array:
-    table: Array = demand.whole
+def _foreign(table: Array) -> Array:
     foreign: Array = table[table[:, Q_RANK] != table[:, K_RANK]]
     return foreign
 
 
-def _summaries(demand: Demand) -> Array:
-    """The sets of keys to sum up: ``(q_rank, k_rank, start, stop)``, sorted.
+def _not_whole(table: Array) -> Array:
+    """The tiles of a cut that see another rank's keys in part."""
+    foreign = _foreign(table)
+    rows = foreign[:, 2:]
+    full = bands.areas(Tiles(rows).regions) == rows[:, tiles.M] * rows[:, tiles.N]
+    partly: Array = foreign[~(full & (rows[:, tiles.K_STEP] == 1) & (rows[:, tiles.PARTIAL] == 0))]
+    return partly
+
+
+def _summaries(table: Array) -> Array:
+    """The sets of keys to sum up for a part of the cut: ``(q_rank, k_rank, start, stop)``, sorted.
 
     For every two ranks, the coarsest runs of the owner's rows of which each tile takes whole ones.
     """
-    foreign = _foreign(demand)
+    foreign = _foreign(table)
     if not len(foreign):
         return np.empty((0, 4), dtype=np.int64)
     pairs, pair = np.unique(foreign[:, [Q_RANK, K_RANK]], axis=0, return_inverse=True)
@@ -88,5 +93,5 @@ def _summaries(demand: Demand) -> Array:
     depth = np.searchsorted(np.sort(first), edges, side="right") - np.searchsorted(np.sort(last), edges, side="right")
     inside = np.flatnonzero(depth > 0)  # an edge after which some tile goes on is never a pair's last
     of, begin = np.divmod(edges[inside], lift)
-    table: Array = np.column_stack([pairs[of], begin, edges[inside + 1] - of * lift])
-    return table
+    summed: Array = np.column_stack([pairs[of], begin, edges[inside + 1] - of * lift])
+    return summed
