@@ -37,7 +37,7 @@ MAY: dict[str, str] = {
     "plans.verification": "bands checking errors layouts plans.tiles plans.steps",
     "plans.assembly": "bands payloads.base plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost plans.demand "
-    "plans.steps schedules.base schedules.ring schedules.route schedules.scan",
+    "plans.steps plans.tiles schedules.base schedules.ring schedules.route schedules.scan",
     "schedules.base": "bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",
     "schedules.*": "bands schedules.base payloads.base payloads.summaries plans.assembly plans.demand plans.tiles",
     "mechanisms.base": "errors",
