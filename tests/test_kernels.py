@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from ringattn import bands
 from ringattn.conformance import Case, errors, oracle, simulated
 from ringattn.conformance.drawing import LAYOUTS
 from ringattn.errors import InputError, UnsupportedError
-from ringattn.kernels import onednn
+from ringattn.kernels import MEMBERS, onednn
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
 from ringattn.kernels.lowering import CAUSAL, FULL, Batch, banded, coalesce, lower
@@ -236,3 +238,33 @@ def test_sdpa_on_cuda_is_as_exact_as_the_reference_kernel(dtype: torch.dtype, ma
     for ours, exact in zip(results["sdpa"], results["reference"], strict=True):
         assert ours is not None and exact is not None
         assert (ours - exact).float().norm() <= 2 * torch.finfo(dtype).eps * exact.float().norm()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tempered(Softmax):
+    """A softmax with one field more."""
+
+    temperature: float = 1.0
+
+
+WRITTEN_FOR_SOFTMAX = [kernel for kernel in (member() for member in MEMBERS[:-1]) if kernel.refusal(_problem()) is None]
+
+
+@pytest.mark.parametrize("kernel", WRITTEN_FOR_SOFTMAX, ids=str)
+@pytest.mark.parametrize("value", [0.5, torch.ones(4)], ids=["number", "tensor"])
+def test_a_field_that_a_kernel_does_not_know_is_refused(
+    kernel: Kernel, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A term that softmax learns later is never dropped without a word."""
+    learned = dataclasses.make_dataclass("Softmax", [("tilt", object, None)], bases=(Softmax,), frozen=True, eq=False)
+    monkeypatch.setattr(f"{type(kernel).__module__}.Softmax", learned)
+    assert kernel.refusal(_problem(mechanism=learned())) is None
+    assert f"{kernel} has no tilt" in str(kernel.refusal(_problem(mechanism=learned(tilt=value))))
+
+
+def test_what_is_made_of_softmax_goes_to_the_reference_kernel() -> None:
+    kernel, reason = chosen("auto", _problem(mechanism=Tempered()))
+    assert kernel == Reference()
+    assert "onednn computes Softmax itself; got Tempered(); sdpa computes Softmax itself" in reason
+    with pytest.raises(UnsupportedError, match=r"got Tempered\(temperature=0.5\)"):
+        chosen("sdpa", _problem(mechanism=Tempered(temperature=0.5)))

@@ -30,7 +30,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def refusal(self, problem: Problem) -> str | None:
-        """What of the problem the kernel cannot do, in words; None when it can."""
+        """What of the problem the kernel cannot do, in words; None when it can.
+
+        A kernel that is written for one mechanism lists the fields it knows and refuses what is `beyond` them, so that
+        a term which the mechanism learns later is never dropped without a word.
+        """
 
     @abstractmethod
     def forward(

@@ -31,6 +31,7 @@ from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans.tiles import Tiles
 
+KNOWN = ("scale", "softcap", "sinks", "seed")  # sinks come in when all blocks are merged, seeds with dropout
 MOST = 4096  # rows of all pieces of a batch
 LOG2_E = math.log2(math.e)
 
@@ -62,8 +63,8 @@ class OneDNN(Kernel):
 
     def refusal(self, problem: Problem) -> str | None:
         mechanism = problem.mechanism
-        if not isinstance(mechanism, Softmax):
-            return f"onednn computes Softmax; got {mechanism}"
+        if type(mechanism) is not Softmax:  # what is made of it may change anything
+            return f"onednn computes Softmax itself; got {mechanism}"
         if problem.device.type != "cpu":
             return f"onednn runs on CPUs; got {problem.device}"
         if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
@@ -72,9 +73,9 @@ class OneDNN(Kernel):
             return "onednn computes in float32; got float64"
         if problem.allows is not None:
             return "onednn knows bands of pairs; the mask holds a predicate"
-        for term in mechanism.terms("alibi", "relative", "bias"):
-            return f"onednn has no {term}: scores with position terms are float64"
-        return "onednn has no dropout that can be replayed from global positions" if mechanism.dropout else None
+        for term in mechanism.beyond(KNOWN):
+            return f"onednn has no {term}: its scores are scaled products and their soft cap, in float32"
+        return None
 
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None

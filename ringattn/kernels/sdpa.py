@@ -19,6 +19,7 @@ from ringattn.mechanisms.base import Gradients, OutputGrad, Params, Problem, Sta
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans.tiles import Tiles
 
+KNOWN = ("scale", "sinks", "seed")  # fields of Softmax: sinks come in when all blocks are merged, seeds with dropout
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -30,14 +31,12 @@ class Sdpa(Kernel):
         return isinstance(problem.mechanism, Softmax)
 
     def refusal(self, problem: Problem) -> str | None:
-        if not isinstance(problem.mechanism, Softmax):
-            return f"sdpa computes Softmax; got {problem.mechanism}"
+        if type(problem.mechanism) is not Softmax:  # what is made of it may change anything
+            return f"sdpa computes Softmax itself; got {problem.mechanism}"
         if problem.allows is not None:
             return "sdpa knows bands of pairs; the mask holds a predicate"
-        for term in problem.mechanism.terms("softcap", "alibi", "relative", "bias"):
+        for term in problem.mechanism.beyond(KNOWN):
             return f"sdpa has no {term}: PyTorch's flash kernels do not take it, or give no gradient for it"
-        if problem.mechanism.dropout:
-            return "sdpa has no dropout that can be replayed from global positions"
         if _scale(problem) <= 0:
             # the CPU kernel scales after it masks: -inf * 0 is nan, and -inf * -1 is inf
             return f"sdpa needs a scale above 0; got {_scale(problem)}"

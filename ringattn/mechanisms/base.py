@@ -17,7 +17,7 @@ import dataclasses
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -126,6 +126,11 @@ def finite(value: object, name: str) -> float:
     return number
 
 
+def _equal(value: object, default: object) -> bool:
+    """Whether a field has its default. A tensor never does, nor what compares as tensors do."""
+    return value is default or (value == default) is True
+
+
 def rows_at(at: slice) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes these rows, dim 2, of a tensor."""
     return lambda x: x[:, :, at]
@@ -163,16 +168,23 @@ class Mechanism(ABC):
         tensors: the fields that may hold learned tensors, which get gradients.
         sharded: those of them of which every rank has another part.
         extras: names of what `finish` saves besides the output, such as ``lse``.
+        words: what fields are called in messages, where their names do not say it.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
+    words: ClassVar[Mapping[str, str]] = {}
 
     @property
     def params(self) -> dict[str, torch.Tensor]:
         """The learned tensors that were given, by name."""
         return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
+
+    def beyond(self, known: Collection[str]) -> list[str]:
+        """The fields that are set and not among the known ones, in words: what a kernel would drop."""
+        fields = (field for field in dataclasses.fields(self) if field.name not in known)
+        return [self.words.get(x.name, x.name) for x in fields if not _equal(getattr(self, x.name), x.default)]
 
     @property
     def without_tensors(self) -> Mechanism:
@@ -191,7 +203,7 @@ class Mechanism(ABC):
             if isinstance(value, torch.Tensor):
                 shape = "" if field.name in self.sharded else str(list(value.shape))
                 shown.append(f"{field.name}={str(value.dtype).removeprefix('torch.')}{shape}")
-            elif value != field.default:
+            elif not _equal(value, field.default):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -71,6 +72,13 @@ class Softmax(Mechanism):
     tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias")
     sharded: ClassVar[tuple[str, ...]] = ("bias",)
     extras: ClassVar[tuple[str, ...]] = ("lse",)
+    words: ClassVar[Mapping[str, str]] = {
+        "softcap": "soft cap",
+        "alibi": "ALiBi",
+        "relative": "relative position bias",
+        "bias": "additive bias",
+        "dropout": "dropout that can be replayed from global positions",
+    }
 
     def __post_init__(self) -> None:
         for name in ("scale", "softcap", "dropout"):
@@ -116,11 +124,6 @@ class Softmax(Mechanism):
                 raise InputError(f"{name} must have shape {words}; got {list(x.shape)}.")
             if x.device != problem.device:
                 raise InputError(f"{name} must be where q, k and v are, on {problem.device}; got {x.device}.")
-
-    def terms(self, *fields: str) -> list[str]:
-        """Those of these fields that change the scores of this softmax, in words."""
-        names = {"softcap": "soft cap", "alibi": "ALiBi", "relative": "relative position bias", "bias": "additive bias"}
-        return [names[field] for field in fields if getattr(self, field) is not None]
 
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""
