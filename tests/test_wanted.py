@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn
 from ringattn.kernels.base import Kernel
+from ringattn.kernels.chunked import Chunked
 from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
@@ -57,6 +58,11 @@ def _linear(wanted: set[str]) -> int:
     return 2 * ("v" in wanted) + bool(wanted & {"q", "k"}) + len(wanted & {"q", "k"})
 
 
+def _summaries(wanted: set[str]) -> int:
+    """The summary, its gradient, and one for each of q, k and v."""
+    return 1 + bool(wanted & {"k", "v"}) + len(wanted) if wanted else 0
+
+
 def _hard(wanted: set[str]) -> int:
     return "v" in wanted
 
@@ -72,6 +78,7 @@ CASES: dict[str, tuple[Kernel, Mechanism, Callable[[set[str]], int], int]] = {
     "reference, hard": (Reference(), ringattn.Hard(), _hard, 1),
     "onednn": (OneDNN(), Softmax(softcap=3.0, sinks=SINKS), _softmax, 4),  # two key heads by two blocks of rows
     "onednn, small blocks": (OneDNN(rows=2048, columns=1024, least=2048), Softmax(sinks=SINKS), _softmax, 1),
+    "chunked": (Chunked(), ringattn.Linear(), _summaries, 1),
     "sdpa": (Sdpa(), Softmax(sinks=SINKS), _flash, 1),
 }
 """The kernel, the mechanism, the products of a block by what is wanted, and how many blocks there are."""
@@ -113,3 +120,29 @@ def test_what_nobody_wants_is_not_computed(case: str) -> None:
         assert products == expected(wanted) * blocks, wanted
         for name, total in totals.items():
             assert torch.equal(total, everything[name] if name in wanted else torch.ones_like(total)), (name, wanted)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "schedule"), [(Softmax(), "ring"), (ringattn.Linear(), "scan"), (ringattn.Linear(), "route")]
+)
+def test_over_ranks_the_wanted_gradients_are_the_same_to_the_bit(mechanism: Mechanism, schedule: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    q, k, v, dout = (torch.randn(1, heads, 50, 8, generator=g) for heads in (4, 2, 2, 4))
+
+    def gradients(mesh: ringattn.Mesh, wanted: str) -> dict[str, torch.Tensor | None]:
+        sharding = ringattn.Sharding(50, mesh)
+        parts = {name: sharding.split(x, 2).clone() for name, x in zip("qkv", (q, k, v), strict=True)}
+        for name in wanted:
+            parts[name].requires_grad_()
+        out = ringattn.attention(
+            *parts.values(), ringattn.Causal(), sharding=sharding, mechanism=mechanism, schedule=schedule
+        )
+        out.backward(sharding.split(dout, 2))
+        return {name: x.grad for name, x in parts.items()}
+
+    everything = ringattn.simulate(gradients, "qkv", ring=3).results
+    for wanted in ("q", "k", "v", "qv", "kv"):
+        for rank, found in enumerate(ringattn.simulate(gradients, wanted, ring=3).results):
+            for name, x in found.items():
+                expected = everything[rank][name]
+                assert x is None if name not in wanted else (x is not None and torch.equal(x, expected)), (wanted, name)

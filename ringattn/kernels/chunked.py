@@ -70,7 +70,7 @@ class Chunked(Kernel):
                     summary = mechanism.summarise(problem, *inputs[1:])
                     dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
                     parts: Gradients = dq, None, None
-                    if problem.wants("k", "v"):
+                    if dsummary is not None:
                         parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
                 else:
                     block = _square(batch, q.device)

@@ -300,11 +300,11 @@ class Summarising(Mechanism):
     @abstractmethod
     def attend_grad(
         self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, output_grad: OutputGrad
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the queries, ``[B, Hq, M, D]``, and of the summary."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of the queries, ``[B, Hq, M, D]``, and of the summary; as in `tile_grad`, those wanted."""
 
     @abstractmethod
     def summarise_grad(
         self, problem: Problem, k: torch.Tensor, v: torch.Tensor, dsummary: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradients of keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` from that of their summary."""

@@ -83,20 +83,23 @@ class Linear(Summarising):
 
     def attend_grad(
         self, problem: Problem, q: torch.Tensor, summary: torch.Tensor, output_grad: OutputGrad
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         groups = (problem.kv_heads, -1)
+        dq = dsummary = None
         dn, dd = _at_the_sums(output_grad)
         dsums = torch.cat([dn, dd.unsqueeze(-1)], dim=-1).unflatten(1, groups)
-        dq = (dsums @ self._matrix(problem, summary).transpose(-1, -2)).flatten(1, 2) * _slope(q)
-        dmatrix = (_phi(q).unflatten(1, groups).transpose(-1, -2) @ dsums).sum(dim=2)
-        return dq, dmatrix.flatten(2)
+        if problem.wants("q"):
+            dq = (dsums @ self._matrix(problem, summary).transpose(-1, -2)).flatten(1, 2) * _slope(q)
+        if problem.wants("k", "v"):
+            dsummary = (_phi(q).unflatten(1, groups).transpose(-1, -2) @ dsums).sum(dim=2).flatten(2)
+        return dq, dsummary
 
     def summarise_grad(
         self, problem: Problem, k: torch.Tensor, v: torch.Tensor, dsummary: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         matrix = dsummary.unflatten(2, (problem.dim, problem.value_dim + 1))
-        dk = (_with_ones(v) @ matrix.transpose(-1, -2)) * _slope(k)
-        return dk, _phi(k) @ matrix[..., :-1]
+        dk = (_with_ones(v) @ matrix.transpose(-1, -2)) * _slope(k) if problem.wants("k") else None
+        return dk, _phi(k) @ matrix[..., :-1] if problem.wants("v") else None
 
     @staticmethod
     def _matrix(problem: Problem, summary: torch.Tensor) -> torch.Tensor:

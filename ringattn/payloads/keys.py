@@ -59,7 +59,9 @@ class Keys(Payload):
 
     def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
         for parcel in parcels:
-            for total, part in zip(grads, _halves(parcel.rows, problem), strict=True):
+            for name, total, part in zip("kv", grads, _halves(parcel.rows, problem), strict=True):
+                if not problem.wants(name):
+                    continue
                 at = 0
                 for start, stop in parcel.spans:
                     total[:, :, start:stop].add_(part[:, :, at : at + stop - start])

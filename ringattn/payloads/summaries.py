@@ -78,9 +78,11 @@ class Summaries(Payload):
             part, folded = mechanism.attend_grad(
                 problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.of(rows_at(at), accumulator)
             )
-            dq[:, :, at] += part
-            # a sum hands its gradient on to every part; no part is in a fold twice
-            drows[which.to(drows.device)] += folded
+            if part is not None:
+                dq[:, :, at] += part
+            if folded is not None:
+                # a sum hands its gradient on to every part; no part is in a fold twice
+                drows[which.to(drows.device)] += folded
 
     def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
         totals: dict[tuple[int, int], torch.Tensor] = {}
@@ -91,7 +93,8 @@ class Summaries(Payload):
         for span, total in totals.items():
             for at, k, v in _parts(problem, own, *span):
                 for grad, part in zip(grads, _summarising(problem).summarise_grad(problem, k, v, total), strict=True):
-                    grad[:, :, at] += part
+                    if part is not None:
+                        grad[:, :, at] += part
 
 
 def _summarising(problem: Problem) -> Summarising:
