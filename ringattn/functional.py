@@ -100,14 +100,12 @@ def _eager(
     request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The output and the mechanism's extras."""
-    call, ticket = op.prepared(request, q, k, v, return_lse)
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
-    params = list(request.mechanism.params.values())
+    call, ticket, params = op.prepared(request, q, k, v, return_lse)
     if any(call.wanted):
-        out, *aux = op.Attention.apply(call, ticket, *inputs, *params)  # type: ignore[no-untyped-call]
+        out, *aux = op.Attention.apply(call, ticket, q, k, v, *params)  # type: ignore[no-untyped-call]
         return out, aux
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return torch.ops.ringattn.attention.default(*inputs, params, ticket, *call.spelling, call.wanted)  # type: ignore[no-any-return]
+        return torch.ops.ringattn.attention.default(q, k, v, params, ticket, *call.spelling, call.wanted)  # type: ignore[no-any-return]
 
 
 def _compiled(
@@ -115,7 +113,7 @@ def _compiled(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The same as two ops of a graph. What the arguments hold is looked at when they run, but for the mechanism."""
     refuse_export("ringattn.attention")
-    request.check_kinds(return_lse, q=q, k=k, v=v)
+    request.check_kinds(q, k, v, return_lse)
     mechanism, params = request.mechanism, list(request.mechanism.params.values())
     numbers: list[float] = []
     text, schedule, kernel = (spelled(x, numbers) for x in (mechanism, request.schedule, request.kernel))
@@ -143,5 +141,5 @@ def explain(
     Sends nothing, and needs no transport.
     """
     request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel)
-    request.check_kinds(q=q, k=k, v=v)
+    request.check_kinds(q, k, v)
     return request.explain(q, k, v)

@@ -7,25 +7,15 @@ from collections.abc import Hashable
 from typing import Any
 
 
-class Recent:
-    """At most ``limit`` values by key. Forgetting one ends nothing: whoever uses it holds it."""
+class Recent(OrderedDict[Hashable, Any]):
+    """At most ``limit`` values by key; ``move_to_end`` is how one is used. Forgetting ends nothing that is in use."""
 
     def __init__(self, limit: int) -> None:
+        super().__init__()
         self._limit = limit
-        self._values: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: Hashable) -> Any:
-        """The value of this key, None where there is none."""
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
 
     def keep(self, key: Hashable, value: Any) -> None:
-        """Keeps a value, and forgets the one that was not asked for the longest."""
-        self._values[key] = value
-        if len(self._values) > self._limit:
-            self._values.popitem(last=False)
+        """Keeps a value, and forgets the one that was used the longest ago."""
+        self[key] = value
+        if len(self) > self._limit:
+            self.popitem(last=False)

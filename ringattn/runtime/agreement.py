@@ -9,7 +9,9 @@ the digests stand for, and raise the same error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 
@@ -27,6 +29,7 @@ _TEXT_BYTES = 4096
 _VALUE_LENGTH = 160
 
 
+@functools.lru_cache(maxsize=1024)  # most of a call's fields are those of the call before
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
@@ -38,7 +41,7 @@ def digest(fields: Mapping[str, str]) -> bytes:
         raise KeyError(f"no such field of a digest: {unknown}")
     if _REFUSED in fields:
         return _hash(_REFUSED) * len(FIELDS)
-    return b"".join(_hash(fields.get(name, "")) for name in FIELDS)
+    return b"".join(map(_hash, map(fields.get, FIELDS, itertools.repeat(""))))
 
 
 def check(transport: Transport, fields: Mapping[str, str]) -> None:
@@ -110,7 +113,7 @@ def refuse(transport: Transport, error: Exception) -> None:
 def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> list[dict[str, str]] | None:
     """Every rank's fields as they are shown, where not all of them are equal."""
     own = digest(fields)
-    if all(other == own for other in _exchanged(transport, own, label)):
+    if _exchanged(transport, own, label).count(own) == transport.size:
         return None
     transport.forget_calls()
     shown = json.dumps({name: _shown(text) for name, text in fields.items()}).encode()
@@ -127,10 +130,13 @@ def _shown(text: str) -> str:
 def _exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
     """What every rank has to say, by rank; all of one size."""
     device = transport.control_device
-    peers = [rank for rank in range(transport.size) if rank != transport.rank]
     mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
     theirs = transport.buffers.take("agreement", (transport.size, len(own)), torch.uint8, device)
-    sends, receives = [(peer, mine) for peer in peers], [(peer, theirs[peer]) for peer in peers]
+    sends, receives = [], []
+    for peer, row in enumerate(theirs):
+        if peer != transport.rank:
+            sends.append((peer, mine))
+            receives.append((peer, row))
     transport.exchange(sends, receives, label=label, control=True).wait()
     theirs[transport.rank].copy_(mine)
-    return [bytes(row) for row in theirs.cpu().numpy()]
+    return list(map(bytes, theirs.cpu().numpy()))

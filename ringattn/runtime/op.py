@@ -56,21 +56,23 @@ class _Owner(np.ndarray):
     call: Call
 
 
-def ticket_of(call: Call, number: int, seed: int) -> torch.Tensor:
-    """The ticket of one run of a call."""
-    owner = np.array((call.handle, number, seed), dtype=np.int64).view(_Owner)
+def ticket_of(call: Call, seed: int) -> torch.Tensor:
+    """The ticket of one run of a call, which is numbered among those of its ranks."""
+    owner = np.array((call.handle, call.transport.next_call(), seed), dtype=np.int64).view(_Owner)
     owner.call = call
     return torch.from_numpy(owner)
 
 
-def prepared(request: Request, q: Any, k: Any, v: Any, return_lse: bool) -> tuple[Call, torch.Tensor]:
-    """The call and the ticket of one run. A rank that refuses tells the others, which are about to wait for it."""
+def prepared(
+    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
+) -> tuple[Call, torch.Tensor, Tensors]:
+    """The call, the ticket of one run, and the params. A rank that refuses tells the others, which wait for it."""
     try:
-        request.check_kinds(return_lse, q=q, k=k, v=v)
+        request.check_kinds(q, k, v, return_lse)
         refuse_transforms("ringattn.attention", q, k, v)
-        wanted = wanted_gradients(q, k, v, *request.mechanism.params.values())
-        number, call = request.numbered_call(q, k, v, wanted)
-        return call, ticket_of(call, number, int(request.mechanism.new_seed()))
+        params = list(request.mechanism.params.values())
+        call = request.call((q, k, v, *params), wanted_gradients(q, k, v, *params))
+        return call, ticket_of(call, int(request.mechanism.new_seed())), params
     except Exception as error:
         request.refuse(error)
         raise
@@ -98,11 +100,10 @@ def _prepare(
     kv = None if kv is sharding else kv
     request = Request(mask, sharding, kv, asked, unspelled(schedule, numbers), unspelled(kernel, numbers))
     try:
-        number, call = request.numbered_call(q, k, v, tuple(wanted))
+        return ticket_of(request.call((q, k, v, *params), tuple(wanted)), int(seed))
     except Exception as error:
         request.refuse(error)
         raise
-    return ticket_of(call, number, int(seed))
 
 
 def _prepare_fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -121,6 +122,7 @@ def _attention(
 ) -> tuple[torch.Tensor, Tensors]:
     handle, number, seed = ticket.tolist()
     with _plain(q.device.type):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
         out, aux = engine.forward(found(handle, "plan"), q, k, v, params, seed, number)
     return out, list(aux)
 
@@ -155,6 +157,7 @@ def _attention_backward(
     handle, number, seed = ticket.tolist()
     dout = torch.zeros_like(saved[0]) if dout is None else dout
     with _plain(q.device.type):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         dq, dk, dv, dparams = engine.backward(
             found(handle, "plan"), q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
         )

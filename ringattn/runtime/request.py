@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ringattn.runtime.spelling import spelled
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
 
+_SHAPE = operator.attrgetter("shape", "dtype", "device")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,8 +49,23 @@ class Request:
         """Who holds the keys."""
         return self.sharding if self.kv_sharding is None else self.kv_sharding
 
-    def check_kinds(self, return_lse: object = False, **tensors: object) -> None:
+    def check_kinds(self, q: object, k: object, v: object, return_lse: object = False) -> None:
         """Raises InputError where an argument is not even of the kind that is needed."""
+        fine = (
+            isinstance(self.mask, Mask)
+            and isinstance(self.sharding, Sharding)
+            and (self.kv_sharding is None or isinstance(self.kv_sharding, Sharding))
+            and isinstance(self.mechanism, Mechanism)
+            and isinstance(self.schedule, (str, Schedule))
+            and isinstance(self.kernel, (str, Kernel))
+            and isinstance(q, torch.Tensor)
+            and isinstance(k, torch.Tensor)
+            and isinstance(v, torch.Tensor)
+        )
+        if not fine or return_lse is not False:
+            self._check_each({"q": q, "k": k, "v": v}, return_lse)
+
+    def _check_each(self, tensors: Mapping[str, object], return_lse: object) -> None:
         if not isinstance(self.sharding, Sharding):
             raise InputError(f"attention needs a ringattn.Sharding; got {self.sharding!r}.")
         for name, x in tensors.items():
@@ -69,23 +87,25 @@ class Request:
         if return_lse and "lse" not in self.mechanism.extras:
             raise UnsupportedError(f"{self.mechanism} has no log-sum-exp to return; leave return_lse out.")
 
-    def numbered_call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted: tuple[bool, ...]
-    ) -> tuple[int, Call]:
-        """The call and its number among those of its ranks.
+    def call(self, tensors: Sequence[torch.Tensor], wanted: tuple[bool, ...]) -> Call:
+        """The call, planned, verified and kept by the sharding until 64 others have been used since.
 
-        It is planned, verified and kept by the sharding until 64 others have been asked for since.
+        Args:
+            tensors: q, k, v and the params.
+            wanted: of each, whether a gradient is.
         """
-        number = self.sharding.mesh.connected().next_call()
         kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout)
-        tensors = (q, k, v, *self.mechanism.params.values())
-        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
+        shapes = tuple(map(_SHAPE, tensors))
         key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, wanted, shapes)
-        call = self.sharding.calls.get(key)
+        calls = self.sharding.calls
+        call: Call | None = calls.get(key)
         if call is None:
+            q, k, v = tensors[:3]
             call = self._prepared(self._problem(q, k, v), wanted)
-            self.sharding.calls.keep(key, call)
-        return number, call
+            calls.keep(key, call)
+        else:
+            calls.move_to_end(key)
+        return call
 
     def refuse(self, error: Exception) -> None:
         """Tells the other ranks of the call, where they can be told, that this one will not take part."""
@@ -177,7 +197,7 @@ def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.
 def wanted_gradients(*inputs: torch.Tensor) -> tuple[bool, ...]:
     """Which of q, k, v and the params need gradients."""
     enabled = torch.is_grad_enabled()
-    return tuple(enabled and x.requires_grad for x in inputs)
+    return tuple([enabled and x.requires_grad for x in inputs])
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) -> None:

@@ -75,8 +75,8 @@ class Buffers:
 class Handle:
     """An exchange under way."""
 
-    def __init__(self, complete: Callable[[], None], counters: Counters) -> None:
-        self._complete: Callable[[], None] | None = complete
+    def __init__(self, complete: Callable[[], None] | None, counters: Counters) -> None:
+        self._complete = complete
         self._counters = counters
 
     def wait(self) -> None:
@@ -154,21 +154,28 @@ class Transport(ABC):
         Raises:
             TransportError: a message to oneself, to nobody, or from a buffer that is not contiguous.
         """
-        sends = [message for message in sends if message[1].numel()]
-        receives = [message for message in receives if message[1].numel()]
-        for peer, buffer in (*sends, *receives):
-            if not 0 <= peer < self.size or peer == self.rank:
-                raise TransportError(f"Rank {self.rank} of {self.size} exchanges with the others; got peer {peer}.")
-            if not buffer.is_contiguous():
-                raise TransportError(f"Exchanged buffers must be contiguous; got strides {buffer.stride()}.")
-        sent = sum(buffer.nbytes for _, buffer in sends)
+        if not sends and not receives:
+            return Handle(None, self.counters)
+        sends, sent = self._checked(sends)
+        receives, received = self._checked(receives)
         if control:
             self.counters.control_messages += len(sends)
             self.counters.control_bytes += sent
         else:
             self.counters.messages += len(sends)
             self.counters.sent_bytes += sent
-            self.counters.received_bytes += sum(buffer.nbytes for _, buffer in receives)
-        if not sends and not receives:
-            return Handle(lambda: None, self.counters)
-        return Handle(self._start(sends, receives, label), self.counters)
+            self.counters.received_bytes += received
+        return Handle(self._start(sends, receives, label) if sends or receives else None, self.counters)
+
+    def _checked(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+        """Those that are not empty, and their bytes."""
+        kept, size = [], 0
+        for peer, buffer in messages:
+            if not 0 <= peer < self.size or peer == self.rank:
+                raise TransportError(f"Rank {self.rank} of {self.size} exchanges with the others; got peer {peer}.")
+            if not buffer.is_contiguous():
+                raise TransportError(f"Exchanged buffers must be contiguous; got strides {buffer.stride()}.")
+            if buffer.numel():
+                kept.append((peer, buffer))
+                size += buffer.nbytes
+        return kept, size
