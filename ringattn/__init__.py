@@ -31,6 +31,8 @@ from ringattn.sharding import Sharding
 from ringattn.simulator import Simulation, simulate
 from ringattn.startup import init
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AgreementError",
     "Balance",

@@ -12,6 +12,7 @@ import torch
 import ringattn
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
+from ringattn.checking import integer, tokens
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.masks import Mask, shortened
 from ringattn.mechanisms.base import Mechanism, Summarising
@@ -22,6 +23,8 @@ from ringattn.readable import dtype_name, readable_count
 SCHEDULES = ("ring", "route")
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
+MOST_RANKS = 8192  # a schedule's phases are a table of ranks by ranks
+MOST = 1 << 20  # heads and dims
 PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machines have
 
 
@@ -38,6 +41,17 @@ class Request:
     value_dim: int
     dtype: torch.dtype
     mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
+
+    def __post_init__(self) -> None:
+        tokens(self.length, "The sequence's length")
+        integer(self.ring, "ring", least=1, below=MOST_RANKS + 1, needed="a number of ranks, all of which are planned")
+        for name in ("heads", "kv_heads", "dim", "value_dim"):
+            integer(getattr(self, name), name, least=1, below=MOST)
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"Query heads must be a multiple of key heads; got {self.heads} and {self.kv_heads}. "
+                f"Use {self.heads} key heads, or a divisor of it."
+            )
 
     @property
     def schedules(self) -> tuple[str, ...]:

@@ -68,7 +68,6 @@ def draw_plans(
         charts.draw_balance(below[0][0], *compared)
         charts.draw_received(below[0][1], *compared)
     figure.suptitle(masks.shortened(plans[0].description, 130), fontsize=13, color=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import ringattn
 from ringattn.cli import plan, simulate, train, verify
-from ringattn.errors import InputError, MissingDependencyError
+from ringattn.errors import InputError, MissingDependencyError, RingAttentionError
 
 
 class _Commands(TyperGroup):
-    """Ends with one readable line and exit code 2 where an argument is wrong or an extra is not installed."""
+    """Ends with one readable line where something is wrong, and exit code 2 where it is an argument or an extra."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (InputError, MissingDependencyError) as error:
-            typer.echo(f"ringattn {ctx.invoked_subcommand}: {error}", err=True)
-            raise typer.Exit(2) from error
+            code, words = 2, str(error)
+        except RingAttentionError as error:
+            code, words = 1, str(error)
+        except KeyboardInterrupt:
+            code, words = 130, "stopped"
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch has no error of its own
+                raise
+            code, words = 1, f"out of memory ({str(error).splitlines()[0]}). Take fewer tokens or ranks."
+        typer.echo(f"ringattn {ctx.invoked_subcommand}: {' '.join(words.split())}", err=True)
+        raise typer.Exit(code)
 
 
 app = typer.Typer(
@@ -31,6 +41,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ringattn {ringattn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(simulate.simulate)
 app.command()(plan.plan)
 app.command()(verify.verify)

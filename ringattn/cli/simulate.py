@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -13,11 +14,14 @@ from rich.table import Table
 
 import ringattn
 from ringattn import masks, reference
+from ringattn.checking import integer
 from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
+from ringattn.errors import InputError
 from ringattn.mesh import Mesh
 from ringattn.plans.steps import Plan
 from ringattn.readable import dtype_name, readable_bytes
+from ringattn.simulator.virtual import MAX_RANKS
 from ringattn.transports.base import Transport
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -77,6 +81,7 @@ def simulate(
     """
     given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
     case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, **given)
+    _refuse_too_large(case)
     cases = [dataclasses.replace(case, schedule=name) for name in _schedules(case, schedule)]
     planned = [_plans(each) for each in cases]
     started = time.perf_counter()
@@ -90,6 +95,18 @@ def simulate(
         _show(case, outcomes, oracle_seconds)
     if not all(outcome.within for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _refuse_too_large(case: Case) -> None:
+    """An error where the inputs, their float64 copies, the results and the oracle's would not fit into memory."""
+    integer(case.ranks, "--ring", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
+    numbers = case.batch * case.length * (case.heads + case.kv_heads) * (case.dim + case.value_dim)
+    needed, there = 4 * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"The float64 oracle would need some {readable_bytes(needed)}; this machine has {readable_bytes(there)}. "
+            f"Take fewer tokens, heads or dims, or ringattn plan, which computes nothing."
+        )
 
 
 def _shown(results: dict[str, float]) -> dict[str, float]:

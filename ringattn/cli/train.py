@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -28,5 +27,10 @@ def trainer() -> Path:
 
 def train(context: typer.Context) -> None:
     """Train a byte-level language model with sharded attention; all options: ringattn train --help."""
-    sys.argv = ["ringattn train", *context.args]
-    runpy.run_path(str(trainer()), run_name="__main__")
+    from ringattn.training.config import run_command  # no other command needs the trainer's modules
+
+    spec = importlib.util.spec_from_file_location("ringattn_trainer", trainer())
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    raise typer.Exit(run_command(module.main, context.args, "ringattn train"))

@@ -49,7 +49,9 @@ def verify(
     heads: options.Heads = 4,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.", min=1)] = 2,
     dim: options.Dim = 32,
-    mask: options.MaskText = "documents:700,1,1352&causal",
+    mask: Annotated[
+        str | None, typer.Option(help="As for ringattn simulate; three causal documents unless given.")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="One layout; all of them unless given.")] = None,
     schedule: options.ScheduleName = None,
     mechanism: options.MechanismName = "softmax",
@@ -72,7 +74,7 @@ def verify(
     """
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
-    case = options.case_of(mask, length, heads, kv_heads, dim, None, dtype, mechanism, seed=seed)
+    case = options.case_of(mask or _documents(length), length, heads, kv_heads, dim, None, dtype, mechanism, seed=seed)
     case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()
     try:
@@ -85,6 +87,12 @@ def verify(
             dist.destroy_process_group()
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
+
+
+def _documents(length: int) -> str:
+    """The mask unless one is given: a third of the tokens, one alone, and the rest."""
+    first = length // 3
+    return f"documents:{first},{min(1, length - first)},{max(length - first - 1, 0)}&causal"
 
 
 def _findings(mesh: Mesh, case: Case, layouts: tuple[str, ...], schedules: tuple[str, ...]) -> list[Finding]:

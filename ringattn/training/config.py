@@ -149,13 +149,18 @@ def _need(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
-def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence[str]) -> int:
+def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence[str], name: str | None = None) -> int:
     """Parses the command line into a Config and runs it; what is wrong with it is one line, and exit code 2."""
 
     def command(**options: Any) -> int:
         config = Config(**options)
         config.validate()
-        return run(config, arguments)
+        try:
+            return run(config, arguments)
+        except KeyboardInterrupt:
+            if not launched():  # of the ranks of a launcher, none speaks for all
+                sys.stderr.write("stopped\n")
+            return 130
 
     command.__signature__ = inspect.signature(Config, eval_str=True)  # type: ignore[attr-defined]
     command.__annotations__ = inspect.get_annotations(Config, eval_str=True)
@@ -164,7 +169,7 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
     # typer's parse errors are click's or, in newer versions, its own: a subclass it exports names it.
     parse_error = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
     try:
-        return int(typer.main.get_command(app).main(arguments, standalone_mode=False) or 0)
+        return int(typer.main.get_command(app).main(arguments, name, standalone_mode=False) or 0)
     except parse_error as error:
         message = error.format_message()
     except (InputError, MissingDependencyError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from ringattn.training.meter import Cost
 from ringattn.training.run_folder import RunFolder
+
+QUIET = 10.0  # seconds without a line, where there is no bar
 
 
 class Recorder:
@@ -23,6 +26,7 @@ class Recorder:
         columns = (BarColumn(bar_width=6), MofNCompleteColumn(), text, left)
         self._bar = Progress(*columns, console=self._console, disable=folder is None or not self._console.is_terminal)
         self._task = self._bar.add_task("", total=steps)
+        self._said = time.monotonic()
 
     def __enter__(self) -> Recorder:
         self._bar.start()
@@ -36,6 +40,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """A line above the bar, there also when the output is a file."""
         self._console.print(text, highlight=False, soft_wrap=True)
+        self._said = time.monotonic()
 
     def step(self, step: int, tokens: int, cost: Cost, **measured: float) -> None:
         """A step is done: tokens of all ranks, the cost on this one."""
@@ -48,6 +53,8 @@ class Recorder:
             f"waits {cost.waited:.0%}, {readable(cost.peak_memory_bytes)}"
         )
         self._bar.update(self._task, completed=step, description=text)
+        if self._bar.disable and time.monotonic() > self._said + QUIET:
+            self.say(f"step {step:>4}  {text}")
 
     def held_out(self, step: int, loss: float, model: nn.Module) -> None:
         """A held-out loss; the weights it belongs to are saved with it."""

@@ -135,13 +135,70 @@ def test_verify_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("plan", "--length", "64", "--layout", "zigzag", "--schedule", "ring", "--draw", "/dev/null/plan.png"),
         ("verify", "--length", "0"),
         ("verify", "--mask", "documents:3"),
+        ("verify", "--length", "64", "--layout", "spiral"),
+        ("verify", "--length", "64", "--mechanism", "hope"),
+        *((command, "--mask", "(" * 5000) for command in ("plan", "simulate", "verify")),
+        *((command, "--mask", "~" * 5000 + "full") for command in ("plan", "simulate", "verify")),
+        *((command, "--length", "1099511627776") for command in ("plan", "simulate", "verify")),
+        *((command, "--length", "99999999999999999999") for command in ("plan", "simulate", "verify")),
+        *((command, "--ring", "100000", "--length", "10") for command in ("plan", "simulate")),
+        *((command, "--ring", "99999999999999999999", "--length", "10") for command in ("plan", "simulate")),
+        ("plan", "--ring", "100000", "--length", "10", "--layout", "auto", "--schedule", "auto"),
+        ("simulate", "--length", "100000000"),
+        ("simulate", "--length", "10", "--dim", "99999999999"),
+        ("plan", "--length", "10", "--heads", "99999999999999999999"),
+        ("plan", "--length", "64", "--draw", "/missing/x.png"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(arguments: tuple[str, ...]) -> None:
     shown = run(*arguments)
     assert shown.exit_code == 2
     assert shown.stderr.startswith(f"ringattn {arguments[0]}: ")
-    assert len(shown.stderr.splitlines()) == 1
+    assert len(shown.stderr.splitlines()) == 1 and len(shown.stderr) < 700
+    assert not Path("/missing").exists()
+
+
+@pytest.mark.parametrize("length", ["1", "2", "3", "64"])
+def test_verify_takes_any_length(length: str) -> None:
+    shown = run("verify", "--length", length, "--dim", "8", "--layout", "zigzag")
+    assert shown.exit_code == 0, shown.output
+
+
+def test_verify_takes_a_mask_that_allows_nothing() -> None:
+    shown = run("verify", "--length", "64", "--mask", "~full", "--dim", "8", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["passed"]
+
+
+def test_the_version_is_said() -> None:
+    assert run("--version").stdout == f"ringattn {ringattn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["simulate", "plan", "verify"])
+def test_interrupted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ringattn.masks.parse", stopped)
+    shown = run(command)
+    assert shown.exit_code == 130
+    assert shown.stderr == f"ringattn {command}: stopped\n"
+
+
+def test_out_of_memory_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 74.5 GiB")
+
+    monkeypatch.setattr("ringattn.masks.parse", full)
+    shown = run("plan")
+    assert shown.exit_code == 1
+    assert shown.stderr == "ringattn plan: out of memory (Unable to allocate 74.5 GiB). Take fewer tokens or ranks.\n"
+
+
+def test_train_says_its_name() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "ringattn.cli", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Usage: ringattn train [OPTIONS]" in shown.stdout
 
 
 @pytest.mark.timeout(180)

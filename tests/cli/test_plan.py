@@ -175,7 +175,7 @@ def test_a_rank_of_the_recommended_plans_is_explained() -> None:
 
 @pytest.mark.parametrize("chosen", [(), ("--layout", "striped", "--schedule", "ring")])
 def test_the_picture_is_drawn(tmp_path: Path, chosen: tuple[str, ...]) -> None:
-    target = tmp_path / "new" / "plan.png"
+    target = tmp_path / "plan.png"
     shown = run("--ring", "3", "--length", "300", "--draw", str(target), *chosen)
     assert shown.exit_code == 0, shown.output
     picture = target.read_bytes()

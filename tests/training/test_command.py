@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from ringattn.training.config import Config, run_command
+from ringattn.training.meter import Cost
 from ringattn.training.model import Decoder
+from ringattn.training.recorder import Recorder
+from ringattn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--layers", "1", "--width", "16", "--heads", "2", "--kv-heads", "1")
@@ -144,3 +148,40 @@ def test_two_ranks_train_check_and_sample(
     assert run_command(trainer.main, sampling) == run_command(trainer.main, sampling) == 0
     text = capsys.readouterr().out
     assert text.startswith("abc") and text[: len(text) // 2] * 2 == text
+
+
+def test_a_stopped_run_ends_in_one_line(texts: Path, tmp_path: Path) -> None:
+    line = ["--ranks", "2", "--data", str(texts), "--length", "32", "--steps", "100000", *MODEL]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ringattn.cli", "train", *line, "--folder", str(tmp_path / "run")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if "held-out loss" in text:
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "stopped\n"
+
+
+def test_where_there_is_no_bar_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ringattn.training.recorder.QUIET", 5.0)
+    now = [0.0]
+    monkeypatch.setattr("ringattn.training.recorder.time.monotonic", lambda: now[0])
+    recorder = Recorder(RunFolder(tmp_path / "run", {}), 20)
+    for step in range(1, 21):
+        now[0] += 1
+        recorder.step(step, 100, Cost(1.0, 10, 0.5, 1000), loss=1.0, gradient_norm=1.0, learning_rate=1.0)
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["step", "6"],
+        ["step", "12"],
+        ["step", "18"],
+    ]
