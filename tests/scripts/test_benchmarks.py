@@ -14,7 +14,7 @@ import torch
 
 import ringattn
 from ringattn import bands
-from scripts.benchmarks import attention, overlap, plan, scale
+from scripts.benchmarks import attention, overhead, overlap, plan, scale
 from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
 from scripts.benchmarks.contestants import collect, prepare_ringattn, prepare_sdpa
 from scripts.benchmarks.memory import Call, measure
@@ -154,3 +154,14 @@ def test_the_window_table_has_a_window_of_1024_keys() -> None:
     case = Case(attention.mask_names(4096)["window"], 4096, torch.float32, backward=False)
     row = case.rows(2000, 2001)[0]
     assert np.flatnonzero(row).tolist() == list(range(977, 2001))
+
+
+def test_overhead_is_told_by_parts() -> None:
+    compared, forward, backward = overhead.one_rank(16, rounds=1)
+    assert compared.keys() == overhead.LIMITS.keys()
+    assert forward["kernel"] > 0
+    assert backward["kernel"] > 0
+    step = overhead.ring(3, rounds=1)
+    assert step["whole"] > step["kernel"] > 0
+    functions, calls, files = overhead.walked(2, backward=True)
+    assert calls >= functions > files > 5
