@@ -34,7 +34,8 @@ MAY: dict[str, str] = {
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.cost": "bands checking errors masks plans.tiles plans.steps",
     "plans.steps": "bands layouts masks payloads.base plans.tiles plans.cost plans.verification",
-    "plans.verification": "bands checking errors layouts plans.tiles plans.steps",
+    "plans.coverage": "bands layouts plans.tiles plans.steps",
+    "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
     "plans.assembly": "bands payloads.base plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost plans.demand "
     "plans.steps plans.tiles schedules.base schedules.ring schedules.route schedules.scan",

@@ -151,6 +151,7 @@ def _keys_of_another_phase(plan: Plan) -> Plan:
         (_doubled_tile, "forward, computes the wrong pairs"),
         (_changed(tiles.LOW, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.HIGH, -1), "forward, computes the wrong pairs"),
+        (_changed(tiles.HIGH, -99), "forward, computes the wrong pairs"),
         (_changed(tiles.M, -1), "forward, computes the wrong pairs"),
         (_changed(tiles.PARTIAL, 1), "forward, computes the wrong pairs"),
         (_changed(tiles.K, 1), "does not hold at that place"),

@@ -4,9 +4,7 @@ One rank's plan (`verify_rank`): every allowed pair of its queries is computed e
 the buffer at that step. All ranks' plans together (`verify`): every send meets a receive of the same rows, every
 gradient reaches the owner of its row, and no rank waits in a circle.
 
-Coverage is checked by fingerprint. Every key position gets a fixed pseudo-random 64-bit weight; for each query the
-weights of the keys its tiles compute are summed modulo 2^64 and compared with the sum over the keys its mask allows.
-A dropped, doubled or shifted pair changes the sum except with probability 2^-64, and the query at fault is known.
+That every pair is computed once is checked by fingerprint: see `coverage`.
 """
 
 from __future__ import annotations
@@ -14,61 +12,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from ringattn import bands, layouts
-from ringattn.bands import HI, K0, K1, LO, Q0, Q1, Array, Regions
+from ringattn.bands import Array
 from ringattn.checking import sequence
 from ringattn.errors import PlanError
 from ringattn.plans import tiles
+from ringattn.plans.coverage import Keys, Sums, sums_of_mask, sums_of_tiles
 from ringattn.plans.steps import RECV_OFFSET, RECV_ORIGIN, RECV_PHASE, RECV_START, RECV_STOP, Exchange, Item, Plan, Step
 from ringattn.plans.tiles import Tiles
 
-Weights = npt.NDArray[np.uint64]
 
-
-class _Keys:
-    """The global positions of every rank's keys, and their weights, worked out once for all plans of a call."""
-
-    def __init__(self, spans: Array) -> None:
-        self._spans = spans
-        self._of: dict[int, Array] = {}
-        self._prefixes: dict[int, Weights] = {}
-
-    def of(self, rank: int) -> Array:
-        """Those of one rank, in the order of its rows."""
-        if rank not in self._of:
-            self._of[rank] = layouts.positions(self._spans, rank)
-        return self._of[rank]
-
-    def held(self, plan: Plan, phase: int) -> list[Array]:
-        """Those of what lies in a rank's buffer of a phase, one array a hold."""
-        if phase == 0:
-            return [self.of(plan.rank)]
-        first, last = np.searchsorted(plan.receives[:, RECV_PHASE], [phase, phase + 1])
-        return [self.of(origin)[start:stop] for _, _, origin, start, stop, _ in plan.receives[first:last].tolist()]
-
-    def prefix(self, stride: int) -> Weights:
-        """Sums of weights along a stride: entry p is that of the positions p - s, p - 2s, …"""
-        if stride not in self._prefixes:
-            length = int(self._spans[:, layouts.COUNT].sum())
-            padded = np.zeros(-(-(length + stride) // stride) * stride, dtype=np.uint64)
-            padded[stride : stride + length] = _weights(length)
-            sums = np.cumsum(padded.reshape(-1, stride), axis=0, dtype=np.uint64)
-            self._prefixes[stride] = sums.reshape(-1)
-        return self._prefixes[stride]
-
-
-def verify_rank(plan: Plan, keys: _Keys | None = None) -> None:
+def verify_rank(plan: Plan, keys: Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
-    keys = _Keys(plan.k_spans) if keys is None else keys
+    keys = Keys(plan.k_spans) if keys is None else keys
     _verify_form(plan)
     if not {*plan.grad_sends[:, 0].tolist()} <= {*plan.slots} or not {*plan.tile_phases.tolist()} <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
+    queries = layouts.positions(plan.q_spans, plan.rank)
+    allowed = sums_of_mask(plan.regions, queries, keys), sums_of_mask(plan.partial, queries, keys)
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps, keys)
         _verify_slots(plan, name, steps)
-        _verify_coverage(plan, name, steps, keys)
+        _verify_coverage(plan, name, steps, allowed, keys)
     _verify_canonical(plan)
 
 
@@ -83,7 +49,7 @@ def verify(plans: Sequence[Plan]) -> None:
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
     first = plans[0]
-    keys = _Keys(first.k_spans)
+    keys = Keys(first.k_spans)
     for plan in plans:
         asked = (
             (plan.regions, first.regions),
@@ -123,74 +89,29 @@ def _verify_canonical(plan: Plan) -> None:
         raise PlanError(f"Rank {plan.rank} has tiles whose bands are not canonical: wider than the tiles.")
 
 
-def _weights(length: int) -> Weights:
-    """A fixed pseudo-random weight of each position: the finaliser of splitmix64."""
-    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) -> None:
+def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], allowed: tuple[Sums, Sums], keys: Keys) -> None:
     """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
-    queries = layouts.positions(plan.q_spans, plan.rank)
-    for regions, partial in ((plan.regions, 0), (plan.partial, 1)):
-        part = rows[rows[:, tiles.PARTIAL] == partial]
-        if partial and not len(regions) and not len(part):
-            continue
-        wanted, allowed = _row_sums(_evaluated(regions, queries), keys, len(queries), 1)
-        done = np.zeros(len(queries), dtype=np.uint64)
-        count = np.zeros(len(queries), dtype=np.int64)
-        strides = part[:, tiles.K_STRIDE]
-        for stride in np.unique(strides).tolist():
-            part_sums, part_counts = _row_sums(part[strides == stride], keys, len(queries), stride)
-            done += part_sums
-            count += part_counts
-        wrong = np.flatnonzero(done != wanted)
+    for partial, wanted in enumerate(allowed):
+        found = sums_of_tiles(rows[rows[:, tiles.PARTIAL] == partial], plan.tokens, keys)
+        wrong = np.flatnonzero(found.weights != wanted.weights)
         if len(wrong):
             row = int(wrong[0])
+            position = layouts.positions(plan.q_spans, plan.rank)[row]
             raise PlanError(
                 f"Rank {plan.rank}, {name}, {'asks for' if partial else 'computes'} the wrong pairs for {len(wrong)} "
-                f"of its queries. First, the query at position {queries[row]}: its tiles hold {count[row]} pairs, its "
-                f"mask {allowed[row]}."
+                f"of its queries. First, the query at position {position}: its tiles hold {found.counts[row]} pairs, "
+                f"its mask {wanted.counts[row]}."
             )
 
 
-def _evaluated(regions: Regions, queries: Array) -> Array:
-    """What the mask's regions hold, a row for each of these queries and each region it lies in, as one-row tiles."""
-    row, region = bands.overlaps(queries, queries + 1, regions[:, Q0], regions[:, Q1])
-    part, position = regions[region], queries[row]
-    first = np.maximum(part[:, K0], position - part[:, HI])
-    stop = np.minimum(part[:, K1], position - part[:, LO] + 1)
-    out = np.ones((len(row), tiles.WIDTH), dtype=np.int64)
-    out[:, tiles.Q], out[:, tiles.K_POSITION], out[:, tiles.N] = row, first, stop - first
-    out[:, tiles.LOW], out[:, tiles.HIGH] = -bands.INF, bands.INF
-    return out
-
-
-def _row_sums(rows: Array, keys: _Keys, queries: int, stride: int) -> tuple[Weights, Array]:
-    """For each local query, the summed weights and the number of the keys that these tiles compute."""
-    prefix = keys.prefix(stride)
-    tile, i = bands.expand(rows[:, tiles.M])
-    row = rows[tile]
-    first = np.maximum(0, i - row[:, tiles.HIGH])
-    stop = np.maximum(first, np.minimum(row[:, tiles.N], i - row[:, tiles.LOW] + 1))
-    position = row[:, tiles.K_POSITION]
-    sums = prefix[position + stride * stop] - prefix[position + stride * first]
-    query = row[:, tiles.Q] + i * row[:, tiles.Q_STEP]
-    out = np.zeros(queries, dtype=np.uint64)
-    np.add.at(out, query, sums)
-    return out, np.bincount(query, weights=stop - first, minlength=queries).astype(np.int64)
-
-
-def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: _Keys) -> None:
+def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: Keys) -> None:
     """Tiles name the positions that their queries and keys really have, and lie inside their buffers."""
     queries = layouts.positions(plan.q_spans, plan.rank)
     for step in steps:
         if not step.tiles:
             continue
-        rows, held = step.tiles.rows, keys.held(plan, step.phase)
+        rows, held = step.tiles.rows, keys.in_buffer(plan, step.phase)
         sides = [("queries", [queries], (tiles.Q, tiles.M, tiles.Q_STEP, tiles.Q_POSITION, tiles.Q_STRIDE))]
         if step.phase and not plan.payload.per_key:
             _verify_summed(plan, name, step, held)
@@ -222,12 +143,19 @@ def _verify_summed(plan: Plan, name: str, step: Step, held: list[Array]) -> None
 
 def _misplaced(held: Array, first: Array, count: Array, step: Array, position: Array, stride: Array) -> int | None:
     """The first tile whose rows of a buffer do not hold the positions it says; None when all do."""
-    tile, nth = bands.expand(count)
-    row = first[tile] + nth * step[tile]
-    inside = (row >= 0) & (row < len(held))
-    right = inside.copy()
-    right[inside] = held[row[inside]] == (position[tile] + nth * stride[tile])[inside]
-    return None if right.all() else int(tile[np.flatnonzero(~right)[0]])
+    right = (first >= 0) & (first + (count - 1) * step < len(held))
+    right[right] = held[first[right]] == position[right]
+    for distance in np.unique(stride[right & (step == 1)]).tolist():
+        # Rows behind one another: from the first on, each is the stride further on than the one before.
+        breaks = np.concatenate([[0], np.cumsum(np.diff(held) != distance)])
+        alike = np.flatnonzero(right & (step == 1) & (stride == distance))
+        right[alike] = breaks[first[alike] + count[alike] - 1] == breaks[first[alike]]
+    apart = np.flatnonzero(right & (step != 1))
+    tile, nth = bands.expand(count[apart])
+    tile = apart[tile]
+    wrong = held[first[tile] + nth * step[tile]] != position[tile] + nth * stride[tile]
+    right[tile[wrong]] = False
+    return None if right.all() else int(np.flatnonzero(~right)[0])
 
 
 def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
@@ -314,9 +242,9 @@ def _origin_rows(plan: Plan) -> Array:
     return np.concatenate(out)
 
 
-def _positions(plan: Plan, item: Item, keys: _Keys) -> list[Array]:
+def _positions(plan: Plan, item: Item, keys: Keys) -> list[Array]:
     """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
-    held = keys.held(plan, item.phase)
+    held = keys.in_buffer(plan, item.phase)
     apart = not item.payload.per_key and item.phase != 0  # a row is a receive
     rows = len(held) if apart else sum(map(len, held))
     if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > rows:
@@ -336,7 +264,7 @@ def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
 
 
 def _match(
-    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]], keys: _Keys
+    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]], keys: Keys
 ) -> list[list[list[tuple[int, int]]]]:
     """For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out."""
     queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}
