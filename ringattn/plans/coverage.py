@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.plans import tiles
-from ringattn.plans.steps import RECV_PHASE, Plan
+from ringattn.plans.steps import RECV_ORIGIN, RECV_PHASE, RECV_STOP, Plan
 
 Weights = npt.NDArray[np.uint64]
 
@@ -33,11 +33,12 @@ class Keys:
         return self._positions[rank]
 
     def in_buffer(self, plan: Plan, phase: int) -> list[Array]:
-        """Those of what lies in a rank's buffer of a phase, one array a hold."""
+        """Those of what lies in a rank's buffer of a phase, one array a receive."""
         if phase == 0:
             return [self.positions(plan.rank)]
         first, last = np.searchsorted(plan.receives[:, RECV_PHASE], [phase, phase + 1])
-        return [self.positions(origin)[start:stop] for _, _, origin, start, stop, _ in plan.receives[first:last].tolist()]
+        receives = plan.receives[first:last, RECV_ORIGIN : RECV_STOP + 1].tolist()
+        return [self.positions(origin)[start:stop] for origin, start, stop in receives]
 
     def prefix(self, stride: int) -> Weights:
         """Sums of weights along a stride: entry p is that of the positions p - s, p - 2s, …"""
