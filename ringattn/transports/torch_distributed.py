@@ -62,8 +62,14 @@ class TorchDistributed(Transport):
         return complete
 
     def _failure(self, label: str, peers: list[int], error: RuntimeError) -> TransportError:
-        who = ", ".join(map(str, sorted(set(peers))))
+        """The backend's own words stay the error's cause."""
+        who, words = ", ".join(map(str, sorted(set(peers)))), str(error)
+        if "timed out" in words.lower() or "timeout" in words.lower():
+            what = "It did not make the same call within the timeout: look at what it was doing, or raise the timeout"
+        elif "closed" in words or "reset" in words or "refused" in words:
+            what = "It has ended: its own output says why"
+        else:
+            what = f"{self.backend} says: {words.splitlines()[0] if words else type(error).__name__}"
         return TransportError(
-            f"Rank {self.rank} of {self.size} lost rank {who} during {label or 'an exchange'}: {error}. "
-            f"That rank has ended, or did not make the same call within the timeout; its own output says which."
+            f"Rank {self.rank} of {self.size} lost rank {who} during {label or 'an exchange'}. {what.rstrip('.')}."
         )
