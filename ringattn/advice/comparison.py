@@ -15,17 +15,24 @@ from ringattn.bands import Array, Regions
 from ringattn.checking import integer, tokens
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.masks import Mask, shortened
-from ringattn.mechanisms.base import Mechanism, Summarising
+from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.naming import by_name
 from ringattn.plans.steps import Plan
 from ringattn.readable import dtype_name, readable_count
+from ringattn.schedules import MEMBERS
 
-SCHEDULES = ("ring", "route")
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
 MOST_RANKS = 8192  # a schedule's phases are a table of ranks by ranks
 MOST = 1 << 20  # heads and dims
 PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machines have
+
+
+def schedules_for(mechanism: Mechanism) -> tuple[str, ...]:
+    """The names of the schedules that may serve a mechanism: what they exchange is all it needs."""
+    named = by_name(MEMBERS).items()
+    return tuple(name for name, member in named if member.payload.refusal(mechanism) is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Request:
     @property
     def schedules(self) -> tuple[str, ...]:
         """Those that may serve the mechanism."""
-        return (*SCHEDULES, "scan") if isinstance(self.mechanism, Summarising) else SCHEDULES
+        return schedules_for(self.mechanism)
 
     def plans(self, layout: str, schedule: str) -> list[Plan]:
         return ringattn.plan_all(
@@ -73,7 +80,8 @@ class Request:
 
     def layout_named(self, layout: str) -> str:
         """The layout's name, where ``auto`` is what the mask makes it."""
-        return str(layouts.named(layout, self.mask, self.length)[0]).partition("(")[0]
+        taken, _ = layouts.named(layout, self.mask, self.length)
+        return str(taken).partition("(")[0] if layout == "auto" else layout
 
     def spans(self, layout: str) -> Array:
         """Who holds what, as `layouts` describes it."""
@@ -209,7 +217,7 @@ def compare(
         try:
             if key not in known:
                 plans = request.plans(layout, schedule)
-                known[key] = measured(plans, layout, bound)
+                known[key] = measured(plans, layout, schedule, bound)
                 if verified == "all":
                     check(plans, known[key].name)
             combinations.append(dataclasses.replace(known[key], layout=layout))
@@ -229,7 +237,7 @@ def _auto(request: Request, combinations: Sequence[Combination], bound: float) -
     one = ringattn.plan(request.mask, sharding, mechanism=request.mechanism)
     layout, schedule = request.layout_named("auto"), schedule_of(one)
     same = [x for x in combinations if (x.layout, x.schedule) == (layout, schedule)]
-    return same[0] if same else measured(request.plans(layout, schedule), layout, bound)
+    return same[0] if same else measured(request.plans(layout, schedule), layout, schedule, bound)
 
 
 def refuse_too_many(request: Request, layout: str) -> None:
@@ -249,8 +257,8 @@ def schedule_of(plan: Plan) -> str:
     return plan.description.partition(":")[0]
 
 
-def measured(plans: Sequence[Plan], layout: str, bound: float) -> Combination:
-    """What these plans cost. They need a shape."""
+def measured(plans: Sequence[Plan], layout: str, schedule: str, bound: float) -> Combination:
+    """What these plans cost, under the names they were asked for by. They need a shape."""
     moved = [plan.traffic() for plan in plans]
     even = ringattn.balance(plans)
 
@@ -262,7 +270,7 @@ def measured(plans: Sequence[Plan], layout: str, bound: float) -> Combination:
 
     return Combination(
         layout=layout,
-        schedule=schedule_of(plans[0]),
+        schedule=schedule_of(plans[0]) if schedule == "auto" else schedule,
         area=even.area,
         tokens=even.tokens,
         area_max=max(plan.area for plan in plans),

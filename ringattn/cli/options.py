@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -13,11 +13,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from ringattn import masks
+from ringattn import layouts, masks, schedules
 from ringattn.conformance import Case
 from ringattn.errors import InputError
 from ringattn.mechanisms import MEMBERS, Mechanism
-from ringattn.naming import name_of, named
+from ringattn.naming import by_name, named
+
+LAYOUTS = tuple(layouts.NAMED)
+SCHEDULES = tuple(by_name(schedules.MEMBERS))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Members of a folder, for help."""
+    return f"{', '.join(names)}, or module:Name of one outside the package"
+
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence.", min=0)]
 RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence.", min=1)]
@@ -27,24 +36,17 @@ Dim = Annotated[int, typer.Option(help="Size of a query and key.", min=1)]
 ValueDim = Annotated[int | None, typer.Option(help="Size of a value; that of a key unless given.", min=1)]
 Batch = Annotated[int, typer.Option(help="Sequences at once.", min=1)]
 MaskText = Annotated[str, typer.Option("--mask", help=f"Which pairs are allowed: {escape(masks.spellings())}.")]
-LayoutName = Annotated[
-    str, typer.Option("--layout", help="Who holds which tokens: auto, balanced, contiguous, zigzag or striped.")
-]
+LayoutName = Annotated[str, typer.Option("--layout", help=f"Who holds which tokens: auto, {listed(LAYOUTS)}.")]
 ScheduleName = Annotated[
     str | None,
-    typer.Option("--schedule", help="What moves when: ring, route, scan or auto; all that apply unless given."),
+    typer.Option("--schedule", help=f"What moves when: auto, {listed(SCHEDULES)}; all that apply unless given."),
 ]
-MechanismName = Annotated[
-    str, typer.Option("--mechanism", help=f"What attends: {', '.join(map(name_of, MEMBERS))}, or module:Name.")
-]
+MechanismName = Annotated[str, typer.Option("--mechanism", help=f"What attends: {listed(by_name(MEMBERS))}.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 T = TypeVar("T")
-
-LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")  # simpler ones first
-SCHEDULES = ("ring", "route")
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -92,10 +94,6 @@ def case_of(
         mechanism=mechanism_named(mechanism),
         **more,
     )
-
-
-def schedules_named(name: str | None) -> tuple[str, ...]:
-    return SCHEDULES if name is None else (name,)
 
 
 def console() -> Console:

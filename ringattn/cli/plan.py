@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
-from ringattn import masks
+from ringattn import layouts, masks
 from ringattn.advice.comparison import Combination, Comparison, Request, check, compare, refuse_too_many
 from ringattn.advice.recommendation import recommend
+from ringattn.checking import choice
 from ringattn.cli import options, report
 from ringattn.errors import InputError, PlanError
+from ringattn.plans.planning import named_schedule
 from ringattn.plans.steps import Plan
 
 CHECKED = ("auto", "all", "recommended", "none")
@@ -21,14 +23,12 @@ CHECKED = ("auto", "all", "recommended", "none")
 # checking looks at every query and the keys of every rank, and then takes a few seconds.
 CHECK_ALL, CHECK_ONE = 1 << 21, 1 << 25
 
+ALL = "all, to compare them, auto"
 LayoutNames = Annotated[
-    str,
-    typer.Option(
-        "--layout", help="Who holds which tokens: all, to compare them, " + ", ".join(options.LAYOUTS) + " or auto."
-    ),
+    str, typer.Option("--layout", help=f"Who holds which tokens: {ALL}, {options.listed(options.LAYOUTS)}.")
 ]
 ScheduleNames = Annotated[
-    str, typer.Option("--schedule", help="What moves when: all, to compare them, ring, route, scan or auto.")
+    str, typer.Option("--schedule", help=f"What moves when: {ALL}, {options.listed(options.SCHEDULES)}.")
 ]
 Checked = Annotated[
     str,
@@ -102,13 +102,11 @@ def plan(
 
 
 def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ring: int, draw: Path | None) -> None:
-    for option, given, known in (
-        ("--layout", layout, ("all", *options.LAYOUTS, "auto")),
-        ("--schedule", schedule, ("all", *options.SCHEDULES, "scan", "auto")),
-        ("--verify", verified, CHECKED),
-    ):
-        if given not in known:
-            raise InputError(f"{option} is one of {', '.join(known)}; got {given!r}.")
+    if layout != "all":
+        layouts.named(layout, masks.Causal(), 1)
+    if schedule != "all":
+        named_schedule(schedule)
+    choice(verified, "--verify", CHECKED)
     if rank is not None and rank >= ring:
         raise InputError(f"--rank must be below --ring ({ring}); got {rank}.")
     if draw is not None and draw.suffix.lower() != ".png":
@@ -130,19 +128,19 @@ def _compared(
         size = request.length * request.ring
         verified = "all" if size <= CHECK_ALL else "recommended" if size <= CHECK_ONE else "none"
     comparison = compare(request, names, schedules, verified, partial(options.track, "layouts and schedules"))
-    choice = recommend(comparison.combinations)
+    advice = recommend(comparison.combinations)
     plans: list[Plan] = []
     if verified == "recommended" or rank is not None or draw is not None:
-        with options.working(choice.taken.name):
-            plans = request.plans(choice.taken.layout, choice.taken.schedule)
+        with options.working(advice.taken.name):
+            plans = request.plans(advice.taken.layout, advice.taken.schedule)
             if verified == "recommended":
-                check(plans, choice.taken.name)
+                check(plans, advice.taken.name)
     if as_json:
-        options.print_json(report.comparison_for_machines(comparison, choice))
+        options.print_json(report.comparison_for_machines(comparison, advice))
     else:
-        report.show_comparison(comparison, choice)
+        report.show_comparison(comparison, advice)
         _explain(plans, rank)
-    _draw(plans, request.length, draw, (comparison, choice.taken))
+    _draw(plans, request.length, draw, (comparison, advice.taken))
 
 
 def _single(

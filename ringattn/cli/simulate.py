@@ -14,10 +14,11 @@ from rich.table import Table
 
 import ringattn
 from ringattn import masks, reference
+from ringattn.advice.comparison import schedules_for
 from ringattn.checking import integer
 from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
-from ringattn.errors import InputError
+from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.plans.steps import Plan
 from ringattn.readable import dtype_name, readable_bytes
@@ -82,13 +83,12 @@ def simulate(
     given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
     case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, **given)
     _refuse_too_large(case)
-    cases = [dataclasses.replace(case, schedule=name) for name in _schedules(case, schedule)]
-    planned = [_plans(each) for each in cases]
+    planned = _planned(case, schedule)
     started = time.perf_counter()
     answer = _oracle(case)
     oracle_seconds = time.perf_counter() - started
     bounds = _shown(limits(case, answer))
-    outcomes = [_run(each, plans, answer, bounds) for each, plans in zip(cases, planned, strict=True)]
+    outcomes = [_run(each, plans, answer, bounds) for each, plans in planned.items()]
     if as_json:
         options.print_json(_machine(case, outcomes, oracle_seconds))
     else:
@@ -114,12 +114,17 @@ def _shown(results: dict[str, float]) -> dict[str, float]:
     return {name: results[name] for name in NAMES if name in results}
 
 
-def _schedules(case: Case, schedule: str | None) -> tuple[str, ...]:
-    """The schedule asked for; otherwise all, scan among them where auto takes it."""
-    names = options.schedules_named(schedule)
-    if schedule is None and any(not plan.payload.per_key for plan in _plans(case)[:1]):
-        return (*names, "scan")
-    return names
+def _planned(case: Case, schedule: str | None) -> dict[Case, list[Plan]]:
+    """Every rank's plan by the schedule asked for; otherwise by each that serves the mechanism, mask and layout."""
+    names = schedules_for(case.attends) if schedule is None else (schedule,)
+    planned = {}
+    for each in (dataclasses.replace(case, schedule=name) for name in names):
+        try:
+            planned[each] = _plans(each)
+        except UnsupportedError:
+            if schedule is not None:
+                raise
+    return planned
 
 
 def _plans(case: Case) -> list[Plan]:

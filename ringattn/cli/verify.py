@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,9 +16,10 @@ from rich.table import Table
 
 import ringattn
 from ringattn import reference
+from ringattn.advice.comparison import schedules_for
 from ringattn.cli import options
 from ringattn.conformance import Case, Leaks, Results, attend, errors, leaks, limits, oracle
-from ringattn.errors import InputError
+from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.readable import dtype_name
 
@@ -79,7 +81,7 @@ def verify(
     mesh = ringattn.init()
     try:
         case = dataclasses.replace(case, ranks=mesh.sequence_size)
-        findings = _findings(mesh, case, (layout,) if layout else options.LAYOUTS, options.schedules_named(schedule))
+        findings = _findings(mesh, _combinations(mesh, case, layout, schedule))
         if mesh.rank == 0:
             _report(mesh, case, findings, as_json)
     finally:
@@ -95,15 +97,29 @@ def _documents(length: int) -> str:
     return f"documents:{first},{min(1, length - first)},{max(length - first - 1, 0)}&causal"
 
 
-def _findings(mesh: Mesh, case: Case, layouts: tuple[str, ...], schedules: tuple[str, ...]) -> list[Finding]:
-    combinations = [(layout, schedule) for layout in layouts for schedule in schedules]
-    answer = oracle(case)
-    bounds = limits(case, answer)
-    with options.bar("verifying", len(combinations), shown=mesh.rank == 0) as advance:
+def _combinations(mesh: Mesh, case: Case, layout: str | None, schedule: str | None) -> list[Case]:
+    """What was asked for; otherwise every layout with every schedule that serves the mechanism, the mask and it."""
+    schedules = schedules_for(case.attends) if schedule is None else (schedule,)
+    cases = []
+    for names in itertools.product((layout,) if layout else options.LAYOUTS, schedules):
+        taken = dataclasses.replace(case, layout=names[0], schedule=names[1])
+        sharding = ringattn.Sharding(case.length, mesh, taken.layout, case.mask)
+        try:
+            ringattn.plan(case.mask, sharding, taken.schedule, mechanism=case.attends)
+            cases.append(taken)
+        except UnsupportedError:  # on every rank alike
+            if schedule is not None:
+                raise
+    return cases
+
+
+def _findings(mesh: Mesh, cases: list[Case]) -> list[Finding]:
+    answer = oracle(cases[0])
+    bounds = limits(cases[0], answer)
+    with options.bar("verifying", len(cases), shown=mesh.rank == 0) as advance:
         findings = []
-        for layout, schedule in combinations:
-            taken = dataclasses.replace(case, layout=layout, schedule=schedule)
-            findings.append(_finding(mesh, taken, answer, bounds))
+        for case in cases:
+            findings.append(_finding(mesh, case, answer, bounds))
             advance()
     return findings
 

@@ -48,6 +48,12 @@ class Balanced(Layout):
             raise InputError("Balanced needs at least one mask to balance.")
         object.__setattr__(self, "masks", given)
 
+    @classmethod
+    def from_mask(cls, mask: Mask | None) -> Balanced:
+        if mask is None:
+            raise InputError("layout='balanced' needs to know what to balance: give the mask, or Balanced(mask).")
+        return cls(mask)
+
     def spans(self, length: int, size: int) -> Array:
         start, count, area, folded = self._segments(length)
         rank, segment, a, b = _dealt(count, area, np.diff(shares_of(length, size))).T

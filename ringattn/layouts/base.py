@@ -16,9 +16,12 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from ringattn.masks import Mask
 
 RANK, OFFSET, START, COUNT, STRIDE = range(5)
 
@@ -26,9 +29,25 @@ RANK, OFFSET, START, COUNT, STRIDE = range(5)
 class Layout(ABC):
     """Who holds which positions: an immutable value."""
 
+    @classmethod
+    def from_mask(cls, mask: Mask | None) -> Layout:  # noqa: ARG003 (most go by no mask)
+        """The layout of this name where a mask is known, or None: made without arguments, unless the class says more.
+
+        Raises:
+            InputError: it needs other arguments.
+        """
+        try:
+            return cls()
+        except TypeError as error:
+            raise InputError(f"A layout that needs arguments must be made first: {error}.") from error
+
     @abstractmethod
     def spans(self, length: int, size: int) -> Array:
         """The spans ``(rank, offset, start, count, stride)`` of every rank, without empty ones."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The layout's name, and what tells it from others of that name."""
 
     def describe(self, length: int, size: int) -> str:
         """The layout in a line, for so many tokens on so many ranks.

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from ringattn.errors import InputError
+from ringattn import naming
 from ringattn.layouts.balanced import Balanced, fitting
 from ringattn.layouts.base import Layout
-from ringattn.layouts.simple import Contiguous, Striped, Zigzag
+from ringattn.layouts.simple import Contiguous, Explicit, Striped, Zigzag
 from ringattn.masks import Causal, Mask
+from ringattn.naming import by_name
+
+MEMBERS: tuple[type[Layout], ...] = (Contiguous, Zigzag, Striped, Balanced, Explicit)
+"""Every layout, simpler ones first."""
+
+NAMED: dict[str, type[Layout]] = by_name(member for member in MEMBERS if member is not Explicit)
+"""Those that a name says all about."""
 
 
 def named(layout: Any, mask: Mask | None, length: int) -> tuple[Layout, str]:
-    """The layout itself, or the one of this name, and why; ``auto`` chooses by the mask (see `chosen`)."""
-    if isinstance(layout, Layout):
-        return layout, "as asked"
-    match layout:
-        case "contiguous":
-            return Contiguous(), "as asked"
-        case "zigzag":
-            return Zigzag(), "as asked"
-        case "striped":
-            return Striped(), "as asked"
-        case "balanced" if mask is not None:
-            return Balanced(mask), "as asked"
-        case "balanced":
-            raise InputError("layout='balanced' needs to know what to balance: give the mask, or Balanced(mask).")
-        case "auto":
-            return chosen(mask, length)
-    raise InputError(
-        f"layout must be a Layout or one of 'auto', 'balanced', 'contiguous', 'zigzag', 'striped'; got {layout!r}."
-    )
+    """The layout itself, the one of this name or of ``module:Name``, and why; ``auto`` chooses by the mask."""
+    if isinstance(layout, str) and layout == "auto":
+        return chosen(mask, length)
+    known = {name: functools.partial(member.from_mask, mask) for name, member in NAMED.items()}
+    return naming.named("layout", layout, Layout, known, also=("auto",)), "as asked"
 
 
 def chosen(mask: Mask | None, length: int) -> tuple[Layout, str]:

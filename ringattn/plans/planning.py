@@ -13,32 +13,19 @@ from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked, shortened
 from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
+from ringattn.naming import named
 from ringattn.plans.assembly import assemble
 from ringattn.plans.cost import Shape
 from ringattn.plans.demand import Demand
 from ringattn.plans.steps import Plan
 from ringattn.plans.tiles import K_RANK
-from ringattn.schedules.base import Schedule
-from ringattn.schedules.ring import Ring
-from ringattn.schedules.route import Route
-from ringattn.schedules.scan import Scan
+from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
 from ringattn.sharding import Sharding
 
 
 def named_schedule(schedule: Any) -> Schedule | None:
     """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
-    if isinstance(schedule, Schedule):
-        return schedule
-    match schedule:
-        case "ring":
-            return Ring()
-        case "route":
-            return Route()
-        case "scan":
-            return Scan()
-        case "auto":
-            return None
-    raise InputError(f"schedule must be a Schedule or one of 'auto', 'ring', 'route', 'scan'; got {schedule!r}.")
+    return None if schedule == "auto" else named("schedule", schedule, Schedule, MEMBERS, also=("auto",))
 
 
 def plan(

@@ -1,1 +1,15 @@
-"""What moves when: `base` is the contract, one file a member."""
+"""What moves when: `base` is the contract, one file per member.
+
+To add a schedule, write one file, its line in ``MEMBERS`` and its name in ``ringattn/__init__.py``: names, help, error
+texts, comparisons and conformance follow. One from outside the package is given as an instance or as ``module:Name``.
+"""
+
+from ringattn.schedules.base import Schedule
+from ringattn.schedules.ring import Ring
+from ringattn.schedules.route import Route
+from ringattn.schedules.scan import Scan
+
+MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, Scan)
+"""Every schedule, simpler ones first."""
+
+__all__ = ["MEMBERS", "Ring", "Route", "Scan", "Schedule"]

@@ -49,7 +49,7 @@ def test_the_comparison_is_what_the_plans_say(mask: str, length: int, ring: int)
     assert found["lower_bound"]["received_bytes_mean"] == pytest.approx(bound / ring * 2 * (16 + 8) * 4)
     assert found["verified"] == "all"
     combinations = {(x["layout"], x["schedule"]): x for x in found["combinations"]}
-    assert set(combinations) == {(a, b) for a in options.LAYOUTS for b in options.SCHEDULES}
+    assert set(combinations) == {(a, b) for a in options.LAYOUTS for b in ("ring", "route")}
     for (layout, schedule), x in combinations.items():
         plans = ringattn.plan_all(masks.parse(mask), length, layout, schedule, ring, **HEADS)
         moved = [plan.traffic() for plan in plans]
