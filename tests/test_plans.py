@@ -251,7 +251,7 @@ def test_verify_wants_every_rank() -> None:
     [
         (
             lambda: ringattn.plan_all(ringattn.Causal(), 8, "spiral"),
-            "'auto', 'balanced', 'contiguous', 'zigzag', 'striped'",
+            "'auto', 'contiguous', 'zigzag', 'striped', 'balanced'",
         ),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, schedule="rnig"), "'auto', 'ring', 'route'"),
         (lambda: ringattn.plan_all(ringattn.Causal(), -1), "a number of tokens"),
