@@ -6,7 +6,8 @@ and the gradient of the output goes to the winner's value.
 
 Which of two near scores is larger must not depend on how the sequence is cut, and a matrix product's last bits do:
 they change with the shape of the block. So a product in float64 only finds the candidates, the keys within its
-rounding error of the best, and their scores are then summed term by term, in the order of the dims.
+rounding error of the best, and their scores are then summed term by term, in the order of the dims. How many
+candidates there are is known to the device alone: each block waits for it.
 """
 
 from __future__ import annotations

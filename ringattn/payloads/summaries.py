@@ -56,7 +56,7 @@ class Summaries(Payload):
     ) -> State:
         mechanism = _summarising(problem)
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
-        for at, which in tiles.memo(_folds):
+        for at, which in tiles.memo(_folds, problem.device):
             part = mechanism.attend(problem, q[:, :, at].to(problem.accumulator), _folded(rows, which))
             mechanism.merge(tuple(x[:, :, at] for x in state), part)
         return state
@@ -74,7 +74,7 @@ class Summaries(Payload):
         dparams: Params,
     ) -> None:
         mechanism, accumulator = _summarising(problem), problem.accumulator
-        for at, which in tiles.memo(_folds):
+        for at, which in tiles.memo(_folds, problem.device):
             part, folded = mechanism.attend_grad(
                 problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.of(rows_at(at), accumulator)
             )
@@ -82,7 +82,7 @@ class Summaries(Payload):
                 dq[:, :, at] += part
             if folded is not None:
                 # a sum hands its gradient on to every part; no part is in a fold twice
-                drows[which.to(drows.device)] += folded
+                drows[which] += folded
 
     def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
         totals: dict[tuple[int, int], torch.Tensor] = {}
@@ -121,17 +121,17 @@ def _parts(problem: Problem, own: Pair, start: int, stop: int) -> Iterator[tuple
 
 def _folded(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """The sum of these rows, ``[B, Hkv, size]``."""
-    return rows.index_select(0, which.to(rows.device)).sum(dim=0)
+    return rows.index_select(0, which).sum(dim=0)
 
 
-def _folds(tiles: Tiles) -> list[tuple[slice, torch.Tensor]]:
+def _folds(tiles: Tiles, device: torch.device) -> list[tuple[slice, torch.Tensor]]:
     """Runs of queries, some rows at a time, and the rows of the summaries they attend to, ascending."""
     rows: dict[tuple[int, int, int], list[int]] = {}
     for row in tiles.rows.tolist():
         rows.setdefault((row[t.Q], row[t.M], row[t.Q_STEP]), []).append(row[t.K])
     folds = []
     for (first, count, step), which in rows.items():
-        summaries = torch.tensor(sorted(which))
+        summaries = torch.tensor(sorted(which)).to(device, non_blocking=True)
         for start in range(0, count, AT_ONCE):
             stop = min(start + AT_ONCE, count)
             folds.append((slice(first + start * step, first + (stop - 1) * step + 1, step), summaries))
