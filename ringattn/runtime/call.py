@@ -39,7 +39,7 @@ class Call:
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", number_of(self))
 
-    def begun(self, name: str, params: Sequence[torch.Tensor], seed: int) -> Problem:
+    def agreed(self, name: str, params: Sequence[torch.Tensor], seed: int) -> Problem:
         """The problem of one pass, after comparing the call with every other rank's, before any payload."""
         if self.transport.agrees:
             agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)})

@@ -29,7 +29,7 @@ def forward(
     number: int,
 ) -> tuple[torch.Tensor, State]:
     """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
-    problem = call.begun(f"fwd {number}", params, seed)
+    problem = call.agreed(f"fwd {number}", params, seed)
     kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
     for step, move in call.moves.forward:
@@ -57,7 +57,7 @@ def backward(
     grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
-    problem = call.begun(f"bwd {number}", params, seed)
+    problem = call.agreed(f"bwd {number}", params, seed)
     kernel, payload, moves = call.kernel, call.plan.payload, call.moves
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     own = dk, dv = (

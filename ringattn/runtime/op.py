@@ -165,18 +165,11 @@ def _attention_backward(
 
 
 def _attention_backward_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    params: Tensors,
-    saved: Tensors,
-    dout: torch.Tensor | None,
-    grad_aux: Sequence[torch.Tensor | None],
-    ticket: torch.Tensor,
-    wanted: Flags,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Tensors, *others: Any
 ) -> Tensors:
     # as PyTorch's flash kernels return them, stored as [B, S, H, D]
     like = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
+    wanted: Flags = others[-1]
     return list(itertools.compress((*like, *map(torch.empty_like, params)), wanted))
 
 
