@@ -95,12 +95,21 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
     if odd and what == "nothing":
         q = None  # type: ignore[assignment]
     try:
+        if odd and what == "transformed":
+            torch.func.vmap(lambda x: ringattn.attention(x, k, v, mask, sharding=sharding))(q[None])
         out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule, mechanism=ringattn.Softmax(scale))
         if what == "call":
             _ = sharding.join(out, 2) if odd else out.sum().backward()
     except ringattn.RingAttentionError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+REFUSALS = {
+    "refused": "InputError: Rank 1 holds 8 of the 24 queries",
+    "nothing": "InputError: q must be a tensor; got NoneType",
+    "transformed": "UnsupportedError: ringattn.attention cannot be called inside torch.func",
+}
 
 
 @pytest.mark.parametrize(
@@ -117,13 +126,13 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
         "call",
         "refused",
         "nothing",
+        "transformed",
     ],
 )
 def test_ranks_that_disagree_all_learn_who_differs_in_what(gloo: Workers, what: str) -> None:
     for run in (gloo.run(3, _disagree, what), ringattn.simulate(_disagree, what, ring=3).results):
-        if what in ("refused", "nothing"):
-            own = "Rank 1 holds 8 of the 24 queries" if what == "refused" else "q must be a tensor; got NoneType"
-            assert run[1].startswith(f"InputError: {own}")
+        if what in REFUSALS:
+            assert run[1].startswith(REFUSALS[what])
             assert all(said.startswith("AgreementError: Rank 1 refused this call") for said in (run[0], run[2]))
             continue
         field = "layout" if what == "explicit" else what

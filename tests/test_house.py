@@ -57,7 +57,7 @@ MAY: dict[str, str] = {
     "transports.*": "errors transports.base",
     "mesh": "checking errors transports.base transports.local transports.torch_distributed",
     "sharding": "bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
-    "runtime.agreement": "errors readable transports.base",
+    "runtime.agreement": "errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
     "runtime.call": "handles kernels.base mechanisms.base plans.steps transports.base runtime.agreement "

@@ -19,6 +19,7 @@ import torch
 
 from ringattn.errors import AgreementError, TransportError
 from ringattn.readable import shortened
+from ringattn.runtime.transforms import outside_transforms
 from ringattn.transports.base import Transport
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients", "seed")
@@ -27,6 +28,7 @@ FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", 
 _REFUSED = "refused"
 _TEXT_BYTES = 4096
 _VALUE_LENGTH = 160
+_REFUSAL_LENGTH = 900
 
 
 @functools.lru_cache(maxsize=1024)  # most of a call's fields are those of the call before
@@ -104,10 +106,9 @@ def refuse(transport: Transport, error: Exception) -> None:
     Where they cannot be told, the error that made this rank refuse is still the one to raise.
     """
     if transport.agrees:
-        with contextlib.suppress(TransportError):
-            _difference(
-                transport, {_REFUSED: f"{type(error).__name__}: {error}"}, "the agreement before a refused call"
-            )
+        refused = {_REFUSED: f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(TransportError), outside_transforms():
+            _difference(transport, refused, "the agreement before a refused call")
 
 
 def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> list[dict[str, str]] | None:
@@ -116,13 +117,15 @@ def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> 
     if _exchanged(transport, own, label).count(own) == transport.size:
         return None
     transport.forget_calls()
-    shown = json.dumps({name: _shown(text) for name, text in fields.items()}).encode()
+    shown = json.dumps({name: _shown(name, text) for name, text in fields.items()}, ensure_ascii=False).encode()
     texts = _exchanged(transport, shown.ljust(_TEXT_BYTES), label)
     return [json.loads(text) for text in texts]
 
 
-def _shown(text: str) -> str:
+def _shown(name: str, text: str) -> str:
     """The text; of a long one the beginning, and a hash that tells it from others which begin alike."""
+    if name == _REFUSED:
+        return shortened(text, _REFUSAL_LENGTH)
     short = shortened(text, _VALUE_LENGTH)
     return short if short == text else f"{short} #{_hash(text).hex()}"
 

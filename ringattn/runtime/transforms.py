@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.autograd import forward_ad
 
@@ -32,6 +34,14 @@ def refuse_transforms(what: str, *tensors: torch.Tensor) -> None:
         raise UnsupportedError(
             f"{what} has no forward-mode derivative. Use torch.autograd.grad or backward(), which are exact."
         )
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[object]:
+    """Tensors made within are plain ones, whatever torch.func is doing around it."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    cleared: contextlib.AbstractContextManager[object] = temporarily_clear_interpreter_stack()
+    return cleared
 
 
 class Once(torch.autograd.Function):
