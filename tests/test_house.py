@@ -36,7 +36,7 @@ MAY: dict[str, str] = {
     "plans.steps": "bands layouts masks payloads.base plans.tiles plans.cost plans.verification",
     "plans.coverage": "bands layouts plans.tiles plans.steps",
     "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
-    "plans.assembly": "bands payloads.base plans.tiles plans.demand plans.cost plans.steps",
+    "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost plans.demand "
     "plans.steps plans.tiles naming schedules",
     "schedules.base": "bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",

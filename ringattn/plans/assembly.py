@@ -13,6 +13,7 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.errors import PlanError
 from ringattn.payloads.base import Payload
 from ringattn.plans import tiles
 from ringattn.plans.cost import Shape
@@ -77,6 +78,10 @@ def assemble(
         rows, tile_phases = _held(rows, tile_phases, owners, buffers)
         grad_sends, grad_receives = _key_homes(demand, rank, phases, buffers)
     else:
+        if moves.sends[:, 2].any():
+            raise PlanError(
+                f"{description}: {payload.name} are sent by the rank whose keys they are of, never relayed."
+            )
         rows, tile_phases = _summed_up(rows, tile_phases, owners, receives, rank)
         offset = receives[:, RECV_OFFSET]
         grad_sends = _sorted(receives[:, RECV_PHASE], receives[:, RECV_ORIGIN], offset, offset + 1)

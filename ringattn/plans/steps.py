@@ -34,6 +34,7 @@ T = TypeVar("T")
 RECV_PHASE, RECV_SENDER, RECV_ORIGIN, RECV_START, RECV_STOP, RECV_OFFSET = range(6)
 SEND_PHASE, SEND_PEER, SEND_SOURCE, SEND_START, SEND_STOP = range(5)
 GRAD_PHASE, GRAD_PEER, GRAD_START, GRAD_STOP = range(4)
+PART_PHASE, PART_START, PART_STOP = range(3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,30 +45,44 @@ class Item:
         peer: the other rank.
         payload: what travels, or whose gradients do.
         gradient: whether gradients travel.
-        phase: the buffer: 0 for this rank's own rows, p for those of phase p.
-        spans: half-open row ranges ``[n, 2]`` of that buffer, in the order they travel. Of this rank's own rows,
-            what is not per key travels once for each range.
+        parts: ``(phase, start, stop)``, half-open row ranges in the order they travel: of the buffer of a phase, or of
+            this rank's own rows in phase 0, of which what is not per key travels once for each range. What is received
+            has one phase.
     """
 
     peer: int
     payload: Payload
     gradient: bool
-    phase: int
-    spans: Array
+    parts: Array
+
+    @functools.cached_property
+    def phases(self) -> set[int]:
+        """The phases of whose buffers it has parts."""
+        return {*self.parts[:, PART_PHASE].tolist()}
 
     @functools.cached_property
     def rows(self) -> int:
         """Rows that travel."""
-        return int(self.payload.rows(*self.spans.T).sum())
+        return sum(rows for _, _, rows in self.sources)
+
+    @functools.cached_property
+    def sources(self) -> tuple[tuple[int, list[tuple[int, int]], int], ...]:
+        """What travels from one buffer after another: its phase, the ranges, and how many rows that are."""
+        out = []
+        for phase, parts in _groups(self.parts[:, PART_PHASE], self.parts):
+            start, stop = parts[:, PART_START], parts[:, PART_STOP]
+            rows = self.payload.rows(start, stop) if phase == 0 else stop - start
+            out.append((phase, list(zip(start.tolist(), stop.tolist(), strict=True)), int(rows.sum())))
+        return tuple(out)
 
     @functools.cached_property
     def is_run(self) -> bool:
-        """Whether its ranges lie behind one another in their buffer."""
-        return bool((self.spans[1:, 0] == self.spans[:-1, 1]).all())
+        """Whether its parts lie behind one another in one buffer."""
+        return len(self.phases) == 1 and bool((self.parts[1:, PART_START] == self.parts[:-1, PART_STOP]).all())
 
     def run_of(self, rows: T) -> T:
-        """The item's part of a buffer in which its ranges lie behind one another."""
-        return rows[int(self.spans[0, 0]) : int(self.spans[-1, 1])]  # type: ignore[index, no-any-return]
+        """The item's rows in the buffer in which its parts lie behind one another."""
+        return rows[int(self.parts[0, PART_START]) : int(self.parts[-1, PART_STOP])]  # type: ignore[index, no-any-return]
 
     @property
     def words(self) -> str:
@@ -176,10 +191,11 @@ class Plan:
         """The backward pass: this plan transposed."""
 
         def items(table: Array, own: bool) -> dict[int, tuple[Item, ...]]:
-            return {
-                phase: self._items(rows[:, GRAD_PEER], rows[:, GRAD_START : GRAD_STOP + 1], True, 0 if own else phase)
-                for phase, rows in _groups(table[:, GRAD_PHASE], table)
-            }
+            found = {}
+            for phase, rows in _groups(table[:, GRAD_PHASE], table):
+                _, peer, start, stop = rows.T
+                found[phase] = self._items(peer, start, stop, True, 0 if own else phase)
+            return found
 
         sends, receives = items(self.grad_sends, own=False), items(self.grad_receives, own=True)
         homes = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
@@ -204,20 +220,19 @@ class Plan:
     def _key_exchanges(self) -> dict[int, Exchange]:
         exchanges: dict[int, Exchange] = {}
         for phase, rows in _groups(self.sends[:, SEND_PHASE], self.sends):
-            # A rank sends from one buffer in a phase: its own, or the one it relays.
-            source = int(rows[0, SEND_SOURCE])
-            items = self._items(rows[:, SEND_PEER], rows[:, SEND_START : SEND_STOP + 1], False, source)
-            exchanges[phase] = Exchange(phase, sends=items)
+            start, stop, source = rows[:, [SEND_START, SEND_STOP, SEND_SOURCE]].T
+            exchanges[phase] = Exchange(phase, sends=self._items(rows[:, SEND_PEER], start, stop, False, source))
         for phase, rows in _groups(self.receives[:, RECV_PHASE], self.receives):
             offset = rows[:, RECV_OFFSET]
-            spans = np.stack([offset, offset + received_rows(self.payload, rows)], axis=1)
-            items = self._items(rows[:, RECV_SENDER], spans, False, phase)
+            stop = offset + received_rows(self.payload, rows)
+            items = self._items(rows[:, RECV_SENDER], offset, stop, False, phase)
             exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
 
-    def _items(self, peers: Array, spans: Array, gradient: bool, phase: int) -> tuple[Item, ...]:
-        return tuple(Item(peer, self.payload, gradient, phase, part) for peer, part in _groups(peers, spans))
+    def _items(self, peers: Array, start: Array, stop: Array, gradient: bool, phases: int | Array) -> tuple[Item, ...]:
+        parts = np.stack([np.broadcast_to(phases, start.shape), start, stop], axis=1)
+        return tuple(Item(peer, self.payload, gradient, part) for peer, part in _groups(peers, parts))
 
     def _steps(self, keys: dict[int, Exchange], homes: dict[int, Exchange]) -> tuple[Step, ...]:
         """Keys of phase x travel with gradients of phase x - 1 - lookahead, which are ready by then on every rank."""
@@ -251,7 +266,7 @@ class Plan:
         """Whether what an item sends must be copied together first; otherwise it travels from where it lies."""
         if item.gradient:
             return not item.is_run or self.gradient_wire == "input"
-        return item.phase == 0 or not item.is_run
+        return 0 in item.phases or not item.is_run
 
     @functools.cached_property
     def buffer_rows(self) -> dict[str, int]:
@@ -312,7 +327,7 @@ def received_rows(payload: Payload, receives: Array) -> Array:
 
 
 def _groups(keys: Array, rows: Array) -> list[tuple[int, Array]]:
-    """The runs of rows with equal keys; keys are sorted."""
+    """The runs of rows with equal keys."""
     if not len(keys):
         return []
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))

@@ -163,20 +163,20 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
     content: dict[int, int] = {}
     for step in steps:
         exchange = step.exchange
-        output_grad = {item.phase for item in exchange.receives if not item.gradient}
-        relayed = {item.phase for item in exchange.sends if not item.gradient}
+        arriving = {phase for item in exchange.receives if not item.gradient for phase in item.phases}
+        relayed = {phase for item in exchange.sends if not item.gradient for phase in item.phases}
         reading = ({step.phase} if step.tiles else set()) | relayed
         for phase in reading - {0}:
             if content.get(plan.slots.get(phase, -1)) != phase:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
                 )
-        leaving = {item.phase for item in exchange.sends if item.gradient}
+        leaving = {phase for item in exchange.sends if item.gradient for phase in item.phases}
         if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
-        if {plan.slots[phase] for phase in output_grad} & {plan.slots[phase] for phase in reading - {0}}:
+        if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading.")
-        content.update({plan.slots[phase]: phase for phase in output_grad})
+        content.update({plan.slots[phase]: phase for phase in arriving})
 
 
 # -- all ranks ------------------------------------------------------------------------------------------------------
@@ -244,19 +244,22 @@ def _origin_rows(plan: Plan) -> Array:
 
 def _positions(plan: Plan, item: Item, keys: Keys) -> list[Array]:
     """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
-    held = keys.in_buffer(plan, item.phase)
-    apart = not item.payload.per_key and item.phase != 0  # a row is a receive
-    rows = len(held) if apart else sum(map(len, held))
-    if (item.spans[:, 0] < 0).any() or (item.spans[:, 0] >= item.spans[:, 1]).any() or item.spans.max() > rows:
-        raise PlanError(
-            f"Rank {plan.rank}: a message with rank {item.peer} takes rows {item.spans.tolist()} of a buffer of "
-            f"{rows} rows."
-        )
-    if apart:
-        return [held[row] for start, stop in item.spans.tolist() for row in range(start, stop)]
-    whole = np.concatenate(held)
-    parts = [whole[start:stop] for start, stop in item.spans.tolist()]
-    return [np.concatenate(parts)] if item.payload.per_key else parts
+    out: list[Array] = []
+    for phase, spans, _ in item.sources:
+        held = keys.in_buffer(plan, phase)
+        apart = not item.payload.per_key and phase != 0  # a row is a receive
+        rows = len(held) if apart else sum(map(len, held))
+        if any(not 0 <= start < stop <= rows for start, stop in spans):
+            raise PlanError(
+                f"Rank {plan.rank}: a message with rank {item.peer} takes rows {[list(span) for span in spans]} of a "
+                f"buffer of {rows} rows."
+            )
+        if apart:
+            out += [held[row] for start, stop in spans for row in range(start, stop)]
+        else:
+            whole = np.concatenate(held)
+            out += [whole[start:stop] for start, stop in spans]
+    return [np.concatenate(out)] if item.payload.per_key else out
 
 
 def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:

@@ -90,17 +90,16 @@ class _Rooms:
             rows = self._sent(item, staged)
             sends.append((item.peer, rows))
             if plan.packed(item):
-                if item.phase == 0:
-                    packs.append(Parcel(_spans(item), rows))
-                else:
-                    copies += self._copies(item, rows)
+                own, others = self._put_together(item, rows)
+                packs += own
+                copies += others
         receives, returned = [], []
         for item in exchange.receives:
             if item.gradient:
                 rows = self._staged("gradient arrivals", item, staged)
-                returned.append(Parcel(_spans(item), rows))
+                returned += [Parcel(spans, rows) for _, spans, _ in item.sources]
             else:
-                rows = item.run_of(self._rows("keys", item.phase))
+                rows = self._run(item)
             receives.append((item.peer, rows))
         return Move(
             label=f"attention {name}, phase {exchange.phase}",
@@ -117,14 +116,27 @@ class _Rooms:
         """The rows of a message, where they lie or where they are put together."""
         if self._plan.packed(item):
             return self._staged("gradient staging" if item.gradient else "key staging", item, staged)
-        return item.run_of(self._rows("gradients" if item.gradient else "keys", item.phase))
+        return self._run(item)
 
-    def _copies(self, item: Item, rows: torch.Tensor) -> list[Copy]:
-        source, at, out = self._rows("gradients" if item.gradient else "keys", item.phase), 0, []
-        for start, stop in _spans(item):
-            out.append((source[start:stop], rows[at : at + stop - start]))
-            at += stop - start
-        return out
+    def _run(self, item: Item) -> torch.Tensor:
+        """The rows of a message that lie behind one another in one buffer."""
+        (phase,) = item.phases
+        return item.run_of(self._rows("gradients" if item.gradient else "keys", phase))
+
+    def _put_together(self, item: Item, rows: torch.Tensor) -> tuple[list[Parcel], list[Copy]]:
+        """What is written into the rows of a message: of this rank's own keys, and of what lies in the buffers."""
+        packs: list[Parcel] = []
+        copies: list[Copy] = []
+        for (phase, spans, _), part in zip(
+            item.sources, rows.split([count for _, _, count in item.sources]), strict=True
+        ):
+            if phase == 0:
+                packs.append(Parcel(spans, part))
+                continue
+            source = self._rows("gradients" if item.gradient else "keys", phase)
+            parts = part.split([stop - start for start, stop in spans])
+            copies += [(source[start:stop], into) for (start, stop), into in zip(spans, parts, strict=True)]
+        return packs, copies
 
     def _rows(self, name: str, phase: int) -> torch.Tensor:
         """The rows of a phase in one of the two buffers that take turns; none for a rank's own."""
@@ -136,7 +148,3 @@ class _Rooms:
         at = staged.get(name, 0)
         staged[name] = at + item.rows
         return self._buffers[name][at : at + item.rows]
-
-
-def _spans(item: Item) -> list[tuple[int, int]]:
-    return [(start, stop) for start, stop in item.spans.tolist()]
