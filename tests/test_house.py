@@ -50,8 +50,8 @@ MAY: dict[str, str] = {
     "kernels.rates": "bands layouts mechanisms.base plans.steps",
     "kernels.store": "kernels.machine kernels.rates",
     "kernels.trial": "mechanisms.base plans.tiles kernels.base kernels.rates",
-    "kernels.choice": "errors naming mechanisms.base kernels kernels.base kernels.machine kernels.rates kernels.store "
-    "kernels.trial",
+    "kernels.choice": "errors naming mechanisms mechanisms.base kernels kernels.base kernels.machine kernels.rates "
+    "kernels.store kernels.trial",
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
     "transports.*": "errors transports.base",

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import ringattn
-from ringattn.cli import plan, simulate, train, verify
+from ringattn.cli import kernels, plan, simulate, train, verify
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError
 
 
@@ -61,6 +61,7 @@ def _options(
 app.command()(simulate.simulate)
 app.command()(plan.plan)
 app.command()(verify.verify)
+app.command()(kernels.kernels)
 app.command(context_settings=train.PASS_ON)(train.train)
 
 

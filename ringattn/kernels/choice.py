@@ -8,12 +8,13 @@ from typing import Any
 from ringattn.errors import UnsupportedError
 from ringattn.kernels import MEMBERS
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.machine import Machine
+from ringattn.kernels.machine import Machine, threads
 from ringattn.kernels.rates import Rates, Work, Workload
-from ringattn.kernels.store import Store
+from ringattn.kernels.store import Entry, Store
 from ringattn.kernels.trial import measure
+from ringattn.mechanisms import MEMBERS as MECHANISMS
 from ringattn.mechanisms.base import Mechanism, Problem
-from ringattn.naming import named
+from ringattn.naming import by_name, named
 
 Measure = Callable[[Sequence[Kernel], Mechanism, Workload], Rates]
 Decide = Callable[[str, Callable[[], int]], int]
@@ -55,6 +56,20 @@ def chosen(
     if refusal is not None:
         raise UnsupportedError(f"{refusal}. Use kernel='reference', or 'auto', which takes what can do it.")
     return asked, "as asked"
+
+
+def renewed(entry: Entry) -> Entry | None:
+    """The same class of problems measured again here, with as many threads, by the kernels that were.
+
+    None where one of them, or the mechanism, is not of this package any more.
+    """
+    kernels, mechanisms = by_name(MEMBERS), {member.__name__: member for member in MECHANISMS}
+    workload = entry.rates.workload
+    if workload.mechanism not in mechanisms or not kernels.keys() >= set(entry.rates.names):
+        return None
+    able = [kernels[name]() for name in entry.rates.names]
+    with threads(entry.machine.threads):
+        return Entry(Machine.here(able), measure(able, mechanisms[workload.mechanism](), workload))
 
 
 def contenders(problem: Problem) -> list[Kernel]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,8 +37,24 @@ class Machine:
         versions = tuple(f"{kernel} {kernel.version}" for kernel in kernels)
         return Machine(processor(), torch.get_num_threads(), torch.__version__, versions)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is where we are, with any number of threads and any kernels."""
+        return (self.processor, self.torch) == (processor(), torch.__version__)
+
     def __str__(self) -> str:
         return f"{self.processor}, {self.threads} thread{'s' * (self.threads != 1)}, PyTorch {self.torch}"
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def processor(cpuinfo: Path = _CPUINFO) -> str:

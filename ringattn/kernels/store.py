@@ -69,7 +69,12 @@ class Store:
 
     def keep(self, entry: Entry) -> None:
         """Adds an entry, or replaces it. An interrupted write leaves the old file."""
-        others = [x for x in self.entries() if (x.machine, x.rates.workload) != (entry.machine, entry.rates.workload)]
+        self.replace(entry, entry)
+
+    def replace(self, old: Entry, entry: Entry) -> None:
+        """Keeps an entry in place of another one."""
+        gone = [(x.machine, x.rates.workload) for x in (old, entry)]
+        others = [x for x in self.entries() if (x.machine, x.rates.workload) not in gone]
         kept = [dataclasses.asdict(x) for x in (*others, entry)]
         with contextlib.suppress(OSError):
             self._write(json.dumps({"rates": kept}, indent=1))

@@ -28,9 +28,9 @@ def run(*arguments: str) -> Any:
 def test_help_lists_the_commands_and_each_has_examples() -> None:
     shown = run("--help")
     assert shown.exit_code == 0
-    for command in ("simulate", "plan", "verify", "train"):
+    for command in ("simulate", "plan", "verify", "kernels", "train"):
         assert command in shown.output
-    for command in ("simulate", "plan", "verify"):
+    for command in ("simulate", "plan", "verify", "kernels"):
         text = run(command, "--help")
         assert text.exit_code == 0
         assert f"ringattn {command}" in text.output
