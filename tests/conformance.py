@@ -46,7 +46,7 @@ KERNELS: tuple[Kernel | str, ...] = (
     "auto",
     "reference",
     Preferred(Sdpa()),
-    Preferred(OneDNN(rows=8, columns=12, least=8, grain=4)),  # of which short sequences have many blocks
+    Preferred(OneDNN(rows=8, columns=12, min_block=8, multiple_of=4)),  # of which short sequences have many blocks
 )
 
 RANDOMS = st.randoms(use_true_random=False)  # whose draws hypothesis chooses, and shrinks

@@ -18,7 +18,7 @@ from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels import MEMBERS, onednn
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen
-from ringattn.kernels.lowering import CAUSAL, FULL, Batch, banded, coalesce, lower
+from ringattn.kernels.lowering import CAUSAL, FULL, TileGroup, banded, coalesce, lower
 from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
@@ -33,10 +33,10 @@ LIMIT = 1e-6
 CPU = torch.device("cpu")
 
 
-def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
+def _counted(groups: list[TileGroup], shape: tuple[int, int]) -> np.ndarray:
     """How often each pair of buffer rows is computed."""
     out = np.zeros(shape, dtype=int)
-    for b in batches:
+    for b in groups:
         i, j = np.arange(b.m)[:, None], np.arange(b.n)[None, :]
         pairs = (b.low <= i - j) & (i - j <= b.high)
         for nth in range(b.count):
@@ -52,8 +52,8 @@ def _counted(batches: list[Batch], shape: tuple[int, int]) -> np.ndarray:
     ranks=st.integers(1, 5),
     q_layout=st.sampled_from(LAYOUTS),
     k_layout=st.sampled_from(LAYOUTS),
-    leaf=st.sampled_from((bands.INF, 1, 2, 4, 7)),
-    most=st.sampled_from((bands.INF, 3, 8)),
+    min_block=st.sampled_from((bands.INF, 1, 2, 4, 7)),
+    max_rows=st.sampled_from((bands.INF, 3, 8)),
 )
 def test_lowering_computes_every_pair_once(
     data: st.DataObject,
@@ -61,8 +61,8 @@ def test_lowering_computes_every_pair_once(
     ranks: int,
     q_layout: ringattn.Layout,
     k_layout: ringattn.Layout,
-    leaf: int,
-    most: int,
+    min_block: int,
+    max_rows: int,
 ) -> None:
     mask = data.draw(any_mask(length))
     table = tiles.cut(mask.regions(length, length), q_layout.spans(length, ranks), k_layout.spans(length, ranks))
@@ -73,11 +73,11 @@ def test_lowering_computes_every_pair_once(
             for q, m, q_step, k, n, k_step, lo, hi, *_ in rows.tolist():
                 offset = np.arange(m)[:, None] - np.arange(n)[None, :]
                 wanted[np.ix_(q + np.arange(m) * q_step, k + np.arange(n) * k_step)] += (lo <= offset) & (offset <= hi)
-            batches = lower(Tiles(rows), leaf, most)
-            assert np.array_equal(_counted(batches, (length, length)), wanted)
-            assert all(b.m == b.n <= leaf for b in batches if b.kind != FULL)
-            assert all(max(b.m, b.n) * b.count <= most for b in batches)
-            assert np.array_equal(_counted(banded(Tiles(rows), most), (length, length)), wanted)
+            groups = lower(Tiles(rows), min_block, max_rows)
+            assert np.array_equal(_counted(groups, (length, length)), wanted)
+            assert all(b.m == b.n <= min_block for b in groups if b.kind != FULL)
+            assert all(max(b.m, b.n) * b.count <= max_rows for b in groups)
+            assert np.array_equal(_counted(banded(Tiles(rows), max_rows), (length, length)), wanted)
 
 
 def _tiles(mask: ringattn.Mask, length: int, layout: ringattn.Layout, ranks: int, q_rank: int, k_rank: int) -> Tiles:
@@ -90,9 +90,9 @@ def test_launches_are_few_and_alike() -> None:
     zigzag, contiguous = ringattn.Zigzag(), ringattn.Contiguous()
     causal, window = ringattn.Causal(), ringattn.Window(1024)
     # a zigzag rank's own keys are one causal square, its neighbour's one rectangle
-    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 0)) == [Batch(0, 4095, 4096, 4096, 1, 1, 0, 0)]
-    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 1)) == [Batch(-4095, 2047, 2048, 4096, 1, 1, 2048, 0)]
-    assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [Batch(-2047, 4095, 4096, 2048, 1, 1, 0, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 0)) == [TileGroup(0, 4095, 4096, 4096, 1, 1, 0, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 0, 1)) == [TileGroup(-4095, 2047, 2048, 4096, 1, 1, 2048, 0)]
+    assert lower(_tiles(causal, 8192, zigzag, 2, 1, 0)) == [TileGroup(-2047, 4095, 4096, 2048, 1, 1, 0, 0)]
     # a window of 1,024 over 8,192 rows is two launches
     assert [b.count for b in lower(_tiles(window, 8192, contiguous, 1, 0, 0))] == [7, 8]
     # halved down to squares of 128, a causal square is a launch a level
@@ -105,7 +105,7 @@ def test_launches_are_few_and_alike() -> None:
     ]
     # equal documents are one
     packed = ringattn.Documents([64] * 32) & causal
-    assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [Batch(0, 63, 64, 64, 1, 1, 0, 0, 32, 64, 64)]
+    assert lower(_tiles(packed, 2048, contiguous, 1, 0, 0)) == [TileGroup(0, 63, 64, 64, 1, 1, 0, 0, 32, 64, 64)]
 
 
 def test_coalescing_never_joins_what_is_not_one_band() -> None:

@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Kernel, Mechanism, Callable[[set[str]], int], int]] = {
     "reference, linear": (Reference(), ringattn.Linear(), _linear, 1),
     "reference, hard": (Reference(), ringattn.Hard(), _hard, 1),
     "onednn": (OneDNN(), Softmax(softcap=3.0, sinks=SINKS), _softmax, 4),  # two key heads by two blocks of rows
-    "onednn, small blocks": (OneDNN(rows=2048, columns=1024, least=2048), Softmax(sinks=SINKS), _softmax, 1),
+    "onednn, small blocks": (OneDNN(rows=2048, columns=1024, min_block=2048), Softmax(sinks=SINKS), _softmax, 1),
     "chunked": (Chunked(), ringattn.Linear(), _summaries, 1),
     "sdpa": (Sdpa(), Softmax(sinks=SINKS), _flash, 1),
 }

@@ -11,12 +11,13 @@ import dataclasses
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import CAUSAL, FULL, Batch, lower, tile_views
-from ringattn.mechanisms.base import Block, Gradients, OutputGrad, Params, Problem, State, Summarising
+from ringattn.kernels.lowering import CAUSAL, FULL, TileGroup, lowered
+from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
 from ringattn.plans.tiles import Tiles
 
-LEAF = 128  # rows of a square: about where as many pairs cost what two summaries of D = 64 do
-MOST = 4096  # rows of one launch: what it holds in the accumulator's dtype stays small
+LIMITS = 128, 4096
+"""Rows of a square on a diagonal, about where as many pairs cost what two summaries of D = 64 do, and of one launch, so
+that what it holds in the accumulator's dtype stays small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,16 @@ class Chunked(Kernel):
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
     ) -> State:
-        mechanism, wide = _mechanism(problem), problem.accumulator
+        mechanism, dtype = _summarising(problem), problem.accumulator
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
-        for batch in tiles.memo(lower, LEAF, MOST):
-            for queries, keys in tile_views(batch, problem.batch):
-                inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
-                if batch.kind == FULL:
-                    part = mechanism.attend(problem, inputs[0], mechanism.summarise(problem, *inputs[1:]))
-                else:
-                    part = mechanism.tile(problem, _square(batch, q.device), *inputs)
-                mechanism.merge(tuple(queries(x) for x in state), part)
+        for launch in tiles.memo(lowered, *LIMITS, problem.batch):
+            queries, keys = launch.queries, launch.keys
+            inputs = queries(q).to(dtype), keys(k).to(dtype), keys(v).to(dtype)
+            if launch.group.kind == FULL:
+                part = mechanism.attend(problem, inputs[0], mechanism.summarise(problem, *inputs[1:]))
+            else:
+                part = mechanism.tile(problem, _square(launch.group, q.device), *inputs)
+            mechanism.merge(tuple(queries(x) for x in state), part)
         return state
 
     def backward(
@@ -59,37 +60,37 @@ class Chunked(Kernel):
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
-        mechanism, wide = _mechanism(problem), problem.accumulator
+        mechanism, dtype = _summarising(problem), problem.accumulator
         if not problem.wants("q", "k", "v", *problem.params):
             return
-        for batch in tiles.memo(lower, LEAF, MOST):
-            for queries, keys in tile_views(batch, problem.batch):
-                inputs = queries(q).to(wide), keys(k).to(wide), keys(v).to(wide)
-                output = output_grad.of(queries, wide)
-                if batch.kind == FULL:
-                    summary = mechanism.summarise(problem, *inputs[1:])
-                    dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
-                    parts: Gradients = dq, None, None
-                    if dsummary is not None:
-                        parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
-                else:
-                    block = _square(batch, q.device)
-                    parts = mechanism.tile_grad(problem, block, *inputs, output, dparams)
-                for total, place, part in zip(gradients, (queries, keys, keys), problem.wanted(*parts), strict=True):
-                    if part is not None:
-                        place(total).add_(part)
+        for launch in tiles.memo(lowered, *LIMITS, problem.batch):
+            queries, keys = launch.queries, launch.keys
+            inputs = queries(q).to(dtype), keys(k).to(dtype), keys(v).to(dtype)
+            output = output_grad.select(queries, dtype)
+            if launch.group.kind == FULL:
+                summary = mechanism.summarise(problem, *inputs[1:])
+                dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
+                parts: InputGrads = dq, None, None
+                if dsummary is not None:
+                    parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
+            else:
+                block = _square(launch.group, q.device)
+                parts = mechanism.tile_grad(problem, block, *inputs, output, dparams)
+            for total, rows, part in zip(gradients, (queries, keys, keys), problem.wanted(*parts), strict=True):
+                if part is not None:
+                    rows(total).add_(part)
 
     def __str__(self) -> str:
         return "chunked"
 
 
-def _mechanism(problem: Problem) -> Summarising:
+def _summarising(problem: Problem) -> Summarising:
     assert isinstance(problem.mechanism, Summarising)
     return problem.mechanism
 
 
-def _square(batch: Batch, device: torch.device) -> Block:
+def _square(group: TileGroup, device: torch.device) -> Block:
     """The pairs of a square on the diagonal. What can be summed up knows no positions, so rows stand for them."""
-    rows, keys = slice(0, batch.m, 1), slice(0, batch.n, 1)
-    allowed = torch.ones(batch.m, batch.n, dtype=torch.bool, device=device)
-    return Block(rows, rows, keys, allowed.tril_() if batch.kind == CAUSAL else allowed.triu_())
+    rows, keys = slice(0, group.m, 1), slice(0, group.n, 1)
+    allowed = torch.ones(group.m, group.n, dtype=torch.bool, device=device)
+    return Block(rows, rows, keys, allowed.tril_() if group.kind == CAUSAL else allowed.triu_())

@@ -1,9 +1,9 @@
 """Tiles lowered to what kernels know: for flash kernels full rectangles and causal squares, few and alike.
 
 First, tiles that together form one band are joined: a zigzag rank's own keys are three tiles and one causal square.
-Then every band is cut into pieces that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of both
-sides reversed). A flash kernel computes whole blocks along a diagonal; where that costs more than launches do, large
-squares are halved until only small ones lie on it. Last, equal pieces that lie at equal distances become one batch: a
+Then every band is cut into rectangles that are full, causal (``j <= i``) or flipped (``j >= i``, a causal square of
+both sides reversed). A flash kernel computes whole blocks along a diagonal; where that costs more than launches do,
+large squares are halved until only small ones lie on it. Last, equal rectangles at equal distances become one group: a
 window of 1,024 over 8,192 rows is two launches, and each halving is one. What a launch returns is memory on top of the
 plan's buffers, so where launches are cheap their rows are limited.
 """
@@ -11,8 +11,7 @@ plan's buffers, so where launches are cheap their rows are limited.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ FULL, CAUSAL, FLIPPED = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """``count`` equal pieces of ``m`` queries and ``n`` keys, of which those pairs count with ``low <= i - j <= high``.
+class TileGroup:
+    """``count`` equal rectangles of ``m`` queries by ``n`` keys; those pairs count with ``low <= i - j <= high``.
 
     The first begins at rows ``q`` and ``k``, each further one ``q_next`` and ``k_next`` rows later. Rows are taken
     every ``q_step`` and ``k_step``.
@@ -47,34 +46,34 @@ class Batch:
 
     @property
     def kind(self) -> int:
-        """Of the pieces of `lower`: FULL, CAUSAL or FLIPPED."""
+        """Of the rectangles of `lower`: FULL, CAUSAL or FLIPPED."""
         if self.low == 1 - self.n and self.high == self.m - 1:
             return FULL
         return CAUSAL if self.low == 0 else FLIPPED
 
 
-def lower(tiles: Tiles, leaf: int = INF, most: int = INF) -> list[Batch]:
-    """The batches of pieces that compute these tiles: every pair once, and no launch without a pair.
+def lower(tiles: Tiles, min_block: int = INF, max_rows: int = INF) -> list[TileGroup]:
+    """The groups of rectangles that compute these tiles: every pair once, and no launch without a pair.
 
     Args:
-        leaf: rows of the largest square left on a diagonal.
-        most: queries, and keys, of one launch at most.
+        min_block: rows of a square on a diagonal up to which it is not halved.
+        max_rows: queries, and keys, of one launch at most.
     """
     origin, regions, steps = _joined(tiles)
-    pieces = _limited(_halved(_cut(origin, regions, steps), min(leaf, most)), most)
-    kind, m, n = pieces[:, :3].T
+    rectangles = _limited(_halved(_cut(origin, regions, steps), min(min_block, max_rows)), max_rows)
+    kind, m, n = rectangles[:, :3].T
     low, high = np.where(kind == CAUSAL, 0, 1 - n), np.where(kind == FLIPPED, 0, m - 1)
-    return _batches(np.concatenate([np.stack([low, high], axis=1), pieces[:, 1:]], axis=1), most)
+    return _grouped(np.concatenate([np.stack([low, high], axis=1), rectangles[:, 1:]], axis=1), max_rows)
 
 
-def banded(tiles: Tiles, most: int) -> list[Batch]:
-    """The same pairs in pieces of any band, for kernels that need not cut them.
+def banded(tiles: Tiles, max_rows: int) -> list[TileGroup]:
+    """The same pairs in rectangles of any band, for kernels that need not cut them.
 
     Args:
-        most: queries, and keys, of all pieces of a batch at most, but for one that is larger itself.
+        max_rows: queries, and keys, of all rectangles of a group at most, but for one that is larger itself.
     """
     origin, regions, steps = _joined(tiles)
-    return _batches(np.concatenate([regions[:, [LO, HI, Q1, K1]], steps, origin], axis=1), most)
+    return _grouped(np.concatenate([regions[:, [LO, HI, Q1, K1]], steps, origin], axis=1), max_rows)
 
 
 def _joined(tiles: Tiles) -> tuple[Array, Array, Array]:
@@ -132,7 +131,7 @@ def _join_neighbours(rows: Array) -> Array:
 
 
 def _cut(origin: Array, regions: Array, steps: Array) -> Array:
-    """Pieces ``(kind, m, n, q_step, k_step, q, k)`` of canonical regions whose boxes begin at 0, 0.
+    """Rectangles ``(kind, m, n, q_step, k_step, q, k)`` of canonical regions whose boxes begin at 0, 0.
 
     From the top, a band's right edge moves until row b2 and its left edge from row b1 on. The boundary rows belong
     to either side; they are taken so that a causal square needs no one-row rectangle beside it.
@@ -143,14 +142,14 @@ def _cut(origin: Array, regions: Array, steps: Array) -> Array:
     b2 = np.where(lo == 1 - n, 0, n + lo)
     b2 = np.minimum(b2, m)
     both = np.minimum(b1, b2)
-    pieces = []
+    rectangles = []
 
     def add(kind: int, q: Array, rows: Array, k: Array, columns: Array, parent: Array) -> None:
         kept = (rows > 0) & (columns > 0)
         parent = parent[kept]
         shape = np.stack([np.full(len(parent), kind), rows[kept], columns[kept]], axis=1)
         at = origin[parent] + np.stack([q[kept], k[kept]], axis=1) * steps[parent]
-        pieces.append(np.concatenate([shape, steps[parent], at], axis=1))
+        rectangles.append(np.concatenate([shape, steps[parent], at], axis=1))
 
     every = np.arange(len(m))
     # right edge moving, left edge still: what all rows see, and a causal square
@@ -164,29 +163,30 @@ def _cut(origin: Array, regions: Array, steps: Array) -> Array:
     band, nth = bands.expand(np.maximum(-((b1 - b2) // chunk), 0) * (b2 > b1))
     start = b1[band] + nth * chunk[band]
     rows = np.minimum(chunk[band], b2[band] - start)
-    left, right, wide = start - hi[band], start - lo[band], width[band] > 1
-    add(FLIPPED, start, rows * wide, left, rows, band)
-    add(FULL, start, rows, left + rows * wide, right - left - rows * wide + ~wide, band)
-    add(CAUSAL, start, rows * wide, right, rows, band)
+    left, right, diagonal = start - hi[band], start - lo[band], width[band] > 1
+    add(FLIPPED, start, rows * diagonal, left, rows, band)
+    add(FULL, start, rows, left + rows * diagonal, right - left - rows * diagonal + ~diagonal, band)
+    add(CAUSAL, start, rows * diagonal, right, rows, band)
     # left edge moving, right edge still: a flipped square, and what all rows see
     start = np.maximum(b1, b2)
     add(FLIPPED, start, m - start, start - hi, m - start, every)
     add(FULL, start, m - start, m - hi, n - (m - hi), every)
-    return np.concatenate(pieces)
+    return np.concatenate(rectangles)
 
 
-def _halved(pieces: Array, leaf: int) -> Array:
-    """Causal and flipped squares of more than ``leaf`` rows cut into two squares and the rectangle between them.
+def _halved(rectangles: Array, min_block: int) -> Array:
+    """Causal and flipped squares of more than ``min_block`` rows cut into two squares and what lies between them.
 
-    The first half is ``leaf`` times a power of two, so that the squares of one level are alike wherever they come from.
+    The first half is ``min_block`` times a power of two, so that the squares of one level are alike wherever they come
+    from.
     """
     done = []
-    while len(pieces):
-        kind, m, _, q_step, k_step, q, k = pieces.T
-        large = (kind != FULL) & (m > leaf)
-        done.append(pieces[~large])
+    while len(rectangles):
+        kind, m, _, q_step, k_step, q, k = rectangles.T
+        large = (kind != FULL) & (m > min_block)
+        done.append(rectangles[~large])
         kind, m, q_step, k_step, q, k = (column[large] for column in (kind, m, q_step, k_step, q, k))
-        half = leaf << (np.ceil(np.log2(m / leaf)).astype(np.int64) - 1)
+        half = min_block << (np.ceil(np.log2(m / min_block)).astype(np.int64) - 1)
         rest, causal = m - half, kind == CAUSAL
         lower_q, lower_k = q + half * q_step, k + half * k_step
         # below the diagonal of a causal square lie its last queries and first keys, of a flipped one the others
@@ -201,45 +201,45 @@ def _halved(pieces: Array, leaf: int) -> Array:
                 np.where(causal, k, lower_k),
             ),
         )
-        pieces = np.concatenate([np.stack([a, b, c, q_step, k_step, d, e], axis=1) for a, b, c, d, e in columns])
-    return np.concatenate(done) if done else pieces
+        rectangles = np.concatenate([np.stack([a, b, c, q_step, k_step, d, e], axis=1) for a, b, c, d, e in columns])
+    return np.concatenate(done) if done else rectangles
 
 
-def _limited(pieces: Array, most: int) -> Array:
-    """Rectangles of more than ``most`` queries or keys cut into even parts."""
-    kind, m, n, q_step, k_step, q, k = pieces.T
-    by_m, by_n = -(-m // most), -(-n // most)
-    piece, nth = bands.expand(by_m * by_n)
-    i, j = nth // by_n[piece], nth % by_n[piece]
+def _limited(rectangles: Array, max_rows: int) -> Array:
+    """Rectangles of more than ``max_rows`` queries or keys cut into even parts."""
+    kind, m, n, q_step, k_step, q, k = rectangles.T
+    by_m, by_n = -(-m // max_rows), -(-n // max_rows)
+    parent, nth = bands.expand(by_m * by_n)
+    i, j = nth // by_n[parent], nth % by_n[parent]
     (i0, i1), (j0, j1) = (
-        (x * side[piece] // parts[piece], (x + 1) * side[piece] // parts[piece])
+        (x * side[parent] // parts[parent], (x + 1) * side[parent] // parts[parent])
         for x, side, parts in ((i, m, by_m), (j, n, by_n))
     )
-    at = q[piece] + i0 * q_step[piece], k[piece] + j0 * k_step[piece]
-    return np.stack([kind[piece], i1 - i0, j1 - j0, q_step[piece], k_step[piece], *at], axis=1)
+    at = q[parent] + i0 * q_step[parent], k[parent] + j0 * k_step[parent]
+    return np.stack([kind[parent], i1 - i0, j1 - j0, q_step[parent], k_step[parent], *at], axis=1)
 
 
-def _batches(pieces: Array, most: int) -> list[Batch]:
-    """Equal pieces joined into batches where they lie at equal distances and do not overlap."""
-    pieces = pieces[np.lexsort(pieces.T[::-1])]
-    batches: list[Batch] = []
-    for *alike, q, k in pieces.tolist():
-        low, high, m, n, q_step, k_step = alike
-        last = batches[-1] if batches else None
-        if last is not None and [last.low, last.high, last.m, last.n, last.q_step, last.k_step] == alike:
+def _grouped(rectangles: Array, max_rows: int) -> list[TileGroup]:
+    """Equal rectangles joined into groups where they lie at equal distances and do not overlap."""
+    rectangles = rectangles[np.lexsort(rectangles.T[::-1])]
+    groups: list[TileGroup] = []
+    for *shape, q, k in rectangles.tolist():
+        low, high, m, n, q_step, k_step = shape
+        last = groups[-1] if groups else None
+        if last is not None and [last.low, last.high, last.m, last.n, last.q_step, last.k_step] == shape:
             q_next = q - (last.q + last.q_next * (last.count - 1))
             k_next = k - (last.k + last.k_next * (last.count - 1))
             apart = q_next >= (m - 1) * q_step + 1 and k_next >= (n - 1) * k_step + 1
-            small = (last.count + 1) * max(m, n) <= most
+            small = (last.count + 1) * max(m, n) <= max_rows
             if apart and small and (last.count == 1 or (q_next, k_next) == (last.q_next, last.k_next)):
-                batches[-1] = dataclasses.replace(last, count=last.count + 1, q_next=q_next, k_next=k_next)
+                groups[-1] = dataclasses.replace(last, count=last.count + 1, q_next=q_next, k_next=k_next)
                 continue
-        batches.append(Batch(low, high, m, n, q_step, k_step, q, k))
-    return batches
+        groups.append(TileGroup(low, high, m, n, q_step, k_step, q, k))
+    return groups
 
 
 class TileView:
-    """Where a batch's pieces lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
+    """Where a group's rectangles lie in dim 2 of a tensor: a view ``[count or B, heads, rows, …]``."""
 
     def __init__(self, first: int, rows: int, step: int, count: int, following: int, b: int | None) -> None:
         self._first, self._rows, self._step = first, rows, step
@@ -247,6 +247,8 @@ class TileView:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._b is None:
+            if self._rows == x.shape[2]:
+                return x
             return x[:, :, self._first : self._first + (self._rows - 1) * self._step + 1 : self._step]
         batch, head, row, *rest = x.stride()
         return x.as_strided(
@@ -256,15 +258,33 @@ class TileView:
         )
 
 
-def tile_views(batch: Batch, sequences: int) -> Iterator[tuple[TileView, TileView]]:
-    """One launch over all sequences for a single piece; for several, one over all pieces for each sequence."""
-    for b in [None] if batch.count == 1 else range(sequences):
-        yield (
-            TileView(batch.q, batch.m, batch.q_step, batch.count, batch.q_next, b),
-            TileView(batch.k, batch.n, batch.k_step, batch.count, batch.k_next, b),
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What is computed at once: of one rectangle all sequences, or of one sequence all rectangles of a group.
+
+    Attributes:
+        group: the rectangles.
+        queries, keys: where they lie.
+    """
+
+    group: TileGroup
+    queries: TileView
+    keys: TileView
+
+
+def launches(groups: Iterable[TileGroup], sequences: int) -> list[Launch]:
+    """The launches that compute these groups for so many sequences."""
+    return [
+        Launch(
+            x,
+            TileView(x.q, x.m, x.q_step, x.count, x.q_next, b),
+            TileView(x.k, x.n, x.k_step, x.count, x.k_next, b),
         )
+        for x in groups
+        for b in ([None] if x.count == 1 else range(sequences))
+    ]
 
 
-def flipped(tensors: Any) -> Any:
-    """Rows in reverse order: a block with ``j >= i`` becomes causal."""
-    return tuple(x.flip(2) for x in tensors)
+def lowered(tiles: Tiles, min_block: int, max_rows: int, sequences: int) -> list[Launch]:
+    """The launches that compute these tiles."""
+    return launches(lower(tiles, min_block, max_rows), sequences)

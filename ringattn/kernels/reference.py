@@ -38,11 +38,11 @@ class Reference(Kernel):
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
     ) -> State:
-        wide, mechanism = problem.accumulator, problem.mechanism
+        dtype, mechanism = problem.accumulator, problem.mechanism
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
         for keys, block in self._blocks(tiles, problem):
             at = block.queries
-            inputs = q[:, :, at].to(wide), k[:, :, keys].to(wide), v[:, :, keys].to(wide)
+            inputs = q[:, :, at].to(dtype), k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
             mechanism.merge(tuple(x[:, :, at] for x in state), mechanism.tile(problem, block, *inputs))
         return state
 
@@ -57,16 +57,16 @@ class Reference(Kernel):
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
-        wide = problem.accumulator
+        dtype = problem.accumulator
         for keys, block in self._blocks(tiles, problem):
             at = block.queries
             parts = problem.mechanism.tile_grad(
                 problem,
                 block,
-                q[:, :, at].to(wide),
-                k[:, :, keys].to(wide),
-                v[:, :, keys].to(wide),
-                output_grad.of(rows_at(at), wide),
+                q[:, :, at].to(dtype),
+                k[:, :, keys].to(dtype),
+                v[:, :, keys].to(dtype),
+                output_grad.select(rows_at(at), dtype),
                 dparams,
             )
             for total, rows, part in zip(gradients, (at, keys, keys), problem.wanted(*parts), strict=True):

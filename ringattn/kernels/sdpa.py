@@ -8,19 +8,19 @@ query; a backward pass that is exact for a block when it is given the *global* o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 
 from ringattn.bands import INF
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Batch, TileView, flipped, lower, tile_views
-from ringattn.mechanisms.base import Gradients, OutputGrad, Params, Problem, State
+from ringattn.kernels.lowering import CAUSAL, FLIPPED, FULL, Launch, launches, lower, lowered
+from ringattn.mechanisms.base import InputGrads, OutputGrad, Params, Problem, State
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.plans.tiles import Tiles
 
-KNOWN = ("scale", "sinks", "seed")  # fields of Softmax: sinks come in when all blocks are merged, seeds with dropout
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+COMPUTED = ("scale", "sinks", "seed")
+"""Fields of Softmax; sinks come in when all blocks are merged, seeds with dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sdpa(Kernel):
             return f"sdpa computes Softmax itself; got {problem.mechanism}"
         if problem.allows is not None:
             return "sdpa knows bands of pairs; the mask holds a predicate"
-        for term in problem.mechanism.beyond(KNOWN):
+        for term in problem.mechanism.beyond(COMPUTED):
             return f"sdpa has no {term}: PyTorch's flash kernels do not take it, or give no gradient for it"
         if _scale(problem) <= 0:
             # the CPU kernel scales after it masks: -inf * 0 is nan, and -inf * -1 is inf
@@ -55,15 +55,15 @@ class Sdpa(Kernel):
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, state: State | None
     ) -> State:
-        if state is not None:
-            batches = tiles.memo(lower, *_forward_limits(problem))
+        limits = _forward_limits(problem)
+        if state is None:
+            first, others = tiles.memo(_first_and_others, *limits, problem.batch, q.shape[2])
+            state = _begun(problem, first, q, k, v) if first else problem.mechanism.empty(problem, q.shape[2])
         else:
-            covering, batches = tiles.memo(_led, *_forward_limits(problem), q.shape[2])
-            # what covers every query once is the state so far: nothing to merge it with
-            state = _begun(problem, covering, q, k, v) if covering else problem.mechanism.empty(problem, q.shape[2])
-        for batch in batches:
-            for queries, part in _parts(problem, batch, q, k, v):
-                problem.mechanism.merge(tuple(queries(x) for x in state), part)
+            others = tiles.memo(lowered, *limits, problem.batch)
+        for launch in others:
+            part = _forward(problem, launch, q, k, v)
+            problem.mechanism.merge(tuple([launch.queries(x) for x in state]), part)
         return state
 
     def backward(
@@ -74,61 +74,63 @@ class Sdpa(Kernel):
         v: torch.Tensor,
         output_grad: OutputGrad,
         tiles: Tiles,
-        gradients: Triple,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
         if not problem.wants("q", "k", "v"):
             return
-        dlse = output_grad.grad_extras[0]
-        for batch in tiles.memo(lower, *_backward_limits(problem)):
-            for queries, keys in tile_views(batch, problem.batch):
-                inputs = [queries(q), keys(k), keys(v), *(queries(x) for x in (*output_grad.saved, output_grad.dout))]
-                inputs += [] if dlse is None else [queries(dlse)]
-                if batch.kind == FLIPPED:
-                    inputs = list(flipped(inputs))
-                parts = _backward(problem, *inputs, causal=batch.kind != FULL)
-                for total, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
-                    if part is not None:
-                        place(total).add_(part.flip(2) if batch.kind == FLIPPED else part)
+        (out, lse), dlse = output_grad.saved, output_grad.grad_extras[0]
+        for launch in tiles.memo(lowered, *_backward_limits(problem), problem.batch):
+            queries, keys = launch.queries, launch.keys
+            inputs = [queries(q), keys(k), keys(v), queries(out), queries(lse), queries(output_grad.dout)]
+            inputs += [] if dlse is None else [queries(dlse)]
+            kind = launch.group.kind
+            if kind == FLIPPED:
+                inputs = [x.flip(2) for x in inputs]
+            parts = _backward(problem, *inputs, causal=kind != FULL)
+            for total, rows, part in zip(gradients, (queries, keys, keys), parts, strict=True):
+                if part is not None:
+                    rows(total).add_(part.flip(2) if kind == FLIPPED else part)
 
     def __str__(self) -> str:
         return "sdpa"
 
 
-def _led(tiles: Tiles, leaf: int, most: int, rows: int) -> tuple[Batch | None, list[Batch]]:
-    """A batch whose pieces take each of so many queries once, if there is one, and the others."""
-    batches = lower(tiles, leaf, most)
-    for at, batch in enumerate(batches):
-        behind = batch.count == 1 or batch.q_next == batch.m
-        if batch.q == 0 and batch.q_step == 1 and behind and batch.m * batch.count == rows:
-            return batch, batches[:at] + batches[at + 1 :]
-    return None, batches
+def _first_and_others(
+    tiles: Tiles, min_block: int, max_rows: int, sequences: int, rows: int
+) -> tuple[list[Launch], list[Launch]]:
+    """The launches of one group that takes each of so many queries once, if there is one, and all others.
+
+    What it returns is the state so far: there is nothing to merge it with.
+    """
+    groups = lower(tiles, min_block, max_rows)
+    for at, x in enumerate(groups):
+        adjacent = x.count == 1 or x.q_next == x.m
+        if x.q == 0 and x.q_step == 1 and adjacent and x.m * x.count == rows:
+            return launches([x], sequences), launches(groups[:at] + groups[at + 1 :], sequences)
+    return [], launches(groups, sequences)
 
 
-def _begun(problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
-    """The state after one batch that takes every query once."""
-    parts = [part for _, part in _parts(problem, batch, q, k, v)]
-    if batch.count == 1:
-        return tuple(x.to(problem.accumulator).transpose(1, 2).contiguous().transpose(1, 2) for x in parts[0])
-    # pieces [count, heads, m, ...] lie behind one another in the sequence they are of
-    joined = (torch.stack(pieces).to(problem.accumulator) for pieces in zip(*parts, strict=True))
+def _begun(problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+    """The state after one group that takes every query once."""
+    parts = [_forward(problem, launch, q, k, v) for launch in launched]
+    if launched[0].group.count == 1:
+        return tuple([x.to(problem.accumulator).transpose(1, 2).contiguous().transpose(1, 2) for x in parts[0]])
+    # rectangles [count, heads, m, ...] lie behind one another in the sequence they are of
+    joined = (torch.stack(each).to(problem.accumulator) for each in zip(*parts, strict=True))
     return tuple(x.transpose(2, 3).flatten(1, 2).transpose(1, 2) for x in joined)
 
 
-def _parts(
-    problem: Problem, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Iterator[tuple[TileView, State]]:
-    """The launches of a batch: where their queries lie, the output and the log-sum-exp."""
-    for queries, keys in tile_views(batch, problem.batch):
-        inputs = queries(q), keys(k), keys(v)
-        if batch.kind == FLIPPED:
-            yield queries, flipped(_forward(problem, *flipped(inputs), causal=True))
-        else:
-            yield queries, _forward(problem, *inputs, causal=batch.kind == CAUSAL)
-
-
-def _forward(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> State:
+def _forward(problem: Problem, launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
     """The output and log-sum-exp of one launch."""
+    inputs, kind = [launch.queries(q), launch.keys(k), launch.keys(v)], launch.group.kind
+    if kind != FLIPPED:
+        return _flash(problem, *inputs, causal=kind == CAUSAL)
+    # rows in reverse order: j >= i becomes j <= i
+    return tuple([x.flip(2) for x in _flash(problem, *[x.flip(2) for x in inputs], causal=True)])
+
+
+def _flash(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> State:
     scale = _scale(problem)
     if problem.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
@@ -149,7 +151,7 @@ def _backward(
     dlse: torch.Tensor | None = None,
     *,
     causal: bool,
-) -> Gradients:
+) -> InputGrads:
     """The gradients of one launch. PyTorch's kernel computes all three, whatever is wanted."""
     dq, dk, dv = problem.wanted(*_flash_backward(problem, dout, q, k, v, out, lse, causal))
     if dlse is not None and problem.wants("q", "k"):
@@ -170,7 +172,7 @@ def _flash_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     causal: bool,
-) -> Triple:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scale, dout = _scale(problem), dout.to(q.dtype)
     if problem.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ from ringattn.errors import InputError
 
 State = tuple[torch.Tensor, ...]
 Params = Mapping[str, torch.Tensor]
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+InputGrads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """Of q, k and v; None for what nobody asked for, and for what is nothing but zeros."""
 
 
@@ -64,7 +64,7 @@ class Problem:
         """Whether the gradient of any of these is asked for."""
         return not self.constants.issuperset(names)
 
-    def wanted(self, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None) -> Gradients:
+    def wanted(self, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None) -> InputGrads:
         """These without what nobody asked for."""
         return dq if self.wants("q") else None, dk if self.wants("k") else None, dv if self.wants("v") else None
 
@@ -106,11 +106,11 @@ class OutputGrad:
     dout: torch.Tensor
     grad_extras: tuple[torch.Tensor | None, ...]
 
-    def of(self, place: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> OutputGrad:
-        """The same for the queries that ``place`` takes of each tensor, numbers in this dtype or a wider one."""
+    def select(self, rows: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> OutputGrad:
+        """The same for the queries that ``rows`` takes of each tensor, numbers in this dtype or a wider one."""
 
         def part(x: torch.Tensor) -> torch.Tensor:
-            return place(x).to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else place(x)
+            return rows(x).to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else rows(x)
 
         grad_extras = tuple(None if x is None else part(x) for x in self.grad_extras)
         return OutputGrad(tuple(map(part, self.saved)), part(self.dout), grad_extras)
@@ -266,7 +266,7 @@ class Mechanism(ABC):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> Gradients:
+    ) -> InputGrads:
         """One block's contribution to the gradients; those of the params are added to ``dparams``.
 
         What `Problem.wants` says nobody asked for need not be computed, and is not used where it is.

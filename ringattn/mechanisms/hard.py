@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Block, Gradients, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
 
 _NOWHERE = torch.iinfo(torch.int64).max  # behind every key
 _AT_ONCE = 1 << 16  # candidates scored at once
@@ -76,7 +76,7 @@ class Hard(Mechanism):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> Gradients:
+    ) -> InputGrads:
         if not problem.wants("v"):
             return None, None, None
         won = output_grad.saved[1].unsqueeze(-1) == block.k_positions(q.device)

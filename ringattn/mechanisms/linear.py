@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.mechanisms.base import Block, Gradients, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Linear(Summarising):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> Gradients:
+    ) -> InputGrads:
         groups = (problem.kv_heads, -1)
         dq = dk = dv = None
         dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(output_grad))

@@ -35,7 +35,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, Gradients, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
 
 
@@ -167,7 +167,7 @@ class Softmax(Mechanism):
         v: torch.Tensor,
         output_grad: OutputGrad,
         dparams: Params,
-    ) -> Gradients:
+    ) -> InputGrads:
         tables = {name: total for name, total in dparams.items() if name != "sinks" and problem.wants(name)}
         if not (tables or problem.wants("q", "k", "v")):
             return None, None, None
@@ -199,7 +199,7 @@ class Softmax(Mechanism):
         if "sinks" in problem.params and problem.wants("sinks"):
             total, lse = dparams["sinks"], output_grad.saved[1]
             weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
-            total -= (weight * _delta(output_grad.of(lambda x: x, total.dtype))).sum(dim=(0, 2))
+            total -= (weight * _delta(output_grad.select(lambda x: x, total.dtype))).sum(dim=(0, 2))
 
     def _scores(
         self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor

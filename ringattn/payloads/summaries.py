@@ -76,7 +76,7 @@ class Summaries(Payload):
         mechanism, accumulator = _summarising(problem), problem.accumulator
         for at, which in tiles.memo(_folds, problem.device):
             part, folded = mechanism.attend_grad(
-                problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.of(rows_at(at), accumulator)
+                problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.select(rows_at(at), accumulator)
             )
             if part is not None:
                 dq[:, :, at] += part
