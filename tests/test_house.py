@@ -44,7 +44,7 @@ MAY: dict[str, str] = {
     "mechanisms.base": "errors",
     "mechanisms.dropout": "",
     "mechanisms.*": "errors mechanisms.base mechanisms.dropout",
-    "kernels.base": "mechanisms.base plans.tiles",
+    "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",
     "kernels.rates": "bands layouts mechanisms.base plans.steps",

@@ -17,7 +17,7 @@ from ringattn.conformance.drawing import LAYOUTS
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels import MEMBERS, onednn
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.choice import chosen
+from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.lowering import CAUSAL, FULL, TileGroup, banded, coalesce, lower
 from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
@@ -131,7 +131,7 @@ def _problem(**changes: object) -> Problem:
 )
 def test_sdpa_refuses_in_words(changes: dict[str, object], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
-        chosen("sdpa", _problem(**changes))
+        chosen_kernel("sdpa", _problem(**changes))
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_sdpa_refuses_in_words(changes: dict[str, object], words: str) -> None:
     ],
 )
 def test_auto_takes_the_fastest_that_can_and_says_why(changes: dict[str, object], taken: Kernel, reason: str) -> None:
-    assert chosen("auto", _problem(**changes)) == (taken, reason)
+    assert chosen_kernel("auto", _problem(**changes)) == (taken, reason)
 
 
 def test_choice() -> None:
-    assert chosen(Reference(rows=3), _problem())[0] == Reference(rows=3)
+    assert chosen_kernel(Reference(rows=3), _problem())[0] == Reference(rows=3)
     with pytest.raises(InputError, match="'auto', 'onednn', 'sdpa', 'chunked', 'reference'"):
-        chosen("flash", _problem())
+        chosen_kernel("flash", _problem())
     with pytest.raises(UnsupportedError, match="onednn runs on CPUs; got cuda"):
-        chosen("onednn", _problem(device=torch.device("cuda")))
+        chosen_kernel("onednn", _problem(device=torch.device("cuda")))
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,18 @@ def test_a_field_that_a_kernel_does_not_know_is_refused(
 
 
 def test_what_is_made_of_softmax_goes_to_the_reference_kernel() -> None:
-    kernel, reason = chosen("auto", _problem(mechanism=Tempered()))
+    kernel, reason = chosen_kernel("auto", _problem(mechanism=Tempered()))
     assert kernel == Reference()
     assert "onednn computes Softmax itself; got Tempered(); sdpa computes Softmax itself" in reason
     with pytest.raises(UnsupportedError, match=r"got Tempered\(temperature=0.5\)"):
-        chosen("sdpa", _problem(mechanism=Tempered(temperature=0.5)))
+        chosen_kernel("sdpa", _problem(mechanism=Tempered(temperature=0.5)))
+
+
+def test_a_kernel_of_ones_own_has_a_name_and_is_given_as_module_and_name() -> None:
+    mine = chosen_kernel(f"{__name__}:Mine", _problem())[0]
+    assert mine == Mine() and str(mine) == "mine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Reference):
+    """A kernel from outside the package."""

@@ -18,7 +18,7 @@ import ringattn
 from ringattn.errors import AgreementError, InputError
 from ringattn.kernels import OneDNN, Reference, Sdpa, choice
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.choice import chosen
+from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.machine import Machine, processor
 from ringattn.kernels.rates import MARGIN, Rates, Work, Workload
 from ringattn.kernels.store import Entry, Store
@@ -61,7 +61,7 @@ def _never(kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) 
     ],
 )
 def test_auto_takes_the_fastest_and_noise_does_not_flip_it(onednn: float, sdpa: float, taken: Kernel) -> None:
-    kernel, reason = chosen("auto", _problem(), LARGE, rates=_told(onednn, sdpa))
+    kernel, reason = chosen_kernel("auto", _problem(), LARGE, rates=_told(onednn, sdpa))
     assert kernel == taken
     assert f"onednn {onednn * 1e3:.1f} ms, sdpa {sdpa * 1e3:.1f} ms for Softmax, float32" in reason
 
@@ -82,7 +82,7 @@ def test_auto_takes_the_fastest_and_noise_does_not_flip_it(onednn: float, sdpa: 
 def test_nothing_is_measured_where_there_is_nothing_to_choose(
     kernel: Any, changes: dict[str, Any], work: Work | None, taken: Kernel
 ) -> None:
-    assert chosen(kernel, _problem(**changes), work, rates=_never)[0] == taken
+    assert chosen_kernel(kernel, _problem(**changes), work, rates=_never)[0] == taken
 
 
 def test_a_rank_that_asks_a_predicate_still_takes_part_in_the_choice() -> None:
@@ -93,7 +93,7 @@ def test_a_rank_that_asks_a_predicate_still_takes_part_in_the_choice() -> None:
         return choose()
 
     for allows in (None, lambda q, k: q >= k):
-        kernel, _ = chosen("auto", _problem(allows=allows), LARGE, decide=decide, rates=_told(2.0, 1.0))
+        kernel, _ = chosen_kernel("auto", _problem(allows=allows), LARGE, decide=decide, rates=_told(2.0, 1.0))
         assert kernel == (Sdpa() if allows is None else Reference())
     assert len(subjects) == 2 and len(set(subjects)) == 1
 

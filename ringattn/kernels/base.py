@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
+from ringattn.naming import name_of
 from ringattn.plans.tiles import Tiles
 
 
@@ -23,6 +24,10 @@ class Kernel(ABC):
     """
 
     version: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """The kernel's name."""
+        return name_of(type(self))
 
     @abstractmethod
     def supports(self, problem: Problem) -> bool:

@@ -27,7 +27,7 @@ def stored(kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) 
     return Store.of_user().found_or_measured(machine, workload, lambda: measure(kernels, mechanism, workload))
 
 
-def chosen(
+def chosen_kernel(
     kernel: Any,
     problem: Problem,
     work: Work | None = None,
@@ -50,7 +50,7 @@ def chosen(
         UnsupportedError: the kernel asked for cannot do the problem; says what of it.
     """
     if kernel == "auto":
-        return _auto(problem, work, decide, rates)
+        return _measured_choice(problem, work, decide, rates)
     asked = named("kernel", kernel, Kernel, MEMBERS, also=("auto",))
     refusal = asked.refusal(problem)
     if refusal is not None:
@@ -78,7 +78,7 @@ def contenders(problem: Problem) -> list[Kernel]:
     return [kernel for kernel in fast if kernel.supports(problem) and kernel.refusal(problem) is None]
 
 
-def _auto(problem: Problem, work: Work | None, decide: Decide, rates: Measure) -> tuple[Kernel, str]:
+def _measured_choice(problem: Problem, work: Work | None, decide: Decide, rates: Measure) -> tuple[Kernel, str]:
     order = [member() for member in MEMBERS]
     reason = "auto took the fastest kernel for this mechanism"
     # What decides whether to measure is the same on every rank. Whether a tile asks a predicate is not.

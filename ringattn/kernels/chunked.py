@@ -80,9 +80,6 @@ class Chunked(Kernel):
                 if part is not None:
                     rows(total).add_(part)
 
-    def __str__(self) -> str:
-        return "chunked"
-
 
 def _summarising(problem: Problem) -> Summarising:
     assert isinstance(problem.mechanism, Summarising)

@@ -68,8 +68,8 @@ def processor(cpuinfo: Path = _CPUINFO) -> str:
         first = ""
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     name = known.get("model name") or platform.processor() or platform.machine() or "unknown processor"
-    numbers = [f"{key} {known[word]}" for key, word in _NUMBERS if known.get(word)]
+    numbers = [f"{key} {known[word]}" for key, word in _CPU_FIELDS if known.get(word)]
     return f"{name} ({', '.join([*numbers, torch.backends.cpu.get_cpu_capability()])})"
 
 
-_NUMBERS = (("family", "cpu family"), ("model", "model"), ("stepping", "stepping"))
+_CPU_FIELDS = (("family", "cpu family"), ("model", "model"), ("stepping", "stepping"))

@@ -110,20 +110,20 @@ class OneDNN(Kernel):
             self._attend_grad(part, scores, part.select(q, k, v), output, part.select(*gradients), wants)
 
     def _parts(self, problem: Problem, tiles: Tiles) -> list[_Part]:
-        return tiles.memo(_parts, self, problem.heads // problem.kv_heads, problem.kv_heads, problem.batch)
+        return tiles.memo(_lowered_parts, self, problem.heads // problem.kv_heads, problem.kv_heads, problem.batch)
 
     def _attend(self, part: _Part, scores: _Scores, inputs: Triple, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merges what the part's keys contribute into out ``[N, h, G, m, Dv]`` and lse ``[N, h, G, m]``."""
         q, k, v = inputs
         for rows, blocks in part.blocks:
-            queries = _rows(q, rows) * scores.factor
-            running = _Running(_rows(out, rows), _rows(lse, rows))
+            queries = _query_block(q, rows) * scores.factor
+            running = _Running(_query_block(out, rows), _query_block(lse, rows))
             for columns, masked in blocks:
                 by_onednn = self._by_onednn(queries, columns)
-                block = _product(queries, _columns(k, columns), by_onednn)
+                block = _product(queries, _key_block(k, columns), by_onednn)
                 scores.apply_softcap(block)
                 _mask_fill(block.unflatten(1, (part.group, -1)), masked)
-                running.add(block, _columns(v, columns), by_onednn)
+                running.add(block, _key_block(v, columns), by_onednn)
                 del block  # its memory is the next one's
             for place, updated in zip((out[..., rows, :], lse[..., rows]), running.state(), strict=True):
                 place.copy_(updated.view(place.shape))
@@ -140,11 +140,11 @@ class OneDNN(Kernel):
         """Adds the part's contributions to the gradients of its queries, keys and values, of those that are wanted."""
         (q, k, v), (dq, dk, dv), (wants_q, wants_k, wants_v) = inputs, gradients, wants
         for rows, blocks in part.blocks:
-            queries = _rows(q, rows)
-            output = _OutputRows.make(output_grad.select(functools.partial(_rows, rows=rows), torch.float32))
+            queries = _query_block(q, rows)
+            output = _OutputRows.make(output_grad.select(functools.partial(_query_block, rows=rows), torch.float32))
             scaled, total = queries * scores.factor, torch.zeros_like(queries).transpose(1, 2)
             for columns, masked in blocks:
-                by_onednn, keys = self._by_onednn(scaled, columns), _columns(k, columns)
+                by_onednn, keys = self._by_onednn(scaled, columns), _key_block(k, columns)
                 weights = _product(keys, scaled, by_onednn)
                 slope = scores.apply_softcap(weights)
                 _mask_fill(weights.unflatten(2, (part.group, -1)).permute(0, 2, 3, 1), masked)
@@ -152,27 +152,24 @@ class OneDNN(Kernel):
                 # what is left are sums of products: their operands may be as narrow as the inputs are
                 dtype, dscores = scores.product_dtype if by_onednn else torch.float32, None
                 if wants_q or wants_k:
-                    dscores = _product(_columns(v, columns), output.dout, by_onednn).sub_(output.delta).mul_(weights)
+                    dscores = _product(_key_block(v, columns), output.dout, by_onednn).sub_(output.delta).mul_(weights)
                     dscores = (dscores if slope is None else dscores.mul_(slope)).to(dtype)
                 if wants_v:
                     weights = weights.to(dtype)
-                    _add(dv, columns, _product(weights, output.dout.to(dtype).transpose(1, 2), by_onednn))
+                    _accumulate(dv, columns, _product(weights, output.dout.to(dtype).transpose(1, 2), by_onednn))
                 if dscores is not None and wants_k:
                     part_k = _product(dscores, queries.to(dtype).transpose(1, 2), by_onednn)
-                    _add(dk, columns, part_k, scores.scale)
+                    _accumulate(dk, columns, part_k, scores.scale)
                 if dscores is not None and wants_q:
                     total += _product(keys.to(dtype).transpose(1, 2), dscores.transpose(1, 2), by_onednn)
                 del weights, dscores, slope  # their memory is the next ones'
             if wants_q:
-                _add(dq, rows, total.transpose(1, 2), scores.scale)
+                _accumulate(dq, rows, total.transpose(1, 2), scores.scale)
 
     def _by_onednn(self, queries: torch.Tensor, columns: slice) -> bool:
         """Whether a block of these queries and columns is one that oneDNN's product is for."""
         count, *sides = queries.shape[0], queries.shape[1], columns.stop - columns.start
         return count == 1 and all(side >= self.min_block and side % self.multiple_of == 0 for side in sides)
-
-    def __str__(self) -> str:
-        return "onednn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +285,7 @@ class _OutputRows:
         return _OutputRows(dout, rounded.unsqueeze(1), delta.unsqueeze(1))
 
 
-def _parts(tiles: Tiles, kernel: OneDNN, group: int, kv_heads: int, sequences: int) -> list[_Part]:
+def _lowered_parts(tiles: Tiles, kernel: OneDNN, group: int, kv_heads: int, sequences: int) -> list[_Part]:
     """Large rectangles one by one and head by head, small ones as many at once as fill a block."""
     # rows of all heads of a group make a block
     rows = kernel.rows // group if kernel.rows % group == 0 else kernel.multiple_of
@@ -359,17 +356,17 @@ def _linear(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _rows(x: torch.Tensor, rows: slice) -> torch.Tensor:
+def _query_block(x: torch.Tensor, rows: slice) -> torch.Tensor:
     """Rows of ``[N, h, G, m, …]`` as ``[P, G r, …]`` in float32: those of one query head after another."""
     return x[:, :, :, rows].float().flatten(2, 3).flatten(0, 1)
 
 
-def _columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
+def _key_block(x: torch.Tensor, columns: slice) -> torch.Tensor:
     """Keys of ``[N, h, n, D]`` as ``[P, c, D]`` in float32, one after another."""
     return x[:, :, columns].float().flatten(0, 1).contiguous()
 
 
-def _add(total: torch.Tensor, at: slice, part: torch.Tensor, factor: float = 1) -> None:
+def _accumulate(total: torch.Tensor, at: slice, part: torch.Tensor, factor: float = 1) -> None:
     """Adds ``[P, G r, D]`` to rows of ``[N, h, G, m, D]``, or ``[P, c, D]`` to keys of ``[N, h, n, D]``."""
     place = total[..., at, :]
     place.add_(part.reshape(place.shape), alpha=factor)

@@ -79,15 +79,12 @@ class Reference(Kernel):
             for i in range(0, row[t.M], self.rows):
                 for j in range(0, row[t.N], self.columns):
                     ends = (i, min(i + self.rows, row[t.M])), (j, min(j + self.columns, row[t.N]))
-                    block = _block(problem, row, *ends)
+                    block = _sub_tile(problem, row, *ends)
                     if block is not None:
                         yield _slice(row[t.K], row[t.K_STEP], *ends[1]), block
 
-    def __str__(self) -> str:
-        return "reference"
 
-
-def _block(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int, int]) -> Block | None:
+def _sub_tile(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int, int]) -> Block | None:
     """A sub-tile: the tile's queries ``i`` and keys ``j``, both from and to; None when its band misses them."""
     least, most = i[0] - (j[1] - 1), i[1] - 1 - j[0]
     if most < row[t.LOW] or least > row[t.HIGH]:

@@ -62,7 +62,7 @@ class Sdpa(Kernel):
         else:
             others = tiles.memo(lowered, *limits, problem.batch)
         for launch in others:
-            part = _forward(problem, launch, q, k, v)
+            part = _launched(problem, launch, q, k, v)
             problem.mechanism.merge(tuple([launch.queries(x) for x in state]), part)
         return state
 
@@ -87,13 +87,10 @@ class Sdpa(Kernel):
             kind = launch.group.kind
             if kind == FLIPPED:
                 inputs = [x.flip(2) for x in inputs]
-            parts = _backward(problem, *inputs, causal=kind != FULL)
+            parts = _launch_grad(problem, *inputs, causal=kind != FULL)
             for total, rows, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                 if part is not None:
                     rows(total).add_(part.flip(2) if kind == FLIPPED else part)
-
-    def __str__(self) -> str:
-        return "sdpa"
 
 
 def _first_and_others(
@@ -113,7 +110,7 @@ def _first_and_others(
 
 def _begun(problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
     """The state after one group that takes every query once."""
-    parts = [_forward(problem, launch, q, k, v) for launch in launched]
+    parts = [_launched(problem, launch, q, k, v) for launch in launched]
     if launched[0].group.count == 1:
         return tuple([x.to(problem.accumulator).transpose(1, 2).contiguous().transpose(1, 2) for x in parts[0]])
     # rectangles [count, heads, m, ...] lie behind one another in the sequence they are of
@@ -121,7 +118,7 @@ def _begun(problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: tor
     return tuple(x.transpose(2, 3).flatten(1, 2).transpose(1, 2) for x in joined)
 
 
-def _forward(problem: Problem, launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+def _launched(problem: Problem, launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
     """The output and log-sum-exp of one launch."""
     inputs, kind = [launch.queries(q), launch.keys(k), launch.keys(v)], launch.group.kind
     if kind != FLIPPED:
@@ -140,7 +137,7 @@ def _flash(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     return results[0], results[1]
 
 
-def _backward(
+def _launch_grad(
     problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,

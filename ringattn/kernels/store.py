@@ -19,7 +19,7 @@ from typing import Any
 from ringattn.kernels.machine import Machine
 from ringattn.kernels.rates import Rates, Workload
 
-WAIT = 30.0
+LOCK_SECONDS = 30.0
 """Seconds a process waits at most while another one of the machine measures."""
 
 
@@ -41,7 +41,7 @@ class Store:
     """
 
     path: Path | None
-    wait: float = WAIT
+    wait: float = LOCK_SECONDS
 
     @staticmethod
     def of_user() -> Store:

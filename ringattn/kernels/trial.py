@@ -30,7 +30,7 @@ def measure(
     A first round that is not counted compiles what is compiled at first use. PyTorch's random state is left alone.
     """
     problem, tiles = _problem(mechanism, workload), _tiles(workload)
-    run = _run(problem, tiles)
+    run = _runner(problem, tiles)
     least = dict.fromkeys(map(str, kernels), math.inf)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for kernel in kernels:
@@ -69,7 +69,7 @@ def _tiles(workload: Workload) -> Tiles:
     return Tiles(rows)
 
 
-def _run(problem: Problem, tiles: Tiles) -> Callable[[Kernel, bool], None]:
+def _runner(problem: Problem, tiles: Tiles) -> Callable[[Kernel, bool], None]:
     """Runs a kernel on tensors of the problem's shapes."""
     length = int(tiles.rows[-1, t.Q] + tiles.rows[-1, t.M])
     generator = torch.Generator().manual_seed(0)

@@ -44,7 +44,7 @@ class Problem:
         seed: for mechanisms that draw random numbers.
         allows: asked for the pairs of partial tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
             where the mask is made of bands alone.
-        constants: those of q, k, v and the params whose gradients nobody asked for: they need not be computed.
+        constants: names among q, k, v and the params; nobody asked for their gradients, which need not be computed.
     """
 
     mechanism: Mechanism
@@ -166,7 +166,7 @@ class Mechanism(ABC):
 
     Attributes:
         tensors: the fields that may hold learned tensors, which get gradients.
-        sharded: those of them of which every rank has another part.
+        sharded: the tensors of which each rank holds a part of its own.
         extras: names of what `finish` saves besides the output, such as ``lse``.
         words: what fields are called in messages, where their names do not say it.
     """

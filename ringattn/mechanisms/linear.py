@@ -33,7 +33,7 @@ class Linear(Summarising):
         return problem.rows(problem.heads, length, problem.value_dim), denominator
 
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
-        weights = _weights(problem, block, q, k)
+        weights = _masked_weights(problem, block, q, k)
         return (weights @ v.unsqueeze(2)).flatten(1, 2), weights.sum(dim=-1).flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
@@ -58,7 +58,7 @@ class Linear(Summarising):
         dq = dk = dv = None
         dn, dd = (x.unflatten(1, groups) for x in _at_the_sums(output_grad))
         if problem.wants("v"):
-            dv = (_weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
+            dv = (_masked_weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
         if problem.wants("q", "k"):
             dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
             if block.allowed is not None:
@@ -117,7 +117,7 @@ def _slope(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(x.clamp(max=0))
 
 
-def _weights(problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _masked_weights(problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """``[B, Hkv, Hq / Hkv, M, N]``; 0 where a pair is not allowed."""
     weights: torch.Tensor = _phi(q).unflatten(1, (problem.kv_heads, -1)) @ _phi(k).unsqueeze(2).transpose(-1, -2)
     return weights if block.allowed is None else weights * block.allowed

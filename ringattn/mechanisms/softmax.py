@@ -208,8 +208,8 @@ class Softmax(Mechanism):
         grouped = q.unflatten(1, (problem.kv_heads, -1)) * self.scale_for(problem)
         scores, slope = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)), None
         if self.softcap is not None:
-            bent = torch.tanh(scores / self.softcap)
-            scores, slope = self.softcap * bent, 1 - bent * bent
+            capped = torch.tanh(scores / self.softcap)
+            scores, slope = self.softcap * capped, 1 - capped * capped
         for name, table in problem.params.items():
             if name != "sinks":
                 added = self._added(name, table.double() if name != "bias" else table, block)
@@ -220,7 +220,7 @@ class Softmax(Mechanism):
     def _added(name: str, table: torch.Tensor, block: Block) -> torch.Tensor:
         """What a table adds to the scores of a block, ``[Hq, M, N]``."""
         if name == "alibi":
-            return -table[:, None, None] * _offsets(block, table.device).abs()
+            return -table[:, None, None] * _distances(block, table.device).abs()
         if name == "relative":
             return table[:, _entries(block, table)]
         return table[:, block.queries, block.k_at]
@@ -231,7 +231,7 @@ class Softmax(Mechanism):
         for name, total in tables.items():
             each = dscores.sum(dim=0).flatten(0, 1)
             if name == "alibi":
-                total -= (each * _offsets(block, total.device).abs()).sum(dim=(1, 2))
+                total -= (each * _distances(block, total.device).abs()).sum(dim=(1, 2))
             elif name == "relative":
                 total.index_add_(1, _entries(block, total).flatten(), each.flatten(1))
             else:
@@ -263,7 +263,7 @@ def _delta(output_grad: OutputGrad) -> torch.Tensor:
     return delta if dlse is None else delta - dlse
 
 
-def _offsets(block: Block, device: torch.device) -> torch.Tensor:
+def _distances(block: Block, device: torch.device) -> torch.Tensor:
     """``i - j`` of global positions, ``[M, N]``."""
     return block.q_positions(device)[:, None] - block.k_positions(device)
 
@@ -271,4 +271,4 @@ def _offsets(block: Block, device: torch.device) -> torch.Tensor:
 def _entries(block: Block, table: torch.Tensor) -> torch.Tensor:
     """The entry of a relative table for each pair, ``[M, N]``."""
     reach = table.shape[1] // 2
-    return _offsets(block, table.device).clamp(-reach, reach) + reach
+    return _distances(block, table.device).clamp(-reach, reach) + reach

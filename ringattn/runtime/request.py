@@ -13,7 +13,7 @@ import torch
 
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.choice import chosen
+from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.rates import Work
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
@@ -122,7 +122,7 @@ class Request:
         planned = self._planned(problem)
         problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
         decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
-        taken, reason = chosen(self.kernel, problem, Work.from_plan(planned), decide=decide)
+        taken, reason = chosen_kernel(self.kernel, problem, Work.from_plan(planned), decide=decide)
         return f"{planned.explain()}\n  layout: {self.sharding.reason}\n  kernel {taken}: {reason}"
 
     def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
@@ -135,7 +135,7 @@ class Request:
         own.verify()
         problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
         decide = functools.partial(agreement.decide, transport, fields)
-        kernel, _ = chosen(self.kernel, problem, Work.from_plan(own), decide=decide)
+        kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide)
         return Call(own, problem, kernel, transport, fields, wanted, self._spelling())
 
     def _spelling(self) -> tuple[list[float], str]:

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 import typer
 
 import ringattn
+from ringattn import kernels, layouts, schedules
 from ringattn.errors import InputError, MissingDependencyError
+from ringattn.naming import by_name
 from ringattn.training.model import Shape
 from ringattn.training.run_folder import WEIGHTS, holds_a_run
 
@@ -42,6 +44,11 @@ def _option(panel: str, text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, **limits)
 
 
+def _names(members: Iterable[str]) -> str:
+    """The members of a folder, or one from outside the package, for help."""
+    return f"{', '.join(members)} or module:Name"
+
+
 _data, _ranks, _model, _training, _record, _sampling = (
     partial(_option, panel) for panel in ("Data", "Ranks", "Model", "Training", "Run", "Sampling")
 )
@@ -59,9 +66,9 @@ class Config:
 
     ranks: Annotated[int | None, _ranks("Processes to start here; default 4, or as launched.", min=1)] = None
     replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
-    layout: Annotated[str, _ranks("Who holds which tokens: auto, balanced, contiguous, zigzag, striped.")] = "auto"
-    schedule: Annotated[str, _ranks("What moves when: auto, ring, route.")] = "auto"
-    kernel: Annotated[str, _ranks("How attention is computed: auto, onednn, sdpa, reference.")] = "auto"
+    layout: Annotated[str, _ranks(f"Who holds which tokens: auto, {_names(layouts.NAMED)}.")] = "auto"
+    schedule: Annotated[str, _ranks(f"What moves when: auto, {_names(by_name(schedules.MEMBERS))}.")] = "auto"
+    kernel: Annotated[str, _ranks(f"How attention is computed: auto, {_names(by_name(kernels.MEMBERS))}.")] = "auto"
     dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"
 
     layers: Annotated[int, _model("Decoder blocks.", min=1)] = 2

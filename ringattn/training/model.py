@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(VOCABULARY, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(DecoderBlock(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, VOCABULARY, bias=False)
         self._initialise(torch.Generator().manual_seed(seed))
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return logits
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Attention between tokens, then an MLP on each, both added to what comes in."""
 
     def __init__(self, shape: Shape) -> None:

@@ -71,7 +71,7 @@ def train(_: Worker, length: int, steps: int) -> Steps:
     planning = Stopwatch()
     Sharding.spans.func = planning.wrap(Sharding.spans.func)  # type: ignore[attr-defined]
     Request._prepared = planning.wrap(Request._prepared)  # type: ignore[method-assign]
-    onednn._parts = planning.wrap(onednn._parts)
+    onednn._lowered_parts = planning.wrap(onednn._lowered_parts)
 
     config = replace(Config(), length=length)
     mesh, corpus = ringattn.init(), Corpus(read_corpus(None)[0], 0)

@@ -15,8 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 import ringattn
-from ringattn import conformance
+from ringattn import conformance, kernels, layouts, schedules
 from ringattn.cli import app
+from ringattn.naming import by_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,11 +195,13 @@ def test_out_of_memory_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shown.stderr == "ringattn plan: out of memory (Unable to allocate 74.5 GiB). Take fewer tokens or ranks.\n"
 
 
-def test_train_says_its_name() -> None:
+def test_train_says_its_name_and_every_member() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "ringattn.cli", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "Usage: ringattn train [OPTIONS]" in shown.stdout
+    for name in (*layouts.NAMED, *by_name(schedules.MEMBERS), *by_name(kernels.MEMBERS)):
+        assert name in shown.stdout
 
 
 @pytest.mark.timeout(180)
