@@ -22,7 +22,8 @@ def save_attention() -> Callable[[], Contexts]:
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
-        >>> x = checkpoint(block, x, use_reentrant=False, context_fn=save_attention())
+        >>> block, x = torch.nn.Linear(4, 4), torch.ones(2, 4)  # a block of the model, with attention in it
+        >>> y = checkpoint(block, x, use_reentrant=False, context_fn=save_attention())
     """
     return functools.partial(create_selective_checkpoint_contexts, _policy)
 
