@@ -21,6 +21,9 @@ T = TypeVar("T")
 MAX_TOKENS = 1 << 40
 """Lengths and positions stay below it, so that sums of a few fit into int64."""
 
+MAX_RANKS = 1 << 20
+"""Ranks of a mesh, at most."""
+
 
 def shown(value: object, most: int = 80) -> str:
     """The value as an error shows it: the beginning of its text, where that is long.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ringattn.checking import flag, instance, integer, shown
+from ringattn.checking import MAX_RANKS, flag, instance, integer, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.transports.base import Transport
 from ringattn.transports.local import Local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-MAX_RANKS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)

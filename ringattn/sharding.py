@@ -12,10 +12,11 @@ import torch
 
 from ringattn import layouts
 from ringattn.bands import INF, Array
+from ringattn.checking import shown
 from ringattn.errors import InputError
 from ringattn.handles import Handled
 from ringattn.layouts import Layout
-from ringattn.masks import Mask
+from ringattn.masks import Mask, checked
 from ringattn.mesh import Mesh
 from ringattn.recent import Recent
 from ringattn.runtime import agreement
@@ -55,9 +56,11 @@ class Sharding(Handled):
             mask: what ``auto`` and ``balanced`` go by.
         """
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < INF:
-            raise InputError(f"A sequence's length is a number of tokens, from 0 to below 2^40; got {length!r}.")
+            raise InputError(f"A sequence's length is a number of tokens, from 0 to below 2^40; got {shown(length)}.")
         if not isinstance(mesh, Mesh):
-            raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {mesh!r}.")
+            raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {shown(mesh)}.")
+        if mask is not None:
+            checked(mask)
         taken, reason = layouts.named(layout, mask, length)
         values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason, "calls": Recent(PLANS)}
         for name, value in values.items():
@@ -101,7 +104,7 @@ class Sharding(Handled):
             InputError: there is no such rank.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < self.mesh.sequence_size:
-            raise InputError(f"The ranks of this sequence are 0 to {self.mesh.sequence_size - 1}; got {rank!r}.")
+            raise InputError(f"The ranks of this sequence are 0 to {self.mesh.sequence_size - 1}; got {shown(rank)}.")
         return torch.from_numpy(layouts.positions(self.spans, rank))
 
     def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -135,9 +138,9 @@ class Sharding(Handled):
 
     def _check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
         if not isinstance(x, torch.Tensor):
-            raise InputError(f"{what}: a tensor; got {x!r}.")
+            raise InputError(f"{what}: a tensor; got {shown(x)}.")
         if isinstance(dim, bool) or not isinstance(dim, int):
-            raise InputError(f"dim is the number of a dimension; got {dim!r}.")
+            raise InputError(f"dim is the number of a dimension; got {shown(dim)}.")
         if not -x.dim() <= dim < x.dim():
             raise InputError(f"A tensor of {x.dim()} dimensions has no dimension {dim}.")
         if x.shape[dim] != needed:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from ringattn.checking import integer, number, shown
+from ringattn.checking import MAX_RANKS, integer, number, shown
 from ringattn.errors import InputError, TransportError
-from ringattn.mesh import MAX_RANKS, Mesh
+from ringattn.mesh import Mesh
 from ringattn.rendezvous import Rendezvous
 from ringattn.transports.torch_distributed import TorchDistributed
 
@@ -96,7 +96,7 @@ def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: A
     try:
         if not isinstance(transport, str) or transport not in TRANSPORTS:
             raise InputError(f"transport must be 'auto', 'local', 'gloo' or 'nccl'; got {shown(transport)}.")
-        if not isinstance(agreement, bool) and agreement != "auto":
+        if not isinstance(agreement, bool) and not (isinstance(agreement, str) and agreement == "auto"):
             raise InputError(f"agreement must be 'auto', True or False; got {shown(agreement)}.")
         number(timeout, "timeout, a number of seconds,", above=0, most=LONGEST)
         for axis, size in (("ring", 1 if ring is None else ring), ("ulysses", ulysses)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -14,10 +15,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ringattn import layouts, masks, schedules
+from ringattn.advice.comparison import MOST
+from ringattn.checking import integer
 from ringattn.conformance import Case
 from ringattn.errors import InputError
 from ringattn.mechanisms import MEMBERS, Mechanism
 from ringattn.naming import by_name, named
+from ringattn.readable import readable_bytes
 
 LAYOUTS = tuple(layouts.NAMED)
 SCHEDULES = tuple(by_name(schedules.MEMBERS))
@@ -78,6 +82,9 @@ def case_of(
 ) -> Case:
     """The attention call that these options name."""
     shared = kv_heads or heads
+    sizes = {"--heads": heads, "--kv-heads": shared, "--dim": dim, "--value-dim": value_dim or dim}
+    for name, size in sizes.items():
+        integer(size, name, least=1, below=MOST)
     if heads % shared:
         raise InputError(
             f"Query heads must be a multiple of key heads; got {heads} and {shared}. "
@@ -94,6 +101,17 @@ def case_of(
         mechanism=mechanism_named(mechanism),
         **more,
     )
+
+
+def refuse_too_large(case: Case) -> None:
+    """An error where the inputs, their float64 copies, the results and the oracle's would not fit into memory."""
+    numbers = case.batch * case.length * (case.heads + case.kv_heads) * (case.dim + case.value_dim)
+    needed, there = 4 * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"The float64 oracle would need some {readable_bytes(needed)}; this machine has {readable_bytes(there)}. "
+            f"Take fewer tokens, heads or dims, or ringattn plan, which computes nothing."
+        )
 
 
 def console() -> Console:

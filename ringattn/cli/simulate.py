@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import Any
 
@@ -18,7 +17,7 @@ from ringattn.advice.comparison import schedules_for
 from ringattn.checking import integer
 from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.plans.steps import Plan
 from ringattn.readable import dtype_name, readable_bytes
@@ -82,7 +81,8 @@ def simulate(
     """
     given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
     case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, **given)
-    _refuse_too_large(case)
+    integer(ring, "--ring", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
+    options.refuse_too_large(case)
     planned = _planned(case, schedule)
     started = time.perf_counter()
     answer = _oracle(case)
@@ -95,18 +95,6 @@ def simulate(
         _show(case, outcomes, oracle_seconds)
     if not all(outcome.within for outcome in outcomes):
         raise typer.Exit(1)
-
-
-def _refuse_too_large(case: Case) -> None:
-    """An error where the inputs, their float64 copies, the results and the oracle's would not fit into memory."""
-    integer(case.ranks, "--ring", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
-    numbers = case.batch * case.length * (case.heads + case.kv_heads) * (case.dim + case.value_dim)
-    needed, there = 4 * 8 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise InputError(
-            f"The float64 oracle would need some {readable_bytes(needed)}; this machine has {readable_bytes(there)}. "
-            f"Take fewer tokens, heads or dims, or ringattn plan, which computes nothing."
-        )
 
 
 def _shown(results: dict[str, float]) -> dict[str, float]:

@@ -77,6 +77,7 @@ def verify(
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
     case = options.case_of(mask or _documents(length), length, heads, kv_heads, dim, None, dtype, mechanism, seed=seed)
+    options.refuse_too_large(case)
     case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from random import Random
 
 from ringattn import layouts
-from ringattn.checking import MAX_TOKENS, integer
+from ringattn.checking import MAX_TOKENS, integer, shown
 from ringattn.conformance.case import Case
 from ringattn.conformance.drawing import draw, draw_cross
 from ringattn.conformance.judging import errors, limits, oracle
@@ -21,7 +21,7 @@ from ringattn.errors import InputError, PlanError
 from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels import Kernel
 from ringattn.layouts import Layout
-from ringattn.masks import Causal, Mask, parse
+from ringattn.masks import Causal, Mask, checked, parse
 from ringattn.mechanisms import MEMBERS as MECHANISMS
 from ringattn.mechanisms import Mechanism
 from ringattn.naming import name_of, named
@@ -139,12 +139,14 @@ def check(
     Raises:
         InputError: there is no such member.
     """
-    integer(count, "count", least=1)
+    integer(count, "count", least=1, below=1 << 24)
+    if not callable(track):
+        raise InputError(f"track is a function of all cases that gives them one by one; got {shown(track)}.")
     random = Random(integer(seed, "seed"))
     _refuse_unknown(layout, schedule, mechanism, kernel)
     pinned = {"layout": layout, "schedule": schedule, "kernel": kernel}
     given = {name: value for name, value in pinned.items() if value is not None}
-    taken = parse(mask) if isinstance(mask, str) else mask
+    taken = parse(mask) if isinstance(mask, str) else None if mask is None else checked(mask)
     cases = [_with(case, taken, mechanism, given) for case in itertools.chain(_edges(), _drawn(random, count))]
     return Report(tuple(examine(case) for case in track(cases)))
 
@@ -157,7 +159,7 @@ def _refuse_unknown(layout: object, schedule: object, mechanism: object, kernel:
         named_schedule(schedule)
     if mechanism is not None:
         named("mechanism", mechanism, Mechanism, MECHANISMS)
-    if kernel not in (None, "auto"):
+    if kernel is not None and not (isinstance(kernel, str) and kernel == "auto"):
         named("kernel", kernel, Kernel, KERNELS, also=("auto",))
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ringattn import bands
 from ringattn.bands import Array, Regions
+from ringattn.checking import sequence
 from ringattn.errors import InputError
 from ringattn.layouts.base import Layout, make_runs, shares_of
 from ringattn.masks import Mask, checked
@@ -43,9 +44,7 @@ class Balanced(Layout):
     masks: tuple[Mask, ...]
 
     def __init__(self, masks: Mask | Sequence[Mask]) -> None:
-        given = (masks,) if isinstance(masks, Mask) else tuple(checked(mask) for mask in masks)
-        if not given:
-            raise InputError("Balanced needs at least one mask to balance.")
+        given = (masks,) if isinstance(masks, Mask) else tuple(sequence(masks, Mask, "masks", "masks to balance"))
         object.__setattr__(self, "masks", given)
 
     @classmethod

@@ -16,6 +16,7 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.checking import MAX_RANKS, integer, tokens
 from ringattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Layout(ABC):
         >>> Zigzag().describe(8192, 4)
         'zigzag: 8,192 tokens on 4 ranks, 2,048 to 2,048 tokens a rank in 2 runs at most'
         """
+        length, size = _checked(length, size)
         spans = self.spans(length, size)
         held = counts(spans, size)
         runs = np.bincount(spans[:, RANK], weights=np.where(spans[:, STRIDE] == 1, 1, spans[:, COUNT]), minlength=size)
@@ -66,12 +68,19 @@ class Layout(ABC):
 
     def draw(self, axes: Axes, length: int, size: int) -> None:
         """Draws who holds what into matplotlib axes: a row a rank, positions across, a bar for every run."""
+        length, size = _checked(length, size)
         for rank, _, start, count, stride in self.spans(length, size).tolist():
             runs = [(start, count)] if stride == 1 else [(start + stride * i, 1) for i in range(count)]
             axes.broken_barh(runs, (rank - 0.4, 0.8))
         axes.set(
             xlabel="position", ylabel="rank", title=str(self)[:60], xlim=(0, max(length, 1)), ylim=(size - 0.5, -0.5)
         )
+
+
+def _checked(length: object, size: object) -> tuple[int, int]:
+    return tokens(length, "A sequence's length"), integer(
+        size, "The layout's size", least=1, below=MAX_RANKS + 1, needed="a number of ranks"
+    )
 
 
 def make_spans(rank: Array, start: Array, count: Array, stride: int | Array) -> Array:

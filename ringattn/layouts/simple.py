@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Sequence
 
 import numpy as np
 
 from ringattn.bands import Array
+from ringattn.checking import integer, shown
 from ringattn.errors import InputError
 from ringattn.layouts.base import Layout, make_runs, make_spans, shares_of
 
@@ -69,13 +69,15 @@ class Explicit(Layout):
 
     def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
         try:
-            given = tuple(tuple((operator.index(start), operator.index(stop)) for start, stop in rank) for rank in runs)
-        except TypeError as error:
-            raise InputError(f"Explicit takes for each rank a list of runs (start, stop); got {runs!r}.") from error
+            given = tuple(tuple((integer(a, "start"), integer(b, "stop")) for a, b in rank) for rank in runs)
+        except Exception as error:  # whatever the values' own methods raise
+            raise InputError(
+                f"Explicit takes for each rank a list of runs (start, stop); got {shown(runs)}: {error}"
+            ) from error
         if any(b <= a for rank in given for a, b in rank) or any(
             left[1] > right[0] for rank in given for left, right in itertools.pairwise(rank)
         ):
-            raise InputError(f"Explicit needs each rank's runs (start, stop) ascending and not empty; got {given}.")
+            raise InputError(f"Explicit needs each rank's runs (start, stop) ascending, not empty; got {shown(given)}.")
         object.__setattr__(self, "runs", given)
 
     def spans(self, length: int, size: int) -> Array:
@@ -85,7 +87,7 @@ class Explicit(Layout):
         table = np.array(rows, dtype=np.int64).reshape(-1, 3)
         by_start = table[np.argsort(table[:, 1])]
         if not np.array_equal(np.append(by_start[:, 1], length), np.insert(by_start[:, 2], 0, 0)):
-            raise InputError(f"Explicit must give each of the {length} positions to one rank; got {self.runs}.")
+            raise InputError(f"Explicit must give each of the {length} positions to one rank; got {shown(self.runs)}.")
         return make_runs(table)
 
     def __str__(self) -> str:

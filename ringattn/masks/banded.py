@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from ringattn import bands
 from ringattn.bands import INF, Regions
@@ -68,6 +70,17 @@ class Window(Mask):
         return f"{self.spelled}:{self.left}" + (f",{self.right}" if self.right else "")
 
 
+def _counts(lengths: Any, name: str) -> tuple[int, ...]:
+    """Numbers of tokens, from anything that has an order."""
+    try:
+        listed = lengths.tolist() if isinstance(lengths, (torch.Tensor, np.ndarray)) else lengths
+        if not isinstance(listed, Iterable) or isinstance(listed, (str, bytes, Mapping, Set)):
+            raise TypeError("it has no order")
+    except Exception as error:  # a tensor without data has one of its own
+        raise InputError(f"Documents takes a list of lengths; got {name}={shown(lengths)}: {error}.") from error
+    return tuple(tokens(n, "A document's length") for n in listed)
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class Documents(Mask):
     """Packed documents: a query attends to the keys of its own document.
@@ -83,14 +96,8 @@ class Documents(Mask):
     kv_lengths: tuple[int, ...]
 
     def __init__(self, lengths: Any, kv_lengths: Any = None) -> None:
-        try:
-            own, other = (
-                tuple(tokens(n, "A document's length") for n in each)
-                for each in (lengths, lengths if kv_lengths is None else kv_lengths)
-            )
-        except TypeError as error:
-            got = f"{shown(lengths)} and {shown(kv_lengths)}"
-            raise InputError(f"Documents takes a list of lengths; got {got}.") from error
+        own = _counts(lengths, "lengths")
+        other = own if kv_lengths is None else _counts(kv_lengths, "kv_lengths")
         if len(own) != len(other):
             raise InputError(f"Documents needs as many kv_lengths as lengths; got {len(other)} and {len(own)}.")
         object.__setattr__(self, "lengths", own)

@@ -185,7 +185,7 @@ class Mask(Handled, ABC):
         ([0, 1, 2, 0, 1], [0, 0, 1, 2, 3])
         """
         choice(side, "side", ("queries", "keys"))
-        return torch.from_numpy(self.local(self.within(checked_positions(positions), side), side).copy())
+        return torch.from_numpy(np.array(self.local(self.within(checked_positions(positions), side), side)))
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)

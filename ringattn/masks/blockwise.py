@@ -42,7 +42,7 @@ class Blocks(Mask):
     def __init__(self, bitmap: Any, size: int) -> None:
         try:
             grid = np.asarray(bitmap.detach().cpu().bool() if isinstance(bitmap, torch.Tensor) else bitmap)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whatever arrays and tensors raise
             raise InputError(f"Blocks needs a matrix of booleans, all rows of one length: {error}") from error
         if grid.ndim != 2 or not (grid.dtype == np.bool_ or np.isin(grid, (0, 1)).all()):
             raise InputError(f"Blocks needs a matrix of booleans; got {grid.dtype} of shape {list(grid.shape)}.")

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ringattn.checking import shown
 from ringattn.errors import InputError
 
 State = tuple[torch.Tensor, ...]
@@ -119,10 +120,10 @@ class OutputGrad:
 def finite(value: object, name: str) -> float:
     """A finite number as a float, or an InputError that names it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(f"{name} must be a finite number; got {value!r}.")
+        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
     number = float(value)
     if not -math.inf < number < math.inf:  # which compiled code can ask of a number it holds as a symbol
-        raise InputError(f"{name} must be a finite number; got {value!r}.")
+        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
     return number
 
 

@@ -34,6 +34,7 @@ from typing import ClassVar
 
 import torch
 
+from ringattn.checking import shown
 from ringattn.errors import InputError
 from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
@@ -87,18 +88,18 @@ class Softmax(Mechanism):
                 # one text for one number, whatever its type: ranks compare it
                 object.__setattr__(self, name, finite(value, f"Softmax's {name}"))
         if self.softcap is not None and self.softcap <= 0:
-            raise InputError(f"Softmax's softcap must be above 0, or None for none; got {self.softcap!r}.")
+            raise InputError(f"Softmax's softcap must be above 0, or None for none; got {shown(self.softcap)}.")
         if not 0 <= self.dropout < 1:
-            raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {self.dropout!r}.")
+            raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {shown(self.dropout)}.")
         if self.seed is not None:
             whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
             if not whole or not 0 <= self.seed < 1 << 63:
-                raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {self.seed!r}.")
+                raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {shown(self.seed)}.")
             object.__setattr__(self, "seed", int(self.seed))
         for name in self.tensors:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                raise InputError(f"Softmax's {name} must be a tensor of floating point numbers; got {value!r}.")
+                raise InputError(f"Softmax's {name} must be a tensor of floating point numbers; got {shown(value)}.")
 
     def new_seed(self) -> int | torch.Tensor:
         if not self.dropout:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
-from ringattn.checking import instance, integer, number, sequence
+from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
 from ringattn.checking import tokens as tokens_of
 from ringattn.errors import InputError
 from ringattn.masks import Mask
@@ -241,9 +241,8 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     L tokens this is sum_j max(sqrt(L^2 - 2jB), L - jT) - L. It may not be attainable.
     """
     instance(mask, Mask, "mask", "a ringattn mask, such as ringattn.Causal()")
-    integer(ranks, "ranks", least=1, needed="a number of ranks")
-    tokens_of(length, "A sequence's length")
-    number(imbalance, "imbalance", least=1.0)
+    ranks = integer(ranks, "ranks", least=1, below=MAX_RANKS + 1, needed="a number of ranks")
+    length, imbalance = tokens_of(length, "A sequence's length"), number(imbalance, "imbalance", least=1.0)
     regions = np.concatenate(mask.classify(length, length))
     row_area = mask.row_areas(length, length)
     tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks

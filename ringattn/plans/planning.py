@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ringattn.checking import dtype as checked_dtype
+from ringattn.checking import instance, integer, pair
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked, shortened
@@ -25,7 +27,11 @@ from ringattn.sharding import Sharding
 
 def named_schedule(schedule: Any) -> Schedule | None:
     """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
-    return None if schedule == "auto" else named("schedule", schedule, Schedule, MEMBERS, also=("auto",))
+    return (
+        None
+        if isinstance(schedule, str) and schedule == "auto"
+        else named("schedule", schedule, Schedule, MEMBERS, also=("auto",))
+    )
 
 
 def plan(
@@ -58,8 +64,10 @@ def plan(
         InputError: the mask does not fit the lengths, or the shardings are not of one mesh.
         UnsupportedError: the schedule asked for cannot serve the mechanism, or the mask and sharding.
     """
-    demand = _demand(mask, sharding, kv_sharding or sharding)
-    words = _words(mask, sharding, kv_sharding or sharding)
+    instance(sharding, Sharding, "sharding", "a ringattn.Sharding")
+    kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
+    _check_mechanism(mechanism)
+    demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism)
     shape = _shape(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
@@ -86,6 +94,7 @@ def plan_all(
     >>> [p.area for p in plan_all(Causal(), 8, "contiguous", ring=2)]
     [10, 26]
     """
+    _check_mechanism(mechanism)
     mesh = Mesh.virtual(ring=ring, ulysses=ulysses)
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
@@ -94,6 +103,11 @@ def plan_all(
     taken, reason = _taken(named_schedule(schedule), demand, mechanism)
     demand = demand.for_all_ranks()
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
+
+
+def _check_mechanism(mechanism: object) -> None:
+    if mechanism is not None:
+        instance(mechanism, Mechanism, "mechanism", "a ringattn mechanism, such as ringattn.Softmax(), or None")
 
 
 def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
@@ -121,19 +135,17 @@ def _shape(
     batch: int,
     mechanism: Mechanism | None,
 ) -> Shape | None:
+    integer(batch, "batch", least=1)
     given = [value is not None for value in (heads, head_dims, dtype)]
     if not any(given):
         return None
     if heads is None or head_dims is None or dtype is None:
         raise InputError("A plan knows its bytes when heads, head_dims and dtype are all given; give all or none.")
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(kind, torch.dtype):
-        raise InputError(f"dtype must be a torch dtype or its name, such as 'bfloat16'; got {dtype!r}.")
-    if min(*heads, *head_dims, batch) < 1 or heads[0] % heads[1]:
-        raise InputError(
-            f"Query heads must be a multiple of key heads, and all sizes at least 1; got heads={heads}, "
-            f"head_dims={head_dims}, batch={batch}."
-        )
+    heads = pair(heads, "heads", "two numbers, of query and key heads")
+    head_dims = pair(head_dims, "head_dims", "two numbers, of dims of a query-key head and of a value head")
+    kind = checked_dtype(dtype)
+    if heads[0] % heads[1]:
+        raise InputError(f"Query heads must be a multiple of key heads; got heads={heads}.")
     summary = mechanism.summary_size(*head_dims) if isinstance(mechanism, Summarising) else None
     return Shape(batch, *heads, *head_dims, str(kind).removeprefix("torch."), kind.itemsize, summary)
 

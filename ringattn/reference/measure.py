@@ -90,6 +90,14 @@ def floats(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) ->
     return found.astype(np.float64, copy=False)
 
 
+def finite(value: ArrayLike, name: str) -> float:
+    """The value as a finite number."""
+    found = float(floats(value, name, ()))
+    if not np.isfinite(found):
+        raise InputError(f"{name} must be a finite number; got {found}")
+    return found
+
+
 def checked(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
     """The inputs in float64, if their shapes fit."""
     query, key, value = (floats(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -121,7 +129,7 @@ def blocks(q: Array, k: Array, allowed: Allowed) -> Iterator[tuple[slice, slice,
     size = max(1, min(256, _BLOCK_ELEMENTS // max(1, heads * keys)))
     for start in range(0, length, size):
         stop = min(start + size, length)
-        block = _booleans(allowed(start, stop)) if callable(allowed) else dense[start:stop]
+        block = _booleans(_asked(allowed, start, stop)) if callable(allowed) else dense[start:stop]
         if block.dtype != np.bool_ or block.shape != (stop - start, keys):
             raise InputError(
                 f"allowed needs booleans of shape {(stop - start, keys)} for rows {start} to {stop}; "
@@ -131,6 +139,13 @@ def blocks(q: Array, k: Array, allowed: Allowed) -> Iterator[tuple[slice, slice,
         if touched.size:
             span = slice(int(touched[0]), int(touched[-1]) + 1)
             yield slice(start, stop), span, block[:, span]
+
+
+def _asked(allowed: Callable[[int, int], ArrayLike], start: int, stop: int) -> ArrayLike:
+    try:
+        return allowed(start, stop)
+    except Exception as error:  # whatever a user's function raises
+        raise InputError(f"allowed failed for rows {start} to {stop}: {type(error).__name__}: {error}") from error
 
 
 def _booleans(allowed: ArrayLike) -> Bools:

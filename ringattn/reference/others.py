@@ -24,7 +24,7 @@ from ringattn.reference.measure import (
     Magnitudes,
     blocks,
     checked,
-    floats,
+    finite,
     output_gradient,
     zeros,
 )
@@ -41,7 +41,7 @@ def hard(
 ) -> Evaluation:
     """Output, gradients and magnitudes; shapes as for `evaluate`. Only the scale's sign matters, None is positive."""
     query, key, value = checked(q, k, v)
-    query = query * (query.shape[3] ** -0.5 if scale is None else floats(scale, "scale", ()))
+    query = query * (query.shape[3] ** -0.5 if scale is None else finite(scale, "scale"))
     output_grad = output_gradient(dout, query, value)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]

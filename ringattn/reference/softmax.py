@@ -37,6 +37,7 @@ from ringattn.reference.measure import (
     Magnitudes,
     blocks,
     checked,
+    finite,
     floats,
     output_gradient,
     zeros,
@@ -70,11 +71,14 @@ class Scores(NamedTuple):
         found = Scores(**scores)
         for name, least in (("scale", -np.inf), ("softcap", 0.0), ("dropout", -np.inf)):
             value = getattr(found, name)
-            if value is not None and not (np.isfinite(floats(value, name, ())) and value > least):
-                raise InputError(f"{name} must be a finite number{' above 0' if least == 0 else ''}; got {value}")
+            if value is not None:
+                number = finite(value, name)
+                if not number > least:
+                    raise InputError(f"{name} must be a finite number above {least:g}; got {value}")
+                found = Scores(**{**found._asdict(), name: number})
         if not 0 <= found.dropout < 1:
             raise InputError(f"dropout must be from 0 to below 1; got {found.dropout}")
-        if not isinstance(found.seed, (int, np.integer)) or not 0 <= found.seed < 2**64:
+        if not isinstance(found.seed, (int, np.integer)) or not 0 <= found.seed < 2**64 or isinstance(found.seed, bool):
             raise InputError(f"seed must be an integer from 0 to below 2^64; got {found.seed!r}")
         return found
 
@@ -109,6 +113,8 @@ def gradients(
     **scores: Any,
 ) -> Gradients:
     """The gradients of q, k and v when dout [B, Hq, Sq, Dv] arrives at out and dlse [B, Hq, Sq] at lse."""
+    if dout is None:
+        raise InputError("gradients needs dout, the gradient that arrives at the output; got None")
     return evaluate(q, k, v, allowed, dout, dlse, **scores).gradients
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ringattn.checking import shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen_kernel
@@ -67,23 +68,23 @@ class Request:
 
     def _check_each(self, tensors: Mapping[str, object], return_lse: object) -> None:
         if not isinstance(self.sharding, Sharding):
-            raise InputError(f"attention needs a ringattn.Sharding; got {self.sharding!r}.")
+            raise InputError(f"attention needs a ringattn.Sharding; got {shown(self.sharding)}.")
         for name, x in tensors.items():
             if not isinstance(x, torch.Tensor):
                 raise InputError(f"{name} must be a tensor; got {type(x).__name__}.")
         checked(self.mask)
         if not isinstance(self.kv, Sharding):
-            raise InputError(f"kv_sharding must be a ringattn.Sharding; got {self.kv!r}.")
+            raise InputError(f"kv_sharding must be a ringattn.Sharding; got {shown(self.kv)}.")
         if not isinstance(self.mechanism, Mechanism):
             raise InputError(
-                f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {self.mechanism!r}."
+                f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {shown(self.mechanism)}."
             )
         if not isinstance(self.schedule, (str, Schedule)):
-            raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {self.schedule!r}.")
+            raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {shown(self.schedule)}.")
         if not isinstance(self.kernel, (str, Kernel)):
-            raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {self.kernel!r}.")
+            raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
         if not isinstance(return_lse, bool):
-            raise InputError(f"return_lse is True or False; got {return_lse!r}.")
+            raise InputError(f"return_lse is True or False; got {shown(return_lse)}.")
         if return_lse and "lse" not in self.mechanism.extras:
             raise UnsupportedError(f"{self.mechanism} has no log-sum-exp to return; leave return_lse out.")
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from ringattn.bands import Array
+from ringattn.checking import shown
 from ringattn.errors import InputError
 from ringattn.payloads.base import Payload
 from ringattn.payloads.keys import Keys
@@ -37,10 +38,10 @@ class Schedule(ABC):
     gradient_wire: GradientWire = "float32"
 
     def __post_init__(self) -> None:
-        if self.lookahead not in (0, 1):
-            raise InputError(f"lookahead is 0 or 1 phases; got {self.lookahead!r}.")
-        if self.gradient_wire not in ("float32", "input"):
-            raise InputError(f"gradient_wire is 'float32' or 'input'; got {self.gradient_wire!r}.")
+        if isinstance(self.lookahead, bool) or not isinstance(self.lookahead, int) or self.lookahead not in (0, 1):
+            raise InputError(f"lookahead is 0 or 1 phases; got {shown(self.lookahead)}.")
+        if not isinstance(self.gradient_wire, str) or self.gradient_wire not in ("float32", "input"):
+            raise InputError(f"gradient_wire is 'float32' or 'input'; got {shown(self.gradient_wire)}.")
 
     def refusal(self, demand: Demand) -> str | None:
         """Why the schedule cannot serve a mask and sharding, in words; None when it can."""
