@@ -1,5 +1,7 @@
 """ringattn on Gloo ranks of one thread each, against PyTorch in one process and DeepSpeed's Ulysses on as many ranks.
 
+ringattn takes part with the kernel that it chooses, and with each kernel by its name.
+
 All contestants live at the same time and are called in turn, round after round, so that a slow minute of the machine
 is everybody's. A time is that of the slowest rank from a common barrier; medians over the rounds are printed, and
 beside each the error of its results against the float64 oracle, in units of the arrays A of ringattn.reference.
@@ -22,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ringattn import reference
+from ringattn.kernels.machine import processor
 from scripts.benchmarks.cases import Case, documents
 from scripts.benchmarks.contestants import Contestant, Results, collect, contestants, prepare_ringattn
 from scripts.benchmarks.teams import Team
@@ -98,11 +101,25 @@ def report(name: str, teams: Teams, options: argparse.Namespace, console: Consol
         cells = []
         for column in columns:
             medians = {other: statistics.median(times) for other, (times, _) in column.items()}
-            peers = [median for other, median in medians.items() if other.prepare is not prepare_ringattn]
+            peers = [median for other, median in medians.items() if other.kernel is None]
             ratio = f"({medians[contestant] / min(peers):.2f}×)" if peers else ""
             cells.append(f"{medians[contestant] * 1e3:.1f} {ratio} {column[contestant][1]:.1e}")
         table.add_row(contestant.name, *cells)
+    choices = [_choice(column) for column in columns]
+    if all(choices):
+        table.add_section()
+        table.add_row("auto × fastest kernel by name", *choices)
     console.print(table)
+
+
+def _choice(column: dict[Contestant, tuple[list[float], float]]) -> str:
+    """How the kernel that ringattn chooses compares with the fastest by its name, and which that is; or nothing."""
+    medians = {x.kernel: statistics.median(times) for x, (times, _) in column.items() if x.kernel is not None}
+    if "auto" not in medians or len(medians) == 1:
+        return ""
+    chosen = medians.pop("auto")
+    fastest = min(medians, key=medians.__getitem__)
+    return f"{chosen / medians[fastest]:.2f}× {fastest}"
 
 
 def report_scaling(team: Team, options: argparse.Namespace, console: Console) -> None:
@@ -147,14 +164,15 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", highlight=False)
+    load = f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+    console.print(f"{processor()}, PyTorch {torch.__version__}; {load}", highlight=False)
     chosen = [c for c in contestants(options.ranks) if options.only is None or options.only in c.name]
     with ExitStack() as stack:
         teams = {contestant: stack.enter_context(contestant.team()) for contestant in chosen}
         for name in options.tables:
             if name != "scaling":
                 report(name, teams, options, console)
-            elif chosen[-1].prepare is prepare_ringattn:
+            elif chosen[-1].kernel == "auto":
                 report_scaling(teams[chosen[-1]], options, console)
     return 0
 

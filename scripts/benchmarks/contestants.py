@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
+from ringattn.kernels import MEMBERS
+from ringattn.mechanisms.base import Problem
+from ringattn.mechanisms.softmax import Softmax
 from scripts.benchmarks.cases import Case
 from scripts.benchmarks.teams import Team, Worker
 
@@ -28,6 +32,8 @@ class Contestant:
     prepare: Callable[[Worker, Case], NDArray[np.int64]]
     """Sets worker.prepared to one measured call and returns the positions of this rank's tokens."""
     token_dim: int = 2
+    kernel: str | None = None
+    """Of ringattn; None for the others, its peers."""
 
     def team(self) -> Team:
         return Team(self.ranks, self.threads)
@@ -103,14 +109,14 @@ def prepare_ulysses(worker: Worker, case: Case) -> NDArray[np.int64]:
     return positions
 
 
-def prepare_ringattn(worker: Worker, case: Case) -> NDArray[np.int64]:
+def prepare_ringattn(worker: Worker, case: Case, kernel: str = "auto") -> NDArray[np.int64]:
     import ringattn
 
     mesh = ringattn.init()
     sharding = ringattn.Sharding(case.length, mesh, mask=case.mask)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ringattn.attention(q, k, v, case.mask, sharding=sharding)
+        return ringattn.attention(q, k, v, case.mask, sharding=sharding, kernel=kernel)
 
     inputs = [sharding.split(x, 2).contiguous() for x in case.inputs()]
     worker.prepared = measured(attend, inputs, case)
@@ -119,10 +125,26 @@ def prepare_ringattn(worker: Worker, case: Case) -> NDArray[np.int64]:
 
 
 def contestants(ranks: int) -> tuple[Contestant, ...]:
-    """Everybody, ringattn last, on so many ranks of one thread each; PyTorch alone has one or two threads."""
+    """Everybody, on so many ranks of one thread each; PyTorch alone has one or two threads.
+
+    ringattn comes last, with every fast kernel by its name and then with the one it chooses.
+    """
     return (
         Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
         Contestant("SDPA, 2 threads", 1, 2, prepare_sdpa),
         Contestant(f"DeepSpeed Ulysses, {ranks} ranks", ranks, 1, prepare_ulysses, token_dim=1),
-        Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare_ringattn),
+        *(
+            Contestant(
+                f"ringattn {kernel}, {ranks} ranks", ranks, 1, partial(prepare_ringattn, kernel=kernel), 2, kernel
+            )
+            for kernel in fast_kernels()
+        ),
+        Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare_ringattn, 2, "auto"),
     )
+
+
+def fast_kernels() -> list[str]:
+    """The names of the kernels that compute softmax here, but for the one that does everything."""
+    problem = Problem(Softmax(), 1, 1, 1, 64, 64, torch.float32, torch.device("cpu"))
+    members = (member() for member in MEMBERS[:-1])
+    return [str(kernel) for kernel in members if kernel.refusal(problem) is None]

@@ -16,7 +16,7 @@ import ringattn
 from ringattn import bands
 from scripts.benchmarks import attention, overhead, overlap, plan, scale
 from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
-from scripts.benchmarks.contestants import collect, prepare_ringattn, prepare_sdpa
+from scripts.benchmarks.contestants import collect, contestants, prepare_ringattn, prepare_sdpa
 from scripts.benchmarks.memory import Call, measure
 from scripts.benchmarks.teams import Team, timed
 
@@ -165,3 +165,10 @@ def test_overhead_is_told_by_parts() -> None:
     assert step["whole"] > step["kernel"] > 0
     functions, calls, files = overhead.walked(2, backward=True)
     assert calls >= functions > files > 5
+
+
+def test_the_choice_of_a_kernel_is_compared_with_the_fastest_by_its_name() -> None:
+    column = {x: ([seconds], 0.0) for x, seconds in zip(contestants(2), (1.0, 1.0, 1.0, 3.0, 2.0, 2.1), strict=True)}
+    assert attention._choice(column) == "1.05× sdpa"
+    assert attention._choice({x: value for x, value in column.items() if x.kernel != "sdpa"}) == "0.70× onednn"
+    assert attention._choice({x: value for x, value in column.items() if x.kernel is None}) == ""
