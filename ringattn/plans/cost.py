@@ -142,10 +142,14 @@ def memory(plan: Plan) -> Memory:
         "returned dq, dk, dv": inputs * narrow if narrow != wide else 0,
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
-    for name, rows in plan.buffer_rows.items():
-        out, home = shape.payload_itemsize(plan), shape.grad_itemsize(plan)
-        size = out if name.startswith("key") else wide if name.startswith("gradients") else home
-        buffers[name] = rows * shape.row(plan) * size
+    rows, row = plan.buffer_rows, shape.row(plan)
+    travels, returns = row * shape.payload_itemsize(plan), row * shape.grad_itemsize(plan)
+    for turn, count in enumerate(rows.turns):
+        buffers[f"{plan.payload.name} {turn}"] = count * travels
+        buffers[f"gradients {turn}"] = count * row * wide
+    buffers["staging"] = rows.staging * travels
+    buffers["gradient staging"] = rows.grad_staging * returns
+    buffers["gradient arrivals"] = rows.grad_arrivals * returns
     return Memory(buffers)
 
 

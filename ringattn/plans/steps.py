@@ -114,6 +114,23 @@ class Step:
     tiles: Tiles
 
 
+@dataclasses.dataclass(frozen=True)
+class BufferRows:
+    """How many rows of the payload each exchange buffer must hold.
+
+    Attributes:
+        turns: of the two that receive rows in turn, and of the two that accumulate their gradients.
+        staging: rows that are put together before they are sent.
+        grad_staging: the same for gradients.
+        grad_arrivals: gradients that have come back and are added to this rank's own.
+    """
+
+    turns: tuple[int, int]
+    staging: int
+    grad_staging: int
+    grad_arrivals: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """One rank's part of one attention call.
@@ -269,26 +286,18 @@ class Plan:
         return 0 in item.phases or not item.is_run
 
     @functools.cached_property
-    def buffer_rows(self) -> dict[str, int]:
-        """Rows of the payload that each exchange buffer must hold, by the buffer's name.
-
-        ``keys 0`` and ``keys 1`` receive keys in turn, ``gradients 0`` and ``1`` accumulate their gradients; the
-        stagings are packed before they are sent; ``gradient arrivals`` are added to this rank's own gradients.
-        """
-        rows = dict.fromkeys(("keys 0", "keys 1", "gradients 0", "gradients 1"), 0)
+    def buffer_rows(self) -> BufferRows:
+        """The size of each exchange buffer."""
+        turns = [0, 0]
         for phase, slot in self.slots.items():
-            for name in (f"keys {slot}", f"gradients {slot}"):
-                rows[name] = max(rows[name], self.held_rows[phase])
-        rows.update(dict.fromkeys(("key staging", "gradient staging", "gradient arrivals"), 0))
+            turns[slot] = max(turns[slot], self.held_rows[phase])
+        sent, returned, arriving = 0, 0, 0
         for exchange in (step.exchange for step in self.backward_steps if step.exchange):
             packed = [item for item in exchange.sends if self.packed(item)]
-            for name, items in (
-                ("key staging", [item for item in packed if not item.gradient]),
-                ("gradient staging", [item for item in packed if item.gradient]),
-                ("gradient arrivals", [item for item in exchange.receives if item.gradient]),
-            ):
-                rows[name] = max(rows[name], sum(item.rows for item in items))
-        return rows
+            sent = max(sent, sum(item.rows for item in packed if not item.gradient))
+            returned = max(returned, sum(item.rows for item in packed if item.gradient))
+            arriving = max(arriving, sum(item.rows for item in exchange.receives if item.gradient))
+        return BufferRows((turns[0], turns[1]), sent, returned, arriving)
 
     @functools.cached_property
     def hash(self) -> str:

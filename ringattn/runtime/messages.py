@@ -75,28 +75,37 @@ class _Rooms:
         self._plan = plan
         travels = problem.accumulator if plan.payload.accumulated else problem.dtype
         returns = problem.dtype if plan.gradient_wire == "input" else problem.accumulator
-        dtypes = {"keys": travels, "key": travels, "gradients": problem.accumulator, "gradient": returns}
         shape = (problem.batch, problem.kv_heads, plan.payload.size(problem))
-        self._buffers = {
-            name: buffers.take(name, (rows, *shape), dtypes[name.split()[0]], problem.device)
-            for name, rows in plan.buffer_rows.items()
-        }
+        rows = plan.buffer_rows
+
+        def take(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+            return buffers.take(name, (count, *shape), dtype, problem.device)
+
+        self._received = [take(f"rows {turn}", count, travels) for turn, count in enumerate(rows.turns)]
+        self._gradients = [
+            take(f"gradients {turn}", count, problem.accumulator) for turn, count in enumerate(rows.turns)
+        ]
+        self._staging = take("staging", rows.staging, travels)
+        self._grad_staging = take("gradient staging", rows.grad_staging, returns)
+        self._grad_arrivals = take("gradient arrivals", rows.grad_arrivals, returns)
 
     def move(self, step: Step, name: str) -> Move:
         exchange, plan = step.exchange, self._plan
         packs, copies, sends = [], [], []
-        staged: dict[str, int] = {}
+        staging, grad_staging = _Staging(self._staging), _Staging(self._grad_staging)
         for item in exchange.sends:
-            rows = self._sent(item, staged)
-            sends.append((item.peer, rows))
             if plan.packed(item):
+                rows = (grad_staging if item.gradient else staging).next(item.rows)
                 own, others = self._put_together(item, rows)
                 packs += own
                 copies += others
-        receives, returned = [], []
+            else:
+                rows = self._run(item)
+            sends.append((item.peer, rows))
+        receives, returned, arrivals = [], [], _Staging(self._grad_arrivals)
         for item in exchange.receives:
             if item.gradient:
-                rows = self._staged("gradient arrivals", item, staged)
+                rows = arrivals.next(item.rows)
                 returned += [Parcel(spans, rows) for _, spans, _ in item.sources]
             else:
                 rows = self._run(item)
@@ -108,20 +117,14 @@ class _Rooms:
             sends=tuple(sends),
             receives=tuple(receives),
             returned=tuple(returned),
-            rows=self._rows("keys", step.phase),
-            drows=self._rows("gradients", step.phase),
+            rows=self._rows(self._received, step.phase),
+            drows=self._rows(self._gradients, step.phase),
         )
-
-    def _sent(self, item: Item, staged: dict[str, int]) -> torch.Tensor:
-        """The rows of a message, where they lie or where they are put together."""
-        if self._plan.packed(item):
-            return self._staged("gradient staging" if item.gradient else "key staging", item, staged)
-        return self._run(item)
 
     def _run(self, item: Item) -> torch.Tensor:
         """The rows of a message that lie behind one another in one buffer."""
         (phase,) = item.phases
-        return item.run_of(self._rows("gradients" if item.gradient else "keys", phase))
+        return item.run_of(self._rows(self._gradients if item.gradient else self._received, phase))
 
     def _put_together(self, item: Item, rows: torch.Tensor) -> tuple[list[Parcel], list[Copy]]:
         """What is written into the rows of a message: of this rank's own keys, and of what lies in the buffers."""
@@ -133,18 +136,25 @@ class _Rooms:
             if phase == 0:
                 packs.append(Parcel(spans, part))
                 continue
-            source = self._rows("gradients" if item.gradient else "keys", phase)
+            source = self._rows(self._gradients if item.gradient else self._received, phase)
             parts = part.split([stop - start for start, stop in spans])
             copies += [(source[start:stop], into) for (start, stop), into in zip(spans, parts, strict=True)]
         return packs, copies
 
-    def _rows(self, name: str, phase: int) -> torch.Tensor:
-        """The rows of a phase in one of the two buffers that take turns; none for a rank's own."""
+    def _rows(self, turns: list[torch.Tensor], phase: int) -> torch.Tensor:
+        """The rows of a phase in one of two buffers that take turns; none for a rank's own."""
         slot = self._plan.slots.get(phase)
-        return self._buffers[f"{name} {slot or 0}"][: 0 if slot is None else self._plan.held_rows[phase]]
+        return turns[slot or 0][: 0 if slot is None else self._plan.held_rows[phase]]
 
-    def _staged(self, name: str, item: Item, staged: dict[str, int]) -> torch.Tensor:
-        """The next rows of a buffer that is filled from its beginning in every exchange."""
-        at = staged.get(name, 0)
-        staged[name] = at + item.rows
-        return self._buffers[name][at : at + item.rows]
+
+class _Staging:
+    """Hands out the rows of a buffer, from its beginning, to the messages of one exchange."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self._at = 0
+
+    def next(self, count: int) -> torch.Tensor:
+        """The next rows."""
+        self._at += count
+        return self._rows[self._at - count : self._at]
