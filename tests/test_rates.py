@@ -120,6 +120,7 @@ def test_classes_of_problems() -> None:
     assert made(constants=frozenset("qkv")).backward is False
     assert made(constants=frozenset("qk")).backward is True
     assert Workload.from_problem(_problem(), Work(10, 4)) is None
+    assert Workload.from_problem(_problem(device=torch.device("cuda")), LARGE) is None
 
 
 def test_a_measurement_is_the_least_of_times_taken_in_turn() -> None:

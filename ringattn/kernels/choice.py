@@ -51,11 +51,11 @@ def chosen_kernel(
     """
     if kernel == "auto":
         return _measured_choice(problem, work, decide, rates)
-    asked = named("kernel", kernel, Kernel, MEMBERS, also=("auto",))
-    refusal = asked.refusal(problem)
+    requested = named("kernel", kernel, Kernel, MEMBERS, also=("auto",))
+    refusal = requested.refusal(problem)
     if refusal is not None:
         raise UnsupportedError(f"{refusal}. Use kernel='reference', or 'auto', which takes what can do it.")
-    return asked, "as asked"
+    return requested, "as asked"
 
 
 def renewed(entry: Entry) -> Entry | None:

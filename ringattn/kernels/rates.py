@@ -68,8 +68,8 @@ class Workload:
 
     @staticmethod
     def from_problem(problem: Problem, work: Work) -> Workload | None:
-        """The class of a problem; None where it is too small to measure for."""
-        if problem.batch * problem.heads * work.pairs < SMALLEST:
+        """The class of a problem; None where it is too small to measure for, or not on a CPU, which clocks wait for."""
+        if problem.device.type != "cpu" or problem.batch * problem.heads * work.pairs < SMALLEST:
             return None
         threads, group = torch.get_num_threads(), min(problem.heads // problem.kv_heads, 4)
         kv_heads = min(problem.batch * problem.kv_heads, -(-threads // group))

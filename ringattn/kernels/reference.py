@@ -98,8 +98,8 @@ def _sub_tile(problem: Problem, row: list[int], i: tuple[int, int], j: tuple[int
         assert problem.allows is not None
         q, k = (np.arange(at.start, at.stop, at.step) for at in (q_at, k_at))
         pairs = torch.from_numpy(np.ascontiguousarray(problem.allows(q[:, None], k[None, :])))
-        asked = pairs.to(problem.device, non_blocking=True)  # or it waits for all that the device has yet to do
-        allowed = asked if allowed is None else allowed & asked
+        answers = pairs.to(problem.device, non_blocking=True)  # or it waits for all that the device has yet to do
+        allowed = answers if allowed is None else allowed & answers
     return Block(_slice(row[t.Q], row[t.Q_STEP], *i), q_at, k_at, allowed)
 
 

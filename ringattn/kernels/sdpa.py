@@ -58,11 +58,11 @@ class Sdpa(Kernel):
         limits = _forward_limits(problem)
         if state is None:
             first, others = tiles.memo(_first_and_others, *limits, problem.batch, q.shape[2])
-            state = _begun(problem, first, q, k, v) if first else problem.mechanism.empty(problem, q.shape[2])
+            state = _first_state(problem, first, q, k, v) if first else problem.mechanism.empty(problem, q.shape[2])
         else:
             others = tiles.memo(lowered, *limits, problem.batch)
         for launch in others:
-            part = _launched(problem, launch, q, k, v)
+            part = _attended(problem, launch, q, k, v)
             problem.mechanism.merge(tuple([launch.queries(x) for x in state]), part)
         return state
 
@@ -108,9 +108,11 @@ def _first_and_others(
     return [], launches(groups, sequences)
 
 
-def _begun(problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+def _first_state(
+    problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> State:
     """The state after one group that takes every query once."""
-    parts = [_launched(problem, launch, q, k, v) for launch in launched]
+    parts = [_attended(problem, launch, q, k, v) for launch in launched]
     if launched[0].group.count == 1:
         return tuple([x.to(problem.accumulator).transpose(1, 2).contiguous().transpose(1, 2) for x in parts[0]])
     # rectangles [count, heads, m, ...] lie behind one another in the sequence they are of
@@ -118,7 +120,7 @@ def _begun(problem: Problem, launched: Sequence[Launch], q: torch.Tensor, k: tor
     return tuple(x.transpose(2, 3).flatten(1, 2).transpose(1, 2) for x in joined)
 
 
-def _launched(problem: Problem, launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+def _attended(problem: Problem, launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
     """The output and log-sum-exp of one launch."""
     inputs, kind = [launch.queries(q), launch.keys(k), launch.keys(v)], launch.group.kind
     if kind != FLIPPED:

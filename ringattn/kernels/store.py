@@ -46,9 +46,9 @@ class Store:
     @staticmethod
     def of_user() -> Store:
         """In the user's cache directory, ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-        given = os.environ.get("XDG_CACHE_HOME", "")
+        configured = os.environ.get("XDG_CACHE_HOME", "")
         try:
-            folder = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+            folder = Path(configured) if Path(configured).is_absolute() else Path.home() / ".cache"
         except RuntimeError:  # a user without a home
             return Store(None)
         return Store(folder / "ringattn" / "kernels.json")

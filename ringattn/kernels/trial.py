@@ -31,16 +31,16 @@ def measure(
     """
     problem, tiles = _problem(mechanism, workload), _tiles(workload)
     run = _runner(problem, tiles)
-    least = dict.fromkeys(map(str, kernels), math.inf)
+    fastest = dict.fromkeys(map(str, kernels), math.inf)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for kernel in kernels:
             run(kernel, workload.backward)
         for _ in range(ROUNDS):
             for kernel in kernels:
-                begun = clock()
+                started = clock()
                 run(kernel, workload.backward)
-                least[str(kernel)] = min(least[str(kernel)], clock() - begun)
-    return Rates(workload, tuple(least.items()))
+                fastest[str(kernel)] = min(fastest[str(kernel)], clock() - started)
+    return Rates(workload, tuple(fastest.items()))
 
 
 def _problem(mechanism: Mechanism, workload: Workload) -> Problem:

@@ -92,8 +92,8 @@ class Softmax(Mechanism):
         if not 0 <= self.dropout < 1:
             raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {shown(self.dropout)}.")
         if self.seed is not None:
-            whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
-            if not whole or not 0 <= self.seed < 1 << 63:
+            integral = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
+            if not integral or not 0 <= self.seed < 1 << 63:
                 raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {shown(self.seed)}.")
             object.__setattr__(self, "seed", int(self.seed))
         for name in self.tensors:

@@ -71,7 +71,7 @@ def backward(
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)
         elif step.tiles:
-            drows = move.drows.zero_()
+            drows = move.drows.zero_() if problem.wants("k", "v") else move.drows
             payload.attend_grad(problem, kernel, q, move.rows, output_grad, step.tiles, dq, drows, dparams)
         under_way.wait()
         if move.returned:
