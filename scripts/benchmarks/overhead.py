@@ -1,7 +1,8 @@
 """What a cached call costs beside its kernel: against PyTorch's own attention, by parts, and a step of a ring.
 
-Small calls on one thread, where everything but the kernel shows. The contestants take turns, and the median of the
-rounds counts. The parts are timed by themselves: what is left of the whole is autograd and the calls between them.
+Small calls on one thread, where everything but the kernel shows, in processor time, which a busy machine distorts
+least. The contestants take turns, and the median of the rounds counts. The parts are timed by themselves: what is left
+of the whole is autograd and the calls between them.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def microseconds(contestants: dict[str, Callable[[], object]], rounds: int, repe
     for _ in range(rounds):
         for name, call in contestants.items():
             call()
-            began = time.perf_counter()
+            began = time.process_time()
             for _repeat in range(repeats):
                 call()
-            times[name].append((time.perf_counter() - began) / repeats * 1e6)
+            times[name].append((time.process_time() - began) / repeats * 1e6)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
