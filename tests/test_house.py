@@ -40,7 +40,8 @@ MAY: dict[str, str] = {
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost "
     "plans.demand plans.steps plans.tiles naming schedules",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",
-    "schedules.*": "bands schedules.base payloads.base payloads.summaries plans.assembly plans.demand plans.tiles",
+    "schedules.*": "bands layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
+    "plans.tiles",
     "mechanisms.base": "checking errors",
     "mechanisms.dropout": "",
     "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout",

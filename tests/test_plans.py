@@ -98,6 +98,22 @@ def test_auto_takes_what_receives_less_and_says_so() -> None:
     assert "auto took ring" in _plans("auto", ringattn.Full())[0].explain()
 
 
+@given(data=st.data(), length=st.integers(0, 60), ranks=st.integers(1, 7), layout=st.sampled_from(LAYOUTS))
+def test_ring_that_wastes_nothing_is_known_without_a_cut_by_all_keys(
+    data: st.DataObject, length: int, ranks: int, layout: ringattn.Layout
+) -> None:
+    mask = data.draw(st.one_of(any_mask(length), st.sampled_from((ringattn.Full(), ringattn.Causal()))))
+    received = [
+        sum(plan.traffic().received_tokens for plan in ringattn.plan_all(mask, length, layout, schedule, ring=ranks))
+        for schedule in ("ring", "route")
+    ]
+    reason = ringattn.plan_all(mask, length, layout, ring=ranks)[0].reason
+    if received[0] == received[1]:
+        assert reason.startswith(f"auto took ring: all ranks together receive {received[0]} key positions either way")
+    else:
+        assert reason.startswith("auto took route: all ranks together receive")
+
+
 def test_the_next_exchange_is_under_way_while_a_step_computes() -> None:
     for plan in _plans("ring", ringattn.Full()):
         assert [bool(step.exchange and step.tiles) for step in plan.steps] == [True, True, True, False]

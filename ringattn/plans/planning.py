@@ -179,6 +179,7 @@ def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:
     So the first keys of which they do decide, and no more of the mask than that is cut.
     """
     ring, route = Ring(), Route()
+    same = "key positions either way, from neighbours only"
     by_ring = by_route = 0
     for requested in demand.keys_requested_from_all():
         by_ring += ring.received_tokens(requested, demand.size)
@@ -189,7 +190,10 @@ def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:
             return route, (
                 f"auto took route: all ranks together receive {by_route} key positions of {owners}, {by_ring} by ring"
             )
-    return ring, f"auto took ring: all ranks together receive {by_ring} key positions either way, from neighbours only"
+        exact = ring.exact_tokens(demand)
+        if exact is not None:
+            return ring, f"auto took ring: all ranks together receive {exact} {same}"
+    return ring, f"auto took ring: all ranks together receive {by_ring} {same}"
 
 
 def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None) -> Plan:

@@ -233,6 +233,23 @@ def _classes(start: Array, stop: Array, spans: Array, stride: int) -> tuple[Arra
     return span, out, steps[span]
 
 
+def key_ranges(regions: Regions, q_spans: Array) -> Array | None:
+    """The positions of the keys that each rank's queries need: rows ``(q_rank, start, stop)``, merged and sorted.
+
+    None where queries with a stride leave gaps between their keys that no region shows.
+    """
+    _, span, part = _cut_side(regions, q_spans, Q0, Q1)
+    own, stride = q_spans[span], q_spans[span, layouts.STRIDE]
+    if (part[:, HI] - part[:, LO] + 1 < stride).any():
+        return None
+    first, count = own[:, layouts.START], own[:, layouts.COUNT]
+    nth = np.maximum(-((first - part[:, Q0]) // stride), 0), np.minimum((part[:, Q1] - 1 - first) // stride, count - 1)
+    start = np.maximum(part[:, K0], first + nth[0] * stride - part[:, HI])
+    stop = np.minimum(part[:, K1], first + nth[1] * stride - part[:, LO] + 1)
+    kept = (nth[0] <= nth[1]) & (start < stop)
+    return merged(np.stack([own[:, layouts.RANK], start, stop], axis=1)[kept])
+
+
 def partial_area(mask: Mask, row: list[int]) -> int:
     """The number of allowed pairs of an partial tile, asked for some rows at a time."""
     total, j = 0, np.arange(row[N])
