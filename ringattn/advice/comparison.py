@@ -14,7 +14,7 @@ from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.checking import integer, tokens
 from ringattn.errors import InputError, PlanError, UnsupportedError
-from ringattn.masks import Mask, shortened
+from ringattn.masks import Mask, checked, shortened
 from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
@@ -42,14 +42,15 @@ class Request:
     mask: Mask
     length: int
     ring: int
-    heads: int
-    kv_heads: int
-    dim: int
-    value_dim: int
-    dtype: torch.dtype
+    heads: int = 8
+    kv_heads: int = 8
+    dim: int = 64
+    value_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
     mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
 
     def __post_init__(self) -> None:
+        checked(self.mask)
         tokens(self.length, "The sequence's length")
         integer(self.ring, "ring", least=1, below=MOST_RANKS + 1, needed="a number of ranks, all of which are planned")
         for name in ("heads", "kv_heads", "dim", "value_dim"):
@@ -195,13 +196,20 @@ def check(plans: Sequence[Plan], name: str = "") -> None:
 
 
 def compare(
-    request: Request, names: Sequence[str], schedules: Sequence[str], verified: str, track: Track = iter
+    request: Request,
+    names: Sequence[str] = tuple(layouts.NAMED),
+    schedules: Sequence[str] | None = None,
+    verified: str = "none",
+    track: Track = iter,
 ) -> Comparison:
     """Plans every layout with every schedule, and keeps what it costs, not the plans.
 
     Layouts that give every rank the same tokens are planned once: balanced is zigzag for one causal sequence.
 
     Args:
+        names: of layouts, or ``module:Name``.
+        schedules: names of schedules; None for all that may serve the mechanism.
+        verified: ``all`` checks every combination's plans, all ranks' together.
         track: walks the combinations, and may show how far it has come.
     """
     sizes = {name: request.tiles(name) for name in names}
@@ -212,7 +220,8 @@ def compare(
     bound = ringattn.lower_bound(request.mask, request.length, request.ring)
     known: dict[tuple[bytes, str], Combination] = {}
     combinations, refused = [], {}
-    for layout, schedule in track(list(itertools.product(compared, schedules))):
+    asked = request.schedules if schedules is None else schedules
+    for layout, schedule in track(list(itertools.product(compared, asked))):
         key = (request.spans(layout).tobytes(), schedule)
         try:
             if key not in known:
