@@ -169,3 +169,13 @@ def test_the_top_level_is_kept() -> None:
     top = {line.split("/")[0] for line in listed.stdout.split()}
     allowed = {"ringattn", "launch", "tests", "scripts", "pyproject.toml", "README.md", "LICENSE"}
     assert not {name for name in top if not name.startswith(".")} - allowed
+
+
+def test_the_package_imports_quickly() -> None:
+    """Importing it takes what importing PyTorch takes: no compiler, no plots, no command line."""
+    code = (
+        "import sys, torch; before = {*sys.modules}; import ringattn; "
+        "print(*{name.split('.')[0] if not name.startswith('torch.') else name for name in {*sys.modules} - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert {*done.stdout.split()} <= {"ringattn", "numpy", "filelock"}

@@ -25,9 +25,12 @@ list of floating point numbers those of its fields are."""
 _KEYS = (_CLASS, _TENSORS, _FLOATS)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fields(cls: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls) if field.repr)  # a seed travels as a tensor
+
+
+# what torch.compiler.assume_constant_result says, which would import all of Dynamo, two seconds, with this package
+_fields._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def spelled(value: Any, numbers: list[float]) -> str:
