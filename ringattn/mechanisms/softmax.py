@@ -42,7 +42,9 @@ from ringattn.mechanisms.dropout import kept
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Softmax(Mechanism):
-    """``softmax(S) v`` over the allowed keys, with S as at the top of this file.
+    """``softmax(S) v`` over the allowed keys; soft cap, sinks, ALiBi, relative and additive bias, dropout.
+
+    S is defined at the top of this file.
 
     The tensors may need gradients; what a rank gets is its own queries' part, as for any replicated parameter (sum
     it over the ranks), and for ``bias``, which is sharded, all there is.
