@@ -1,4 +1,4 @@
-"""A schedule, a mask, a layout and a mechanism from outside the package: no registry, no file of it touched."""
+"""Members from outside the package, of every kind but transports: no registry, and no file of the package touched."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import dataclasses
 import numpy as np
 
 from ringattn.bands import regions
+from ringattn.kernels import Reference
 from ringattn.layouts import Layout, Contiguous
 from ringattn.masks import Mask
 from ringattn.mechanisms import Softmax
@@ -85,6 +86,10 @@ class Backwards(Layout):
 
 
 HALF = Softmax(scale=0.5)
+
+
+class Careful(Reference):
+    """A kernel."""
 '''
 
 
@@ -135,17 +140,24 @@ def test_plan(outside: ModuleType, schedule: Any, layout: Any) -> None:
     assert "backwards" in one.description
 
 
-@pytest.mark.parametrize("member", ["schedule", "mask", "layout", "mechanism"])
+@pytest.mark.parametrize("member", ["schedule", "mask", "layout", "mechanism", "kernel"])
 def test_conformance(outside: ModuleType, member: str) -> None:
     instances: dict[str, Any] = {
         "schedule": outside.Shout(),
         "mask": outside.Diagonals(5),
         "layout": outside.Backwards(),
         "mechanism": outside.HALF,
+        "kernel": outside.Careful(),
     }
-    names = {"schedule": "Shout", "mask": "Diagonals:5", "layout": "Backwards", "mechanism": "HALF"}
+    names = {
+        "schedule": "Shout",
+        "mask": "Diagonals:5",
+        "layout": "Backwards",
+        "mechanism": "HALF",
+        "kernel": "Careful",
+    }
     value: Any
-    for value in (instances[member], f"somebody:{names[member]}"):
+    for value in (instances[member], f"somebody:{names.get(member, 'Careful')}"):
         report = conformance.check(**{member: value}, count=5)
         assert report.passed, report
 
@@ -156,13 +168,16 @@ def _run(*arguments: str) -> Any:
     return json.loads(shown.stdout)
 
 
+KERNEL = ("--kernel", "somebody:Careful")
 NAMES = ("--schedule", "somebody:Shout", "--layout", "somebody:Backwards", "--mask", "somebody:Diagonals:6&causal")
 
 
 def test_the_command_line(outside: ModuleType) -> None:
-    simulated = _run("simulate", "--ring", "3", "--length", "64", "--dim", "8", "--mechanism", "somebody:HALF", *NAMES)
+    simulated = _run(
+        "simulate", "--ring", "3", "--length", "64", "--dim", "8", "--mechanism", "somebody:HALF", *KERNEL, *NAMES
+    )
     assert [x["schedule"] for x in simulated["schedules"]] == ["somebody:Shout"] and simulated["within"]
-    verified = _run("verify", "--length", "64", "--dim", "8", *NAMES)
+    verified = _run("verify", "--length", "64", "--dim", "8", *KERNEL, *NAMES)
     assert [(x["layout"], x["schedule"]) for x in verified["findings"]] == [("somebody:Backwards", "somebody:Shout")]
     assert verified["passed"]
     planned = _run("plan", "--ring", "3", "--length", "64", *NAMES)

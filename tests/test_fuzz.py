@@ -456,40 +456,16 @@ SMALL = {
     "simulate": ("--length", "12", "--dim", "4"),
     "plan": ("--length", "64"),
     "verify": ("--length", "12", "--dim", "4"),
+    "train": ("--steps", "0"),  # which is nothing to do, whatever else it says
 }
+SHAPE = ("length", "heads", "kv-heads")
+MEMBERS = ("layout", "schedule", "dtype")
+MORE = ("dim", "mask", "mechanism")
 OPTIONS = {
-    "simulate": (
-        "ring",
-        "length",
-        "heads",
-        "kv-heads",
-        "dim",
-        "value-dim",
-        "batch",
-        "mask",
-        "layout",
-        "schedule",
-        "mechanism",
-        "dtype",
-        "seed",
-    ),
-    "plan": (
-        "ring",
-        "length",
-        "heads",
-        "kv-heads",
-        "dim",
-        "value-dim",
-        "mask",
-        "layout",
-        "schedule",
-        "mechanism",
-        "dtype",
-        "verify",
-        "rank",
-        "draw",
-    ),
-    "verify": ("length", "heads", "kv-heads", "dim", "mask", "layout", "schedule", "mechanism", "dtype", "seed"),
+    "simulate": (*SHAPE, *MEMBERS, *MORE, "kernel", "ring", "value-dim", "batch", "seed"),
+    "plan": (*SHAPE, *MEMBERS, *MORE, "ring", "value-dim", "verify", "rank", "draw"),
+    "verify": (*SHAPE, *MEMBERS, *MORE, "kernel", "seed"),
+    "train": (*SHAPE, *MEMBERS, "kernel", "data", "batch", "positions", "ranks", "replicas", "layers", "lr", "folder"),
 }
 
 

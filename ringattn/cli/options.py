@@ -19,6 +19,8 @@ from ringattn.advice.comparison import MOST
 from ringattn.checking import integer
 from ringattn.conformance import Case
 from ringattn.errors import InputError
+from ringattn.kernels import MEMBERS as KERNELS
+from ringattn.kernels import Kernel
 from ringattn.mechanisms import MEMBERS, Mechanism
 from ringattn.naming import by_name, named
 from ringattn.readable import readable_bytes
@@ -46,6 +48,7 @@ ScheduleName = Annotated[
     typer.Option("--schedule", help=f"What moves when: auto, {listed(SCHEDULES)}; all that apply unless given."),
 ]
 MechanismName = Annotated[str, typer.Option("--mechanism", help=f"What attends: {listed(by_name(MEMBERS))}.")]
+KernelName = Annotated[str, typer.Option("--kernel", help=f"How tiles are computed: auto, {listed(by_name(KERNELS))}.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -69,6 +72,10 @@ def mechanism_named(name: str) -> Mechanism:
     return named("--mechanism", name, Mechanism, MEMBERS)
 
 
+def kernel_named(name: str) -> Kernel | str:
+    return name if name == "auto" else named("--kernel", name, Kernel, KERNELS, also=("auto",))
+
+
 def case_of(
     mask: str,
     length: int,
@@ -78,6 +85,7 @@ def case_of(
     value_dim: int | None,
     dtype: str,
     mechanism: str,
+    kernel: str,
     **more: Any,
 ) -> Case:
     """The attention call that these options name."""
@@ -99,6 +107,7 @@ def case_of(
         value_dim=value_dim or dim,
         dtype=dtype_named(dtype),
         mechanism=mechanism_named(mechanism),
+        kernel=kernel_named(kernel),
         **more,
     )
 

@@ -58,6 +58,7 @@ def simulate(
     layout: options.LayoutName = "auto",
     schedule: options.ScheduleName = None,
     mechanism: options.MechanismName = "softmax",
+    kernel: options.KernelName = "auto",
     dtype: options.DtypeName = "float32",
     backward: bool = typer.Option(False, "--backward", help="Compute and compare the gradients too."),
     seed: options.Seed = 0,
@@ -80,7 +81,7 @@ def simulate(
       ringattn simulate --ring 64 --length 16384 --schedule route --json
     """
     given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
-    case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, **given)
+    case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, kernel, **given)
     integer(ring, "--ring", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
     options.refuse_too_large(case)
     planned = _planned(case, schedule)

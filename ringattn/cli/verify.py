@@ -57,6 +57,7 @@ def verify(
     layout: Annotated[str | None, typer.Option(help="One layout; all of them unless given.")] = None,
     schedule: options.ScheduleName = None,
     mechanism: options.MechanismName = "softmax",
+    kernel: options.KernelName = "auto",
     dtype: options.DtypeName = "float32",
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
@@ -76,7 +77,9 @@ def verify(
     """
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
-    case = options.case_of(mask or _documents(length), length, heads, kv_heads, dim, None, dtype, mechanism, seed=seed)
+    case = options.case_of(
+        mask or _documents(length), length, heads, kv_heads, dim, None, dtype, mechanism, kernel, seed=seed
+    )
     options.refuse_too_large(case)
     case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ringattn import reference
+from ringattn import conformance, reference
 from ringattn.kernels.machine import processor
 from scripts.benchmarks.cases import Case, documents
 from scripts.benchmarks.contestants import Contestant, Results, collect, contestants, prepare_ringattn
@@ -49,8 +49,7 @@ def cases(name: str, length: int, dtypes: list[torch.dtype], heads: int) -> Iter
 
 
 def oracle(case: Case) -> reference.Evaluation:
-    q, k, v, dout = (x.double().numpy() for x in case.inputs())
-    return reference.evaluate(q, k, v, case.rows, dout)
+    return conformance.oracle(case.call)
 
 
 def joined(parts: list[Results], positions: list[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
@@ -60,9 +59,8 @@ def joined(parts: list[Results], positions: list[NDArray[np.int64]]) -> list[NDA
 
 def errors(results: list[NDArray[np.float32]], expected: reference.Evaluation) -> list[float]:
     """Of out and, where there are gradients, dq, dk, dv."""
-    exact = [expected.out, expected.gradients.dq, expected.gradients.dk, expected.gradients.dv]
-    sizes = [expected.magnitudes.out, expected.magnitudes.dq, expected.magnitudes.dk, expected.magnitudes.dv]
-    return [reference.error(*arrays) for arrays in zip(results, exact, sizes, strict=False)]
+    named = {name: torch.from_numpy(x) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=False)}
+    return list(conformance.errors(named, expected).values())
 
 
 def measure(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ringattn import masks
+from ringattn import conformance, masks
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,30 @@ class Case:
         return f"{dtype} {'forward+backward' if self.backward else 'forward'}"
 
     @cached_property
+    def call(self) -> conformance.Case:
+        """The attention call: what it is given, and what must come out."""
+        return conformance.Case(
+            length=self.length,
+            mask=masks.parse(self.mask_name),
+            kv_heads=self.heads,
+            dim=self.dim,
+            value_dim=self.dim,
+            dtype=self.dtype,
+            seed=self.length,
+            backward=self.backward,
+        )
+
+    @property
     def mask(self) -> masks.Mask:
-        return masks.parse(self.mask_name)
+        return self.call.mask
 
     def rows(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Rows start to stop of the boolean mask [stop − start, length]."""
-        dense = self.mask.dense(torch.arange(start, stop), torch.arange(self.length))
-        return np.asarray(dense)
+        return self.call.rows(start, stop)
 
     def inputs(self) -> list[torch.Tensor]:
         """q, k, v and the gradient of the output, [1, heads, length, dim], rounded to the dtype."""
-        generator = torch.Generator().manual_seed(self.length)
-        shape = (1, self.heads, self.length, self.dim)
-        return [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(4)]
+        return list(self.call.inputs()[:4])
 
 
 def documents(count: int, length: int, seed: int = 0) -> list[int]:
