@@ -15,12 +15,20 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from ringattn.errors import InputError
+
 Array = npt.NDArray[np.int64]
 Regions = Array
 Mask = npt.NDArray[np.bool_]
 
 INF = 1 << 40
 """Infinity. Not iinfo.max, which overflows when added to; not a float, which breaks floor division."""
+
+MAX_PAIRS = 1 << 24
+"""Rows of a table that grows with the product of two others, such as that of tiles: more would take gigabytes."""
+
+MAX_EXACT = 1 << 31
+"""Of positions below it, 64 bits count all pairs."""
 
 Q0, Q1, K0, K1, LO, HI = range(6)
 
@@ -77,6 +85,8 @@ def areas(rows: Regions) -> Array:
 
 def area(rows: Regions) -> int:
     """The number of pairs in the set."""
+    if len(rows) and int(rows[:, Q0 : K1 + 1].max()) >= MAX_EXACT:
+        rows = rows.astype(object)  # Python's integers
     return int(areas(rows).sum())
 
 
@@ -85,6 +95,26 @@ def expand(counts: Array) -> tuple[Array, Array]:
     group = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     first = np.cumsum(counts) - counts
     return group, np.arange(len(group), dtype=np.int64) - first[group]
+
+
+def pairs(counts: Array) -> tuple[Array, Array]:
+    """`expand` for pairs of two tables, of which there may be too many.
+
+    Raises:
+        InputError: there are more than `MAX_PAIRS`; none has been made.
+    """
+    check_pairs(int(counts.sum()))
+    return expand(counts)
+
+
+def check_pairs(count: int) -> None:
+    """An error, if a table of so many rows is too large."""
+    if count > MAX_PAIRS:
+        raise InputError(
+            f"Planning would take a table of {count:,} tiles or ranges of keys; it makes {MAX_PAIRS:,} at most. Use "
+            f"fewer ranks, a layout in longer runs (contiguous, zigzag or balanced) or a mask of fewer parts; or plan "
+            f"ranks one by one, with ringattn.plan."
+        )
 
 
 def overlaps(a0: Array, a1: Array, b0: Array, b1: Array) -> tuple[Array, Array]:
@@ -98,7 +128,7 @@ def overlaps(a0: Array, a1: Array, b0: Array, b1: Array) -> tuple[Array, Array]:
     last = np.searchsorted(starts, a1, side="left")
     if (stops[1:] >= stops[:-1]).all():  # none reaches beyond a later one: those that overlap lie behind one another
         first = np.searchsorted(stops, a0, side="right")
-        i, nth = expand(np.maximum(last - first, 0))
+        i, nth = pairs(np.maximum(last - first, 0))
         j = order[first[i] + nth]
     else:
         i, j = _crossing(a0, starts, stops, last)
@@ -111,11 +141,11 @@ def overlaps(a0: Array, a1: Array, b0: Array, b1: Array) -> tuple[Array, Array]:
 def _crossing(a0: Array, starts: Array, stops: Array, last: Array) -> tuple[Array, Array]:
     """Of two intervals that overlap, one begins within the other: first those of b within one of a, then the others."""
     first = np.searchsorted(starts, a0, side="left")
-    within, nth = expand(np.maximum(last - first, 0))
+    within, nth = pairs(np.maximum(last - first, 0))
     order = np.argsort(a0, kind="stable")
     begin = np.searchsorted(a0[order], starts, side="right")
     end = np.searchsorted(a0[order], stops, side="left")
-    around, ith = expand(np.maximum(end - begin, 0))
+    around, ith = pairs(np.maximum(end - begin, 0))
     return np.concatenate([within, order[begin[around] + ith]]), np.concatenate([first[within] + nth, around])
 
 

@@ -19,7 +19,7 @@ MAY: dict[str, str] = {
     "readable": "",
     "checking": "errors",
     "naming": "checking errors",
-    "bands": "",
+    "bands": "errors",
     "handles": "errors",
     "recent": "",
     "reference.measure": "errors",
@@ -34,13 +34,13 @@ MAY: dict[str, str] = {
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.cost": "bands checking errors masks plans.tiles plans.steps",
     "plans.steps": "bands layouts masks payloads.base plans.tiles plans.cost plans.verification",
-    "plans.coverage": "bands layouts plans.tiles plans.steps",
+    "plans.coverage": "bands errors layouts plans.tiles plans.steps",
     "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.cost plans.steps",
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost "
     "plans.demand plans.steps plans.tiles naming schedules",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",
-    "schedules.*": "bands layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
+    "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
     "mechanisms.base": "checking errors",
     "mechanisms.dropout": "",

@@ -317,3 +317,40 @@ def test_a_band_wider_than_its_tile_is_a_fault() -> None:
     plan = ringattn.plan_all(ringattn.Causal(), 16, "striped", "route", ring=2)[1]
     with pytest.raises(PlanError, match="canonical"):
         _changed(tiles.HIGH, 1)(plan).verify()
+
+
+def _of_9000(layout: str) -> ringattn.Sharding:
+    return ringattn.Sharding(10**6, ringattn.Mesh.virtual(ring=9000), layout)
+
+
+def _scattered(length: int, ranks: int) -> ringattn.Layout:
+    owners = np.random.default_rng(0).integers(0, ranks, length)
+    return ringattn.Explicit([[(i, i + 1) for i in np.flatnonzero(owners == r).tolist()] for r in range(ranks)])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, ring=2**63), "number of ranks, below"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, ring=10**6), "up to 131072 ranks; got 1000000"),
+        (lambda: ringattn.plan_all(ringattn.Full(), 10**8, ring=10**5), "a table of 10,000,000,000 tiles"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 2**17, _scattered(2**17, 8), ring=8), "a layout in longer runs"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 2**63), "a number of tokens, from 0 to below 2.40"),
+        (ringattn.plan_all(ringattn.Causal(), 2**39)[0].verify, "up to 2,147,483,648 are listed"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 2**39, "balanced", ring=4), "up to 2,147,483,647 tokens"),
+        (lambda: ringattn.lower_bound(ringattn.Causal(), 2**39, 4), "below 2.28"),
+        (
+            lambda: ringattn.plan(ringattn.Causal(), _of_9000("zigzag"), "ring"),
+            "up to 8192 ranks; got 9000",
+        ),
+    ],
+)
+def test_what_is_too_large_is_refused_before_memory_is_taken(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call()
+
+
+def test_pairs_beyond_64_bits_are_counted() -> None:
+    length = 2**33
+    plans = ringattn.plan_all(ringattn.Causal(), length, ring=4)
+    assert sum(plan.area for plan in plans) == length * (length + 1) // 2

@@ -65,6 +65,11 @@ class Balanced(Layout):
 
     def _segments(self, length: int) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
         """Start, tokens, area and whether folded, of every segment, sparsest first."""
+        if length >= bands.MAX_EXACT:
+            raise InputError(
+                f"Balanced weighs the pairs of up to {bands.MAX_EXACT - 1:,} tokens; got {length:,}. Use contiguous, "
+                f"zigzag or striped."
+            )
         parts = [_breakpoints(mask, length) for mask in self.masks]
         position, weight = parts[0] if len(parts) == 1 else bands.summed(*map(np.concatenate, zip(*parts, strict=True)))
         # rows 0 and 1 without a bend too: where the sequence begins, a segment does

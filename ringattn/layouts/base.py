@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ringattn.masks import Mask
 
 RANK, OFFSET, START, COUNT, STRIDE = range(5)
+MAX_POSITIONS = 1 << 31  # of one rank: 16 GB
 
 
 class Layout(ABC):
@@ -114,6 +115,9 @@ def shares_of(length: int, size: int) -> Array:
 def positions(spans: Array, rank: int) -> Array:
     """The global positions ``[tokens]`` of one rank, ascending."""
     own = spans[slice(*np.searchsorted(spans[:, RANK], [rank, rank + 1]))]
+    tokens = int(own[:, COUNT].sum())
+    if tokens > MAX_POSITIONS:
+        raise InputError(f"Rank {rank} holds {tokens:,} tokens; up to {MAX_POSITIONS:,} are listed. Use more ranks.")
     span, nth = bands.expand(own[:, COUNT])
     found: Array = own[span, START] + own[span, STRIDE] * nth
     return found

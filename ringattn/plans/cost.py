@@ -10,13 +10,15 @@ import numpy as np
 
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
 from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
-from ringattn.checking import tokens as tokens_of
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
 
 if TYPE_CHECKING:
     from ringattn.plans.steps import Exchange, Plan
+
+
+MAX_ROWS = 1 << 28  # of which `lower_bound` keeps some numbers each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +248,8 @@ def lower_bound(mask: Mask, length: int, ranks: int, imbalance: float = 1.02) ->
     """
     instance(mask, Mask, "mask", "a ringattn mask, such as ringattn.Causal()")
     ranks = integer(ranks, "ranks", least=1, below=MAX_RANKS + 1, needed="a number of ranks")
-    length, imbalance = tokens_of(length, "A sequence's length"), number(imbalance, "imbalance", least=1.0)
+    length = integer(length, "A lower bound's length", below=MAX_ROWS, needed="a number of tokens")
+    imbalance = number(imbalance, "imbalance", least=1.0)
     regions = np.concatenate(mask.classify(length, length))
     row_area = mask.row_areas(length, length)
     tokens, pairs = imbalance * length / ranks, imbalance * int(row_area.sum()) / ranks

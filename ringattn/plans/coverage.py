@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
+from ringattn.errors import InputError
 from ringattn.plans import tiles
 from ringattn.plans.steps import RECV_ORIGIN, RECV_PHASE, RECV_STOP, Plan
 
 Weights = npt.NDArray[np.uint64]
+MAX_KEYS = 1 << 31  # 16 GB of weights
 
 
 class Keys:
@@ -44,6 +46,10 @@ class Keys:
         """Sums of weights along a stride: entry p is that of the positions p - s, p - 2s, …"""
         if stride not in self._prefixes:
             length = int(self._spans[:, layouts.COUNT].sum())
+            if length > MAX_KEYS:
+                raise InputError(
+                    f"Plans of up to {MAX_KEYS:,} keys are verified, each by a number; these are {length:,}."
+                )
             padded = np.zeros(-(-(length + stride) // stride) * stride, dtype=np.uint64)
             padded[stride : stride + length] = _weights(length)
             sums = np.cumsum(padded.reshape(-1, stride), axis=0, dtype=np.uint64)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ringattn import layouts
+from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
 from ringattn.plans import tiles
@@ -84,9 +84,11 @@ class Demand:
 
         The first are those of rank 0: who finds among them what was looked for has cut no more than one plan takes.
         """
-        ranks = range(1)
+        ranks, rows = range(1), 0
         while ranks.start < self.size:
             used, cut = self.memo(_keys_requested_from, ranks)
+            rows += len(used)
+            bands.check_pairs(rows)
             yield used
             ranks = _next(ranks, cut)
 

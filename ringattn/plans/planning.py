@@ -24,6 +24,8 @@ from ringattn.plans.tiles import K_RANK
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
 from ringattn.sharding import Sharding
 
+MAX_PLANS = 1 << 17  # at once: half a minute
+
 
 def named_schedule(schedule: Any) -> Schedule | None:
     """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
@@ -96,12 +98,16 @@ def plan_all(
     """
     _check_mechanism(mechanism)
     mesh = Mesh.virtual(ring=ring, ulysses=ulysses)
+    if mesh.sequence_size > MAX_PLANS:
+        raise InputError(
+            f"plan_all makes the plans of up to {MAX_PLANS} ranks; got {mesh.sequence_size}. Make those you need with "
+            f"ringattn.plan and Mesh.virtual."
+        )
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
-    demand = _demand(mask, sharding, kv_sharding)
+    demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
     words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism)
-    demand = demand.for_all_ranks()
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
 

@@ -201,7 +201,7 @@ def _holding(start: Array, stop: Array, first: Array, last: Array, stride: int) 
         hit = position < np.minimum(stop[i], last[j])
         return i[hit], j[hit]
     # Every position is looked up among the spans of its residue, which are apart from each other.
-    i, nth = bands.expand(stop - start)
+    i, nth = bands.pairs(stop - start)
     position, lift = start[i] + nth, int(max(stop.max(), last.max()))
     key = first % stride * lift + first
     order = np.argsort(key)
@@ -223,7 +223,7 @@ def _classes(start: Array, stop: Array, spans: Array, stride: int) -> tuple[Arra
     steps = stride // own
     first = np.maximum(-((spans[:, layouts.START] - start) // own), 0)
     last = np.minimum(-((spans[:, layouts.START] - stop) // own), spans[:, layouts.COUNT])
-    span, nth = bands.expand(np.minimum(np.maximum(last - first, 0), steps))
+    span, nth = bands.pairs(np.minimum(np.maximum(last - first, 0), steps))
     residue = (first[span] + nth) % steps[span]
     out = spans[span].copy()
     out[:, layouts.OFFSET] += residue
@@ -269,7 +269,7 @@ def used_keys(table: Array) -> Array:
     """
     tile = table[:, 2:]
     counts = np.where(tile[:, K_STEP] == 1, 1, tile[:, N])
-    row, nth = bands.expand(counts)
+    row, nth = bands.pairs(counts)
     step = tile[row, K_STEP]
     start = tile[row, K] + nth * step
     stop = start + np.where(step == 1, tile[row, N], 1)

@@ -12,11 +12,14 @@ import numpy as np
 
 from ringattn import layouts
 from ringattn.bands import Array
+from ringattn.errors import UnsupportedError
 from ringattn.plans import tiles
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
 from ringattn.plans.tiles import K_RANK, Q_RANK
 from ringattn.schedules.base import Schedule
+
+MAX_WASTEFUL = 8192  # ranks: they take tables of all ranks by all ranks, of half a gigabyte each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Ring(Schedule):
 
 def _still_needed(demand: Demand) -> Array:
     """``[origin, hop, 2]``: the range of the origin's rows that ranks at this hop or further on use."""
+    if demand.size > MAX_WASTEFUL:
+        raise UnsupportedError(
+            f"Under this mask and layout ranks pass on keys that they do not use, which ring plans for up to "
+            f"{MAX_WASTEFUL} ranks; got {demand.size}. Use route or auto."
+        )
     requested = np.concatenate(list(demand.keys_requested_from_all()))
     return _needed_from_hop(requested, requested[:, K_RANK], demand.size, demand.size)
 
