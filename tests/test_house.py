@@ -74,9 +74,9 @@ MAY: dict[str, str] = {
     "runtime.spelling runtime.transforms schedules.base",
     "conformance.battery": "checking conformance.case conformance.drawing conformance.judging conformance.leaks "
     "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
-    "schedules.base schedules.scan simulator",
+    "schedules simulator",
     "conformance.case": "errors kernels.base layouts masks mechanisms naming schedules.base",
-    "conformance.drawing": "conformance.case kernels layouts masks schedules.base schedules.ring schedules.route",
+    "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional mesh plans.planning plans.steps sharding simulator",

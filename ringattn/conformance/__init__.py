@@ -12,8 +12,9 @@ in as an instance or as ``module:Name``; what you leave out is drawn at random, 
 >>> report.passed
 True
 >>> print(report)  # doctest: +ELLIPSIS
-12 cases computed, 0 of them wrong; 0 refused
-computed: alibi 1, bias 1, cross-attention 1, ...
+9 cases computed, 0 of them wrong; 3 refused
+computed: float32 7, float64 2, hard 1, softmax 8
+refused 1 times: sdpa computes Softmax itself; got Hard()...
 largest error over its limit: lse 0.04, ...
 
 In a test: ``assert report.passed, report``. A single call, such as one that failed: ``print(examine(case))``.

@@ -13,7 +13,7 @@ from random import Random
 from ringattn import layouts
 from ringattn.checking import MAX_TOKENS, integer, shown
 from ringattn.conformance.case import Case
-from ringattn.conformance.drawing import draw, draw_cross
+from ringattn.conformance.drawing import PARTIAL, draw, draw_cross
 from ringattn.conformance.judging import errors, limits, oracle
 from ringattn.conformance.leaks import leaks
 from ringattn.conformance.running import attend, joined, plans, simulated
@@ -28,8 +28,7 @@ from ringattn.naming import name_of, named
 from ringattn.plans.planning import named_schedule
 from ringattn.plans.verification import verify
 from ringattn.readable import dtype_name
-from ringattn.schedules.base import Schedule
-from ringattn.schedules.scan import Scan
+from ringattn.schedules import Schedule
 from ringattn.simulator import simulate
 
 Track = Callable[[Sequence[Case]], Iterable[Case]]
@@ -75,7 +74,8 @@ class Report:
     def refusals(self) -> dict[str, int]:
         """How often something was refused in which words, numbers apart."""
         words = (finding.refusal for finding in self.findings if finding.refusal is not None)
-        return dict(collections.Counter(re.sub(r"-?\d[\d.,]*", "#", each) for each in words))
+        shortened = (re.sub(r"\([a-z]+=.*?\)", "(…)", each) for each in words)
+        return dict(collections.Counter(re.sub(r"-?\d[\d.,]*", "#", each) for each in shortened))
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -174,7 +174,7 @@ def _drawn(random: Random, count: int) -> Iterator[Case]:
     for nth in range(count):
         case = draw_cross(random) if nth % 6 == 5 else draw(random)
         if random.random() < (0.5 if case.mechanism == "linear" else 0.03):
-            case = dataclasses.replace(case, schedule=random.choice((Scan(), Scan(lookahead=0))))
+            case = dataclasses.replace(case, schedule=random.choice(PARTIAL))
         if random.random() < 0.2:
             case = dataclasses.replace(case, kernel=random.choice(tuple(map(name_of, KERNELS))))
         yield case

@@ -12,19 +12,28 @@ from random import Random
 
 import torch
 
+from ringattn import layouts, mechanisms, schedules
 from ringattn.conformance.case import FEATURES, Case
 from ringattn.kernels import Kernel
-from ringattn.layouts import Contiguous, Explicit, Layout, Striped, Zigzag
+from ringattn.layouts import Balanced, Explicit, Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
-from ringattn.schedules.base import Schedule
-from ringattn.schedules.ring import Ring
-from ringattn.schedules.route import Route
+from ringattn.naming import by_name
+from ringattn.schedules import Schedule
 
-SCHEDULES: tuple[Schedule, ...] = (Ring(), Route(), Ring(lookahead=0), Route(lookahead=0))
+SCHEDULES: tuple[Schedule, ...] = tuple(
+    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.MEMBERS if member.payload.per_key
+)
 """Those that can serve any call."""
 
-LAYOUTS: tuple[Layout, ...] = (Contiguous(), Zigzag(), Striped())
+PARTIAL: tuple[Schedule, ...] = tuple(
+    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.MEMBERS if not member.payload.per_key
+)
+"""Those that refuse some mechanisms and masks."""
+
+LAYOUTS: tuple[Layout, ...] = tuple(member() for member in layouts.NAMED.values() if member is not Balanced)
 """Those that need no arguments."""
+
+MECHANISMS = (*(["softmax"] * len(mechanisms.MEMBERS)), *by_name(mechanisms.MEMBERS))
 
 RANKS = (1, 2, 3, 4, 6, 7, 8)
 HEADS = ((8, 1), (2, 4), (1, 8), (3, 2), (5, 1), (1, 7), (1, 1))  # key heads, and the query heads of each
@@ -53,7 +62,7 @@ PREDICATES = tuple(map(Predicate, (sparse, dilated, everything)))
 def draw(
     random: Random,
     *,
-    schedules: Sequence[Schedule | str] = ("auto", *SCHEDULES),
+    served_by: Sequence[Schedule | str] = ("auto", *SCHEDULES),
     kernels: Sequence[Kernel | str] = ("auto", "reference"),
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Case:
@@ -61,8 +70,8 @@ def draw(
     length = random.randint(0, random.choice((40, LONGEST)))
     ranks, dim = random.choice(RANKS), random.choice((1, 4, 8, 16))
     kv_heads, groups = random.choice(HEADS)
-    mechanism = random.choice(("softmax", "softmax", "softmax", "hard", "linear"))
-    softmax = mechanism == "softmax"
+    mechanism = random.choice(MECHANISMS)
+    softmax, scaled = mechanism == "softmax", hasattr(by_name(mechanisms.MEMBERS)[mechanism], "scale")
     features = [name for name in FEATURES if random.random() < 0.3] if softmax and random.random() < 0.5 else []
     return Case(
         length=length,
@@ -74,14 +83,14 @@ def draw(
         dim=dim,
         value_dim=random.choice((dim, dim, 3, 12)),
         layout=layout(random, length, ranks),
-        schedule=random.choice(schedules),
+        schedule=random.choice(served_by),
         kernel=random.choice(kernels),
         dtype=random.choice(dtypes),
         use_lse=softmax and random.random() < 0.5,
         seed=random.randint(0, 2**16),
         mechanism=mechanism,
         features=frozenset(features),
-        scale=random.choice((None, None, 0.3)) if mechanism != "linear" else None,
+        scale=random.choice((None, None, 0.3)) if scaled else None,
     )
 
 
