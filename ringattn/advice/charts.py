@@ -34,7 +34,7 @@ def draw_received(axes: Axes, comparison: Comparison, taken: Combination) -> Non
 
 
 def draw_balance(axes: Axes, comparison: Comparison, taken: Combination) -> None:
-    """Pairs of the busiest rank over the mean: a bar a layout, as schedules do not change who computes what."""
+    """Pairs of the busiest rank over the mean: one bar per layout, as schedules do not change who computes what."""
     by_layout = {x.layout: x for x in comparison.combinations}
     shown = list(by_layout.values())
     colours = [TAKEN if x.layout == taken.layout else MEAN for x in shown]

@@ -30,7 +30,7 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """The combination to take, and why, a sentence a line."""
+    """The combination to take, and why, one sentence per line."""
 
     taken: Combination
     why: list[str]
@@ -98,10 +98,10 @@ def _least(label: str, field: str, taken: Combination, more: Sequence[Combinatio
 
 def _listed(of: Sequence[Combination], words: Callable[[Combination], str]) -> str:
     """What is said of each, with its name in place of ``{}``; a layout alone where it holds for several schedules."""
-    said: dict[tuple[str, str], list[str]] = {}
+    grouped: dict[tuple[str, str], list[str]] = {}
     for x in of:
-        said.setdefault((x.layout, words(x)), []).append(x.schedule)
+        grouped.setdefault((x.layout, words(x)), []).append(x.schedule)
     return ", ".join(
         text.format(layout if len(schedules) > 1 else f"{layout} with {schedules[0]}")
-        for (layout, text), schedules in said.items()
+        for (layout, text), schedules in grouped.items()
     )

@@ -1,4 +1,4 @@
-"""The command line, `ringattn`: one file a command, the options they share in `options`."""
+"""The command line, `ringattn`: one file per command, the options they share in `options`."""
 
 from __future__ import annotations
 

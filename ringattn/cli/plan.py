@@ -15,8 +15,8 @@ from ringattn.advice.recommendation import recommend
 from ringattn.checking import choice
 from ringattn.cli import options, report
 from ringattn.errors import InputError, PlanError
-from ringattn.plans.plan import Plan
 from ringattn.plans.planning import named_schedule
+from ringattn.plans.steps import Plan
 
 CHECKED = ("auto", "all", "recommended", "none")
 # Tokens times ranks up to which all combinations, or the recommended one, are checked unless --verify says otherwise:
@@ -62,7 +62,7 @@ def plan(
     """Compare layouts and schedules for a mask, or show what every rank would do; without running anything.
 
     Compares all layouts with all schedules, says which to take and why: the fewest pairs of the busiest rank (to 5 %),
-    of those the fewest bytes that any rank receives (to 2 %). Given one layout and one schedule, prints a line a rank.
+    of those the fewest bytes that any rank receives (to 2 %). Given one layout and one schedule, prints the ranks.
 
     Plans are checked, all ranks' together: every allowed pair computed exactly once, every send received, every
     gradient brought home, no deadlock. A broken one ends with exit code 1.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ringattn import bands
 from ringattn.bands import Array, Regions
-from ringattn.checking import sequence
+from ringattn.checking import shown
 from ringattn.errors import InputError
 from ringattn.layouts.base import Layout, make_runs, shares_of
 from ringattn.masks import Mask, checked
@@ -44,7 +44,11 @@ class Balanced(Layout):
     masks: tuple[Mask, ...]
 
     def __init__(self, masks: Mask | Sequence[Mask]) -> None:
-        given = (masks,) if isinstance(masks, Mask) else tuple(sequence(masks, Mask, "masks", "masks to balance"))
+        if not isinstance(masks, (Mask, list, tuple)):
+            raise InputError(f"Balanced takes a ringattn mask, or several in a list; got {shown(masks)}.")
+        given = (masks,) if isinstance(masks, Mask) else tuple(checked(mask) for mask in masks)
+        if not given:
+            raise InputError("Balanced needs at least one mask to balance.")
         object.__setattr__(self, "masks", given)
 
     @classmethod

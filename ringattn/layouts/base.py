@@ -68,7 +68,7 @@ class Layout(ABC):
         )
 
     def draw(self, axes: Axes, length: int, size: int) -> None:
-        """Draws who holds what into matplotlib axes: a row a rank, positions across, a bar for every run."""
+        """Draws who holds what into matplotlib axes: one row per rank, positions across, a bar for every run."""
         length, size = _checked(length, size)
         for rank, _, start, count, stride in self.spans(length, size).tolist():
             runs = [(start, count)] if stride == 1 else [(start + stride * i, 1) for i in range(count)]

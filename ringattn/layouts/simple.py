@@ -77,7 +77,7 @@ class Explicit(Layout):
         if any(b <= a for rank in given for a, b in rank) or any(
             left[1] > right[0] for rank in given for left, right in itertools.pairwise(rank)
         ):
-            raise InputError(f"Explicit needs each rank's runs (start, stop) ascending, not empty; got {shown(given)}.")
+            raise InputError(f"Explicit needs a rank's runs (start, stop) ascending and not empty; got {shown(given)}.")
         object.__setattr__(self, "runs", given)
 
     def spans(self, length: int, size: int) -> Array:

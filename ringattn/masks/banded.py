@@ -77,7 +77,7 @@ def _counts(lengths: Any, name: str) -> tuple[int, ...]:
         if not isinstance(listed, Iterable) or isinstance(listed, (str, bytes, Mapping, Set)):
             raise TypeError("it has no order")
     except Exception as error:  # a tensor without data has one of its own
-        raise InputError(f"Documents takes a list of lengths; got {name}={shown(lengths)}: {error}.") from error
+        raise InputError(f"Documents takes a list of lengths; got {shown(lengths)} as {name}: {error}.") from error
     return tuple(tokens(n, "A document's length") for n in listed)
 
 

@@ -168,11 +168,11 @@ class Predicate(Mask):
 
 def _rectangles(grid: Allowed, size: int, q_length: int, k_length: int) -> Regions:
     """Regions of the true blocks of a grid: a row's neighbours are joined, and rows that are alike."""
-    apart = np.concatenate([[True], (grid[1:] != grid[:-1]).any(axis=1)])[: len(grid)]
-    top = np.flatnonzero(apart)
+    differs = np.concatenate([[True], (grid[1:] != grid[:-1]).any(axis=1)])[: len(grid)]
+    top = np.flatnonzero(differs)
     bottom = np.append(top[1:], len(grid))
-    edge = np.diff(np.pad(grid[top].astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    (row, left), (_, right) = np.nonzero(edge == 1), np.nonzero(edge == -1)
+    change = np.diff(np.pad(grid[top].astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    (row, left), (_, right) = np.nonzero(change == 1), np.nonzero(change == -1)
     q0, q1, k0, k1 = (
         np.minimum(x * size, n)
         for x, n in zip((top[row], bottom[row], left, right), (q_length, q_length, k_length, k_length), strict=True)

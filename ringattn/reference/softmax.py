@@ -149,8 +149,8 @@ def evaluate(
     group = x.q.shape[1] // x.k.shape[1]
     for rows, keys, block in blocks(x.q, x.k, allowed):
         for batch, head in np.ndindex(x.k.shape[:2]):
-            spot = _Spot((batch, slice(head * group, (head + 1) * group), rows), (batch, head, keys))
-            _block(x, spot, block, lse, values, sizes)
+            at = _Slices((batch, slice(head * group, (head + 1) * group), rows), (batch, head, keys))
+            _block(x, at, block, lse, values, sizes)
     if "alibi" in x.params:
         values.params["alibi"][:] *= -1  # the slope times the distance is taken off the score
     if x.dout is not None and "sinks" in x.params:
@@ -206,7 +206,7 @@ class _Inputs(NamedTuple):
         return _Inputs(query, key, value, output_grad, on_lse, scale, scores, params)
 
 
-class _Spot(NamedTuple):
+class _Slices(NamedTuple):
     """Where a block lies: `q` indexes what has query heads and rows, `k` what has key heads and keys."""
 
     q: tuple[int, slice, slice]
@@ -222,57 +222,57 @@ class _Spot(NamedTuple):
         return np.arange(rows.start, rows.stop)[:, None] - np.arange(keys.start, keys.stop)
 
 
-def _block(x: _Inputs, spot: _Spot, allowed: Bools, lse: Array, values: Magnitudes, sizes: Magnitudes) -> None:
+def _block(x: _Inputs, at: _Slices, allowed: Bools, lse: Array, values: Magnitudes, sizes: Magnitudes) -> None:
     """One block of r rows under n keys of one key head; its G query heads are G·r rows of the products."""
-    q, k, v = x.q[spot.q].reshape(-1, x.q.shape[3]) * x.scale, x.k[spot.k], x.v[spot.k]
-    scores, slope = _scored(x, spot, q @ k.T)
-    p, row_lse = _softmax(scores, allowed, x.params["sinks"][spot.heads] if "sinks" in x.params else None)
-    given = p * _kept(x, spot, p.shape) if x.scores.dropout else p
+    q, k, v = x.q[at.q].reshape(-1, x.q.shape[3]) * x.scale, x.k[at.k], x.v[at.k]
+    scores, slope = _scored(x, at, q @ k.T)
+    p, row_lse = _softmax(scores, allowed, x.params["sinks"][at.heads] if "sinks" in x.params else None)
+    given = p * _kept(x, at, p.shape) if x.scores.dropout else p
     out = given @ v
-    _store(values.out, spot, out)
-    _store(lse, spot, row_lse)
-    _store(sizes.out, spot, given @ np.abs(v))
+    _store(values.out, at, out)
+    _store(lse, at, row_lse)
+    _store(sizes.out, at, given @ np.abs(v))
     if x.dout is None:
         return
-    dout, k = x.dout[spot.q].reshape(out.shape), k * x.scale
+    dout, k = x.dout[at.q].reshape(out.shape), k * x.scale
     # the gradient of an unreachable row's lse goes nowhere, whatever it is (a loss over -inf sends NaN)
-    dlse = np.where(np.isfinite(row_lse), x.dlse[spot.q].reshape(-1), 0.0)
+    dlse = np.where(np.isfinite(row_lse), x.dlse[at.q].reshape(-1), 0.0)
     keep = given / np.where(p == 0, 1, p)
     ds = (dout @ v.T) * keep + (dlse - np.sum(dout * out, axis=1))[:, None]
-    _add(values, spot, (p, given, slope), ds, q, k, dout)
+    _add(values, at, (p, given, slope), ds, q, k, dout)
     e = (np.abs(dout) @ np.abs(v).T) * keep + (np.abs(dlse) + np.sum(np.abs(dout * out), axis=1))[:, None]
-    _add(sizes, spot, (p, given, slope), e, np.abs(q), np.abs(k), np.abs(dout))
+    _add(sizes, at, (p, given, slope), e, np.abs(q), np.abs(k), np.abs(dout))
 
 
-def _scored(x: _Inputs, spot: _Spot, products: Array) -> tuple[Array, Array]:
+def _scored(x: _Inputs, at: _Slices, products: Array) -> tuple[Array, Array]:
     """The scores of λ q·k, [G·r, n], and their derivative by it."""
     slope = np.ones_like(products)
     if x.scores.softcap is not None:
         bent = np.tanh(products / x.scores.softcap)
         products, slope = x.scores.softcap * bent, 1 - bent * bent
-    added = np.zeros((1, *spot.offsets().shape))
+    added = np.zeros((1, *at.offsets().shape))
     for name, table in x.params.items():
         if name == "alibi":
-            added = added - table[spot.heads, None, None] * np.abs(spot.offsets())
+            added = added - table[at.heads, None, None] * np.abs(at.offsets())
         elif name == "relative":
-            added = added + table[spot.heads][:, _entries(spot, table)]
+            added = added + table[at.heads][:, _entries(at, table)]
         elif name == "bias":
-            added = added + table[spot.heads, spot.q[2], spot.k[2]]
-    heads = spot.heads.stop - spot.heads.start
+            added = added + table[at.heads, at.q[2], at.k[2]]
+    heads = at.heads.stop - at.heads.start
     return products + np.broadcast_to(added, (heads, *added.shape[1:])).reshape(products.shape), slope
 
 
-def _entries(spot: _Spot, table: Array) -> Ints:
+def _entries(at: _Slices, table: Array) -> Ints:
     reach = table.shape[1] // 2
-    entries: Ints = np.clip(spot.offsets(), -reach, reach) + reach
+    entries: Ints = np.clip(at.offsets(), -reach, reach) + reach
     return entries
 
 
-def _kept(x: _Inputs, spot: _Spot, shape: tuple[int, ...]) -> Array:
+def _kept(x: _Inputs, at: _Slices, shape: tuple[int, ...]) -> Array:
     """0 or 1 / (1 − p) for each weight, [G·r, n]."""
-    queries, keys = (np.arange(at.start, at.stop) for at in (spot.q[2], spot.k[2]))
-    keep = kept(x.scores.seed, x.scores.dropout, spot.q[0] + 1, spot.heads.stop, queries, keys)
-    return keep[spot.q[0], spot.heads].reshape(shape) / (1 - x.scores.dropout)
+    queries, keys = (np.arange(each.start, each.stop) for each in (at.q[2], at.k[2]))
+    keep = kept(x.scores.seed, x.scores.dropout, at.q[0] + 1, at.heads.stop, queries, keys)
+    return keep[at.q[0], at.heads].reshape(shape) / (1 - x.scores.dropout)
 
 
 def _softmax(scores: Array, allowed: Bools, sinks: Array | None) -> tuple[Array, Array]:
@@ -291,25 +291,25 @@ def _softmax(scores: Array, allowed: Bools, sinks: Array | None) -> tuple[Array,
 
 
 def _add(
-    sums: Magnitudes, spot: _Spot, weights: tuple[Array, Array, Array], dp: Array, q: Array, k: Array, dout: Array
+    sums: Magnitudes, at: _Slices, weights: tuple[Array, Array, Array], dp: Array, q: Array, k: Array, dout: Array
 ) -> None:
     """Add a block's part to the gradients, with q and k times λ: dV += Pᵀ dO, dQ = dS λK, dK += dSᵀ λQ."""
     p, given, slope = weights
     ds = p * dp
-    each = ds.reshape(-1, *spot.offsets().shape)
+    each = ds.reshape(-1, *at.offsets().shape)
     for name, total in sums.params.items():
         if name == "alibi":
-            total[spot.heads] += (each * np.abs(spot.offsets())).sum(axis=(1, 2))
+            total[at.heads] += (each * np.abs(at.offsets())).sum(axis=(1, 2))
         elif name == "relative":
-            for head, part in zip(total[spot.heads], each, strict=True):
-                np.add.at(head, _entries(spot, total), part)
+            for head, part in zip(total[at.heads], each, strict=True):
+                np.add.at(head, _entries(at, total), part)
         elif name == "bias":
-            total[spot.heads, spot.q[2], spot.k[2]] += each
+            total[at.heads, at.q[2], at.k[2]] += each
     ds *= slope
-    _store(sums.dq, spot, ds @ k)
-    sums.dk[spot.k] += ds.T @ q
-    sums.dv[spot.k] += given.T @ dout
+    _store(sums.dq, at, ds @ k)
+    sums.dk[at.k] += ds.T @ q
+    sums.dv[at.k] += given.T @ dout
 
 
-def _store(whole: Array, spot: _Spot, rows: Array) -> None:
-    whole[spot.q] = rows.reshape(whole[spot.q].shape)
+def _store(whole: Array, at: _Slices, rows: Array) -> None:
+    whole[at.q] = rows.reshape(whole[at.q].shape)
