@@ -20,8 +20,8 @@ from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
+from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan, plan_all
-from ringattn.plans.steps import Plan
 from ringattn.plans.verification import verify
 from ringattn.saving import safe_globals
 from ringattn.schedules.ring import Ring

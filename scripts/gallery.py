@@ -19,7 +19,7 @@ import ringattn
 from ringattn import layouts, masks
 from ringattn.advice.figures import PALETTE
 from ringattn.plans import tiles
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

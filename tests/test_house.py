@@ -32,14 +32,16 @@ MAY: dict[str, str] = {
     "layouts.*": "checking bands errors masks layouts.base",
     "plans.tiles": "bands layouts masks",
     "plans.demand": "bands layouts masks plans.tiles",
-    "plans.cost": "bands checking errors masks plans.tiles plans.steps",
-    "plans.steps": "bands layouts masks payloads.base plans.tiles plans.cost plans.verification",
+    "plans.shape": "payloads.base",
+    "plans.cost": "bands checking errors masks plans.shape plans.tiles plans.steps",
+    "plans.steps": "bands layouts masks payloads.base plans.shape plans.tiles",
     "plans.coverage": "bands errors layouts plans.tiles plans.steps",
     "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
-    "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.cost plans.steps",
-    "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.cost "
-    "plans.demand plans.steps plans.tiles naming schedules",
-    "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.steps",
+    "plans.plan": "plans.cost plans.steps plans.verification",
+    "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
+    "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
+    "plans.plan plans.shape plans.tiles naming schedules",
+    "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
     "mechanisms.base": "checking errors",
@@ -48,7 +50,7 @@ MAY: dict[str, str] = {
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",
-    "kernels.rates": "bands layouts mechanisms.base plans.steps",
+    "kernels.rates": "bands layouts mechanisms.base plans.plan",
     "kernels.store": "kernels.machine kernels.rates",
     "kernels.trial": "mechanisms.base plans.tiles kernels.base kernels.rates",
     "kernels.choice": "errors naming mechanisms mechanisms.base kernels kernels.base kernels.machine kernels.rates "
@@ -61,11 +63,11 @@ MAY: dict[str, str] = {
     "runtime.agreement": "errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
-    "runtime.call": "handles kernels.base mechanisms.base plans.steps transports.base runtime.agreement "
+    "runtime.call": "handles kernels.base mechanisms.base plans.plan transports.base runtime.agreement "
     "runtime.messages",
-    "runtime.messages": "mechanisms.base payloads.base plans.steps transports.base",
+    "runtime.messages": "mechanisms.base payloads.base plans.plan plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
-    "plans.planning plans.steps runtime.agreement runtime.call runtime.spelling schedules.base",
+    "plans.plan plans.planning runtime.agreement runtime.call runtime.spelling schedules.base",
     "runtime.engine": "mechanisms.base payloads.base transports.base runtime.call runtime.messages",
     "runtime.op": "handles runtime.call runtime.engine runtime.request runtime.spelling runtime.transforms",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
@@ -79,7 +81,7 @@ MAY: dict[str, str] = {
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
     "conformance.leaks": "conformance.case conformance.running",
-    "conformance.running": "conformance.case errors functional mesh plans.planning plans.steps sharding simulator",
+    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "checking errors",
     "startup": "checking errors mesh rendezvous transports.torch_distributed",
@@ -132,6 +134,16 @@ def test_arrows(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in INNER if path.name == "__init__.py"], ids=_name)
 def test_the_front_of_a_folder_shows_its_members_and_nothing_else(path: Path) -> None:
     assert not [target for target, _ in _imports(path) if not target.startswith(f"{_name(path)}.")]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports within functions and for type checkers count: a circle is one whenever it is walked."""
+    imports = {_name(path): {target for target, _ in _imports(path)} for path in MODULES}
+    left = dict(imports)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import each other, or what does: {sorted(left)}"
 
 
 def test_every_permission_is_used() -> None:

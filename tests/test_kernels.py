@@ -137,14 +137,18 @@ def test_sdpa_refuses_in_words(changes: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "taken", "reason"),
     [
-        ({}, OneDNN(), "auto took the fastest kernel for this mechanism"),
-        ({"value_dim": 12}, OneDNN(), "auto took the fastest kernel for this mechanism"),
-        ({"dtype": torch.float64}, Sdpa(), "auto fell to it: onednn computes in float32; got float64"),
+        ({}, Sdpa(), "auto took the fastest kernel for this mechanism"),
+        (
+            {"value_dim": 12},
+            OneDNN(),
+            "auto fell to it: sdpa needs value heads as wide as query heads; got D=8, Dv=12",
+        ),
+        ({"dtype": torch.float64}, Sdpa(), "auto took the fastest kernel for this mechanism"),
         (
             {"dtype": torch.float64, "value_dim": 12},
             Reference(),
-            "auto fell to it: onednn computes in float32; got float64; "
-            "sdpa needs value heads as wide as query heads; got D=8, Dv=12",
+            "auto fell to it: sdpa needs value heads as wide as query heads; got D=8, Dv=12; "
+            "onednn computes in float32; got float64",
         ),
         (
             {"device": torch.device("cuda"), "dtype": torch.float16},
@@ -164,7 +168,7 @@ def test_auto_takes_the_fastest_that_can_and_says_why(changes: dict[str, object]
 
 def test_choice() -> None:
     assert chosen_kernel(Reference(rows=3), _problem())[0] == Reference(rows=3)
-    with pytest.raises(InputError, match="'auto', 'onednn', 'sdpa', 'chunked', 'reference'"):
+    with pytest.raises(InputError, match="'auto', 'sdpa', 'onednn', 'chunked', 'reference'"):
         chosen_kernel("flash", _problem())
     with pytest.raises(UnsupportedError, match="onednn runs on CPUs; got cuda"):
         chosen_kernel("onednn", _problem(device=torch.device("cuda")))
@@ -265,7 +269,7 @@ def test_a_field_that_a_kernel_does_not_know_is_refused(
 def test_what_is_made_of_softmax_goes_to_the_reference_kernel() -> None:
     kernel, reason = chosen_kernel("auto", _problem(mechanism=Tempered()))
     assert kernel == Reference()
-    assert "onednn computes Softmax itself; got Tempered(); sdpa computes Softmax itself" in reason
+    assert "sdpa computes Softmax itself; got Tempered(); onednn computes Softmax itself" in reason
     with pytest.raises(UnsupportedError, match=r"got Tempered\(temperature=0.5\)"):
         chosen_kernel("sdpa", _problem(mechanism=Tempered(temperature=0.5)))
 

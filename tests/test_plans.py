@@ -16,7 +16,8 @@ import ringattn
 from ringattn.conformance.drawing import LAYOUTS, SCHEDULES
 from ringattn.errors import InputError, PlanError
 from ringattn.plans import tiles
-from ringattn.plans.steps import RECV_PHASE, SEND_PHASE, Plan
+from ringattn.plans.plan import Plan
+from ringattn.plans.steps import RECV_PHASE, SEND_PHASE
 from ringattn.schedules.base import Schedule
 from tests.conformance import masks as any_mask
 

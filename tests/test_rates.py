@@ -56,14 +56,14 @@ def _never(kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) 
     [
         (1.0, 0.5, Sdpa()),
         (1.0, 2.0, OneDNN()),
-        (1.0, 1 / (MARGIN + 1e-6), Sdpa()),
-        (1.0, 1 / (MARGIN - 1e-6), OneDNN()),
+        (1 / (MARGIN + 1e-6), 1.0, OneDNN()),
+        (1 / (MARGIN - 1e-6), 1.0, Sdpa()),
     ],
 )
 def test_auto_takes_the_fastest_and_noise_does_not_flip_it(onednn: float, sdpa: float, taken: Kernel) -> None:
     kernel, reason = chosen_kernel("auto", _problem(), LARGE, rates=_told(onednn, sdpa))
     assert kernel == taken
-    assert f"onednn {onednn * 1e3:.1f} ms, sdpa {sdpa * 1e3:.1f} ms for Softmax, float32" in reason
+    assert f"sdpa {sdpa * 1e3:.1f} ms, onednn {onednn * 1e3:.1f} ms for Softmax, float32" in reason
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,10 @@ def test_auto_takes_the_fastest_and_noise_does_not_flip_it(onednn: float, sdpa: 
     [
         ("sdpa", {}, LARGE, Sdpa()),  # asked for by name
         (Reference(rows=3), {}, LARGE, Reference(rows=3)),
-        ("auto", {}, None, OneDNN()),  # nothing known about the tiles
-        ("auto", {}, Work(1000, 100), OneDNN()),  # too small
+        ("auto", {}, None, Sdpa()),  # nothing known about the tiles
+        ("auto", {}, Work(1000, 100), Sdpa()),  # too small
         ("auto", {"mechanism": Softmax(softcap=2.0)}, LARGE, OneDNN()),  # the only one that can
+        ("auto", {"value_dim": 32}, LARGE, OneDNN()),
         ("auto", {"dtype": torch.float64}, LARGE, Sdpa()),
         ("auto", {"device": torch.device("cuda"), "dtype": torch.bfloat16}, LARGE, Sdpa()),
         ("auto", {"mechanism": ringattn.Hard()}, LARGE, Reference()),
@@ -308,9 +309,9 @@ def _decisions(mesh: ringattn.Mesh) -> tuple[list[int], int]:
 
 def test_virtual_ranks_take_what_rank_0_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    told = _Told(lambda: "sdpa")
+    told = _Told(lambda: "onednn")
     monkeypatch.setattr(choice, "measure", told)
-    assert ringattn.simulate(_decisions, ring=3).results == [([1], 2)] * 3  # sdpa; then the call's digests alone
+    assert ringattn.simulate(_decisions, ring=3).results == [([1], 2)] * 3  # onednn; then the call's digests alone
     assert told.count == 1
     ringattn.simulate(_decisions, ring=3)
     assert told.count == 1, "kept for the next run"
@@ -319,7 +320,7 @@ def test_virtual_ranks_take_what_rank_0_measured(monkeypatch: pytest.MonkeyPatch
 def _decisions_on_a_process(mesh: ringattn.Mesh, folder: str) -> tuple[list[int], int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", f"{folder}/{mesh.rank}")  # as on machines of their own
-        patch.setattr(choice, "measure", _Told(lambda: "onednn" if mesh.rank else "sdpa"))
+        patch.setattr(choice, "measure", _Told(lambda: "sdpa" if mesh.rank else "onednn"))
         mesh.connected().decisions.clear()
         try:
             return _decisions(mesh)
@@ -350,6 +351,6 @@ def test_explain_shows_the_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     sharding = ringattn.Sharding(2048, ringattn.Mesh.virtual(2), "contiguous")
     said = ringattn.explain(q, k, v, ringattn.Causal(), sharding=sharding)
     assert said.splitlines()[-1] == (
-        "  kernel sdpa: auto took the fastest, as measured here: onednn 2000.0 ms, sdpa 1000.0 ms for Softmax, "
+        "  kernel sdpa: auto took the fastest, as measured here: sdpa 1000.0 ms, onednn 2000.0 ms for Softmax, "
         "float32, 1 head of 16, tiles of 1024, forward"
     )

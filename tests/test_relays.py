@@ -14,7 +14,8 @@ from ringattn.errors import PlanError
 from ringattn.payloads.summaries import Summaries
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
-from ringattn.plans.steps import SEND_PEER, SEND_PHASE, SEND_SOURCE, Plan
+from ringattn.plans.plan import Plan
+from ringattn.plans.steps import SEND_PEER, SEND_PHASE, SEND_SOURCE
 from ringattn.schedules.base import Schedule
 
 

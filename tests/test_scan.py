@@ -17,7 +17,8 @@ from ringattn.conformance import Case, attend, errors, joined, limits, oracle, s
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.payloads.keys import Keys
 from ringattn.plans import tiles
-from ringattn.plans.steps import RECV_START, RECV_STOP, SEND_STOP, Plan
+from ringattn.plans.plan import Plan
+from ringattn.plans.steps import RECV_START, RECV_STOP, SEND_STOP
 from tests.conformance import layouts, masks
 from tests.workers import Workers
 

@@ -18,7 +18,7 @@ from ringattn.masks import Mask, checked, shortened
 from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_count
 from ringattn.schedules import MEMBERS
 

@@ -17,7 +17,8 @@ from ringattn.advice import charts
 from ringattn.advice.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
 from ringattn.plans import tiles
-from ringattn.plans.steps import Exchange, Plan
+from ringattn.plans.plan import Plan
+from ringattn.plans.steps import Exchange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

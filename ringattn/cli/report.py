@@ -14,7 +14,7 @@ import ringattn
 from ringattn.advice.comparison import Comparison, Request
 from ringattn.advice.recommendation import RULE, Recommendation
 from ringattn.cli import options
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_bytes, readable_count
 
 COLUMNS = (

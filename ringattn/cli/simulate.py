@@ -19,7 +19,7 @@ from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
 from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_bytes
 from ringattn.simulator.virtual import MAX_RANKS
 from ringattn.transports.base import Transport

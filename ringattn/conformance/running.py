@@ -11,8 +11,8 @@ from ringattn.conformance.case import Case
 from ringattn.errors import PlanError
 from ringattn.functional import attention
 from ringattn.mesh import Mesh
+from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
-from ringattn.plans.steps import Plan
 from ringattn.sharding import Sharding
 from ringattn.simulator import simulate
 

@@ -9,7 +9,8 @@ from ringattn.kernels.onednn import OneDNN
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
-MEMBERS: tuple[type[Kernel], ...] = (OneDNN, Sdpa, Chunked, Reference)
-"""What ``auto`` chooses from, in the order in which it does where nothing was measured; the last can do everything."""
+MEMBERS: tuple[type[Kernel], ...] = (Sdpa, OneDNN, Chunked, Reference)
+"""What ``auto`` chooses from. Where nothing is measured, as for small calls, it takes the first that can: `Sdpa` takes
+the least to start. The last can do everything."""
 
 __all__ = ["MEMBERS", "Chunked", "Kernel", "OneDNN", "Reference", "Sdpa"]

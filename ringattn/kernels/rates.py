@@ -13,7 +13,7 @@ import torch
 
 from ringattn import bands, layouts
 from ringattn.mechanisms.base import Problem
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 
 MARGIN = 1.04
 """A kernel is kept until another one is faster by this factor: noise flips no choice, and what it costs is this."""

@@ -16,16 +16,15 @@ from ringattn.bands import Array
 from ringattn.errors import PlanError
 from ringattn.payloads.base import Payload
 from ringattn.plans import tiles
-from ringattn.plans.cost import Shape
 from ringattn.plans.demand import Demand
+from ringattn.plans.plan import Plan
+from ringattn.plans.shape import GradientWire, Shape
 from ringattn.plans.steps import (
     RECV_OFFSET,
     RECV_ORIGIN,
     RECV_PHASE,
     RECV_START,
     RECV_STOP,
-    GradientWire,
-    Plan,
     received_rows,
 )
 from ringattn.plans.tiles import K_RANK, Q_RANK, Tiles

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,47 +12,10 @@ from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
-
-if TYPE_CHECKING:
-    from ringattn.plans.steps import Exchange, Plan
-
+from ringattn.plans.shape import Shape
+from ringattn.plans.steps import Exchange, Program
 
 MAX_ROWS = 1 << 28  # of which `lower_bound` keeps some numbers each
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The heads of a call: what turns rows into bytes.
-
-    Attributes:
-        summary: numbers in the summary of one key head, for mechanisms that have summaries.
-    """
-
-    batch: int
-    heads: int
-    kv_heads: int
-    dim: int
-    value_dim: int
-    dtype: str
-    itemsize: int
-    summary: int | None = None
-
-    @property
-    def accumulator(self) -> int:
-        """Bytes of an accumulated number: float64 for float64 inputs, else float32."""
-        return max(self.itemsize, 4)
-
-    def row(self, plan: Plan) -> int:
-        """Numbers in one row of the plan's payload, all key heads."""
-        return self.batch * self.kv_heads * plan.payload.size(self)
-
-    def payload_itemsize(self, plan: Plan) -> int:
-        """Bytes of one number of the plan's payload."""
-        return self.accumulator if plan.payload.accumulated else self.itemsize
-
-    def grad_itemsize(self, plan: Plan) -> int:
-        """Bytes of one number of the payload's gradients, as they travel."""
-        return self.itemsize if plan.gradient_wire == "input" else self.accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +41,7 @@ class Traffic:
     backward_received_bytes: int | None
 
 
-def traffic(plan: Plan) -> Traffic:
+def traffic(plan: Program) -> Traffic:
     """Counts the items of a plan's steps."""
     forward = [step.exchange for step in plan.steps if step.exchange]
     backward = [step.exchange for step in plan.backward_steps if step.exchange]
@@ -91,8 +53,8 @@ def traffic(plan: Plan) -> Traffic:
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None:
             return None
-        out, home = shape.payload_itemsize(plan), shape.grad_itemsize(plan)
-        return shape.row(plan) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
+        out, home = shape.payload_itemsize(plan.payload), shape.grad_itemsize(plan.gradient_wire)
+        return shape.row(plan.payload) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
 
     sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
     tokens = plan.payload.per_key
@@ -122,7 +84,7 @@ class Memory:
         return sum(self.buffers.values())
 
 
-def memory(plan: Plan) -> Memory:
+def memory(plan: Program) -> Memory:
     """Every buffer of a call, inputs and results included, in bytes.
 
     The exchange's buffers are the plan's `buffer_rows`; ``kernel`` is what one launch over the largest step returns
@@ -144,8 +106,8 @@ def memory(plan: Plan) -> Memory:
         "returned dq, dk, dv": inputs * narrow if narrow != wide else 0,
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
-    rows, row = plan.buffer_rows, shape.row(plan)
-    travels, returns = row * shape.payload_itemsize(plan), row * shape.grad_itemsize(plan)
+    rows, row = plan.buffer_rows, shape.row(plan.payload)
+    travels, returns = row * shape.payload_itemsize(plan.payload), row * shape.grad_itemsize(plan.gradient_wire)
     for turn, count in enumerate(rows.turns):
         buffers[f"{plan.payload.name} {turn}"] = count * travels
         buffers[f"gradients {turn}"] = count * row * wide
@@ -155,7 +117,7 @@ def memory(plan: Plan) -> Memory:
     return Memory(buffers)
 
 
-def _kernel_rows(plan: Plan, shape: Shape) -> int:
+def _kernel_rows(plan: Program, shape: Shape) -> int:
     """Numbers in the results of the largest backward launch: dq of its queries, dk and dv of its keys."""
     most = 0
     for phase, step_tiles in plan.tiles.items():
@@ -168,7 +130,7 @@ def _kernel_rows(plan: Plan, shape: Shape) -> int:
     return most * shape.batch
 
 
-def explain(plan: Plan) -> str:
+def explain(plan: Program) -> str:
     """A plan in words: what it is, and a line a step."""
     moved = traffic(plan)
     received = moved.received_tokens + moved.received_summaries
@@ -214,15 +176,13 @@ class Balance:
     sent: float
 
 
-def balance(plans: Sequence[Plan]) -> Balance:
+def balance(plans: Sequence[Program]) -> Balance:
     """The balance of all ranks' plans.
 
     Raises:
         InputError: ``plans`` is no list of plans, or empty.
     """
-    from ringattn.plans.steps import Plan
-
-    sequence(plans, Plan, "plans", "plans, as plan_all makes them")
+    sequence(plans, Program, "plans", "plans, as plan_all makes them")
     moved = [traffic(plan) for plan in plans]
     return Balance(
         area=_spread([plan.area for plan in plans]),

@@ -14,7 +14,7 @@ from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.errors import InputError
 from ringattn.plans import tiles
-from ringattn.plans.steps import RECV_ORIGIN, RECV_PHASE, RECV_STOP, Plan
+from ringattn.plans.steps import RECV_ORIGIN, RECV_PHASE, RECV_STOP, Program
 
 Weights = npt.NDArray[np.uint64]
 MAX_KEYS = 1 << 31  # 16 GB of weights
@@ -34,7 +34,7 @@ class Keys:
             self._positions[rank] = layouts.positions(self._spans, rank)
         return self._positions[rank]
 
-    def in_buffer(self, plan: Plan, phase: int) -> list[Array]:
+    def in_buffer(self, plan: Program, phase: int) -> list[Array]:
         """Those of what lies in a rank's buffer of a phase, one array a receive."""
         if phase == 0:
             return [self.positions(plan.rank)]

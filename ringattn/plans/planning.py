@@ -17,9 +17,9 @@ from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
 from ringattn.naming import named
 from ringattn.plans.assembly import assemble
-from ringattn.plans.cost import Shape
 from ringattn.plans.demand import Demand
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
+from ringattn.plans.shape import Shape
 from ringattn.plans.tiles import K_RANK
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
 from ringattn.sharding import Sharding

@@ -1,9 +1,9 @@
-"""Plans: what one rank computes, sends and receives, decided before anything runs.
+"""Programs and their steps: what one rank computes, sends and receives, decided before anything runs.
 
-A plan is made of a few int64 arrays. *Phases* number the moves of all ranks alike: the keys that a rank attends to
-in phase p are its own (p = 0), or arrived in the exchange of phase p. Ranks skip the phases in which they have
-nothing to do, so steps differ from rank to rank, phases never do; since every rank's exchanges run in the order of
-their phases, matched exchanges cannot wait for each other in a circle.
+A plan is a program that can be asked; a program is made of a few int64 arrays. *Phases* number the moves of all ranks
+alike: the keys that a rank attends to in phase p are its own (p = 0), or arrived in the exchange of phase p. Ranks skip
+the phases in which they have nothing to do, so steps differ from rank to rank, phases never do; since every rank's
+exchanges run in the order of their phases, matched exchanges cannot wait for each other in a circle.
 
 The backward pass is no schedule's business. It is the same plan transposed: keys and values are fetched again as
 in the forward pass, and the gradients of the rows a phase has used go straight home to their owner, which adds them
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from ringattn import layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
 from ringattn.payloads.base import Payload
-from ringattn.plans import cost, tiles
-from ringattn.plans.cost import Memory, Shape, Traffic
+from ringattn.plans import tiles
+from ringattn.plans.shape import GradientWire, Shape
 from ringattn.plans.tiles import NO_TILES, PARTIAL, Tiles
-
-GradientWire = Literal["float32", "input"]
 
 T = TypeVar("T")
 
@@ -132,8 +130,8 @@ class BufferRows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """One rank's part of one attention call.
+class Program:
+    """One rank's part of one attention call, as data: see `plan.Plan` for what can be asked of it.
 
     Attributes:
         rank, size: this rank, of those that share the sequence.
@@ -310,24 +308,6 @@ class Plan:
             repr((self.rank, self.size, self.payload.name, self.lookahead, self.gradient_wire, self.shape)).encode()
         )
         return h.hexdigest()
-
-    def verify(self) -> None:
-        """Checks this rank's part: see `verification.verify_rank`. Raises PlanError."""
-        from ringattn.plans.verification import verify_rank
-
-        verify_rank(self)
-
-    def traffic(self) -> Traffic:
-        """What this rank moves: key positions, messages and, where the shape is known, bytes."""
-        return cost.traffic(self)
-
-    def memory(self) -> Memory:
-        """Every buffer of forward and backward, in bytes. Needs the shape."""
-        return cost.memory(self)
-
-    def explain(self) -> str:
-        """The plan in words, a line a step."""
-        return cost.explain(self)
 
 
 def received_rows(payload: Payload, receives: Array) -> Array:

@@ -19,11 +19,21 @@ from ringattn.checking import sequence
 from ringattn.errors import PlanError
 from ringattn.plans import tiles
 from ringattn.plans.coverage import Keys, Sums, sums_of_mask, sums_of_tiles
-from ringattn.plans.steps import RECV_OFFSET, RECV_ORIGIN, RECV_PHASE, RECV_START, RECV_STOP, Exchange, Item, Plan, Step
+from ringattn.plans.steps import (
+    RECV_OFFSET,
+    RECV_ORIGIN,
+    RECV_PHASE,
+    RECV_START,
+    RECV_STOP,
+    Exchange,
+    Item,
+    Program,
+    Step,
+)
 from ringattn.plans.tiles import Tiles
 
 
-def verify_rank(plan: Plan, keys: Keys | None = None) -> None:
+def verify_rank(plan: Program, keys: Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
     keys = Keys(plan.k_spans) if keys is None else keys
     _verify_form(plan)
@@ -38,14 +48,14 @@ def verify_rank(plan: Plan, keys: Keys | None = None) -> None:
     _verify_canonical(plan)
 
 
-def verify(plans: Sequence[Plan]) -> None:
+def verify(plans: Sequence[Program]) -> None:
     """Checks every rank's plan, and that together they match, bring gradients home and cannot deadlock.
 
     Raises:
         InputError: ``plans`` is no list of plans, or empty.
         PlanError: says which rank, phase and rows.
     """
-    sequence(plans, Plan, "plans", "every rank's plan, in order, as plan_all makes them")
+    sequence(plans, Program, "plans", "every rank's plan, in order, as plan_all makes them")
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
     first = plans[0]
@@ -74,14 +84,14 @@ def verify(plans: Sequence[Plan]) -> None:
 # -- one rank -------------------------------------------------------------------------------------------------------
 
 
-def _verify_form(plan: Plan) -> None:
+def _verify_form(plan: Program) -> None:
     """Every tile has a phase, queries and keys, and steps and strides that go forward."""
     columns = [tiles.M, tiles.N, tiles.Q_STEP, tiles.K_STEP, tiles.Q_STRIDE, tiles.K_STRIDE]
     if len(plan.tile_phases) != len(plan.tile_rows) or (plan.tile_rows[:, columns] < 1).any():
         raise PlanError(f"Rank {plan.rank} has tiles without a phase, without pairs, or with a step below 1.")
 
 
-def _verify_canonical(plan: Plan) -> None:
+def _verify_canonical(plan: Program) -> None:
     """Bands are as tight as their tiles, as kernels take them to be: a wider one holds no other pair, but they err."""
     rows = Tiles(plan.tile_rows).regions
     regions, kept = bands.tighten(rows)
@@ -89,7 +99,7 @@ def _verify_canonical(plan: Plan) -> None:
         raise PlanError(f"Rank {plan.rank} has tiles whose bands are not canonical: wider than the tiles.")
 
 
-def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], allowed: tuple[Sums, Sums], keys: Keys) -> None:
+def _verify_coverage(plan: Program, name: str, steps: Sequence[Step], allowed: tuple[Sums, Sums], keys: Keys) -> None:
     """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
     for partial, wanted in enumerate(allowed):
@@ -105,7 +115,7 @@ def _verify_coverage(plan: Plan, name: str, steps: Sequence[Step], allowed: tupl
             )
 
 
-def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: Keys) -> None:
+def _verify_sources(plan: Program, name: str, steps: Sequence[Step], keys: Keys) -> None:
     """Tiles name the positions that their queries and keys really have, and lie inside their buffers."""
     queries = layouts.positions(plan.q_spans, plan.rank)
     for step in steps:
@@ -127,7 +137,7 @@ def _verify_sources(plan: Plan, name: str, steps: Sequence[Step], keys: Keys) ->
                 )
 
 
-def _verify_summed(plan: Plan, name: str, step: Step, held: list[Array]) -> None:
+def _verify_summed(plan: Program, name: str, step: Step, held: list[Array]) -> None:
     """Tiles that attend to summaries allow every pair, and name the keys that their summary is a sum over."""
     rows = step.tiles.rows
     full = bands.areas(step.tiles.regions) == rows[:, tiles.M] * rows[:, tiles.N]
@@ -158,7 +168,7 @@ def _misplaced(held: Array, first: Array, count: Array, step: Array, position: A
     return None if right.all() else int(np.flatnonzero(~right)[0])
 
 
-def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
+def _verify_slots(plan: Program, name: str, steps: Sequence[Step]) -> None:
     """Walks the steps: keys have arrived before they are used or relayed, and no buffer is overwritten too early."""
     content: dict[int, int] = {}
     for step in steps:
@@ -182,7 +192,7 @@ def _verify_slots(plan: Plan, name: str, steps: Sequence[Step]) -> None:
 # -- all ranks ------------------------------------------------------------------------------------------------------
 
 
-def _verify_homing(plans: Sequence[Plan]) -> None:
+def _verify_homing(plans: Sequence[Program]) -> None:
     """The gradient of every key row that a rank has used is sent home by it, and awaited there, once."""
     sent, awaited = [], []
     for plan in plans:
@@ -205,7 +215,7 @@ def _verify_homing(plans: Sequence[Plan]) -> None:
         )
 
 
-def _used_rows(plan: Plan) -> list[Array]:
+def _used_rows(plan: Program) -> list[Array]:
     """The buffer rows that a rank's tiles of other ranks' keys read: ``(phase, start, stop)``."""
     out = []
     for phase, step_tiles in plan.tiles.items():
@@ -225,7 +235,7 @@ def _rows(spans: Array) -> int:
     return int((spans[:, 1] - spans[:, 0]).sum())
 
 
-def _origin_rows(plan: Plan) -> Array:
+def _origin_rows(plan: Program) -> Array:
     """A rank's home sends in rows of the owner: ``(rank, owner, phase, start, stop)``."""
     out = [np.empty((0, 5), dtype=np.int64)]
     for phase, peer, start, stop in plan.grad_sends.tolist():
@@ -242,7 +252,7 @@ def _origin_rows(plan: Plan) -> Array:
     return np.concatenate(out)
 
 
-def _positions(plan: Plan, item: Item, keys: Keys) -> list[Array]:
+def _positions(plan: Program, item: Item, keys: Keys) -> list[Array]:
     """The positions of the keys that an item carries, or sums up, or whose gradients it carries."""
     out: list[Array] = []
     for phase, spans, _ in item.sources:
@@ -267,7 +277,7 @@ def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
 
 
 def _match(
-    name: str, plans: Sequence[Plan], exchanges: Sequence[Sequence[Exchange]], keys: Keys
+    name: str, plans: Sequence[Program], exchanges: Sequence[Sequence[Exchange]], keys: Keys
 ) -> list[list[list[tuple[int, int]]]]:
     """For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out."""
     queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}

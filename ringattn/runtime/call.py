@@ -10,7 +10,7 @@ import torch
 from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
-from ringattn.plans.steps import Plan
+from ringattn.plans.plan import Plan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.messages import Moves
 from ringattn.transports.base import Transport

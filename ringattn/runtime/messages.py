@@ -13,7 +13,8 @@ import torch
 
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Parcel
-from ringattn.plans.steps import Item, Plan, Step
+from ringattn.plans.plan import Plan
+from ringattn.plans.steps import Item, Step
 from ringattn.transports.base import Buffers, Message
 
 Copy = tuple[torch.Tensor, torch.Tensor]

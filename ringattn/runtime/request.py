@@ -18,8 +18,8 @@ from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.rates import Work
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
-from ringattn.plans.steps import Plan
 from ringattn.runtime import agreement
 from ringattn.runtime.call import Call
 from ringattn.runtime.spelling import spelled

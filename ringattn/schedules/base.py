@@ -17,7 +17,7 @@ from ringattn.payloads.base import Payload
 from ringattn.payloads.keys import Keys
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
-from ringattn.plans.steps import GradientWire
+from ringattn.plans.shape import GradientWire
 
 
 @dataclasses.dataclass(frozen=True)
