@@ -172,15 +172,15 @@ class _Deal:
         segments = self.sparsest(tokens, but=largest)
         others = self.left[segments]
         upto = self.line(segments, others)
-        least, most = max(0, tokens - int(others.sum())), min(tokens, whole)
+        low, high = max(0, tokens - int(others.sum())), min(tokens, whole)
 
-        def of(x: int) -> float:
+        def area_at(x: int) -> float:
             return float(x * density + upto(tokens - x))
 
-        fits = whole <= tokens and of(whole) <= area * (1 + SLACK)
-        if fits or of(least) > area * (1 + SLACK) or of(most) < area * (1 - SLACK):
+        fits = whole <= tokens and area_at(whole) <= area * (1 + SLACK)
+        if fits or area_at(low) > area * (1 + SLACK) or area_at(high) < area * (1 - SLACK):
             return False
-        x = _nearest(of, least, most, area)
+        x = _nearest(area_at, low, high, area)
         mine = _between(others, 0, tokens - x)
         self.take(rank, np.append(segments, largest), np.append(mine, x), outside=largest)
         return True
@@ -191,10 +191,10 @@ class _Deal:
         left = self.left[segments]
         upto = self.line(segments, left)
 
-        def of(x: int) -> float:
+        def area_at(x: int) -> float:
             return float(upto(x + tokens) - upto(x))
 
-        x = _nearest(of, 0, int(left.sum()) - tokens, area)
+        x = _nearest(area_at, 0, int(left.sum()) - tokens, area)
         self.take(rank, segments, _between(left, x, x + tokens))
 
     def place(self, tokens: Array, area: Array) -> Array:
@@ -266,7 +266,7 @@ def _between(tokens: Array, start: int, stop: int) -> Array:
     return inside
 
 
-def _nearest(of: Callable[[int], float], low: int, high: int, target: float) -> int:
+def _nearest(value_at: Callable[[int], float], low: int, high: int, target: float) -> int:
     """The x in ``[low, high]`` whose value, which grows with x, is nearest the target; of equal ones the last."""
-    x = max(low + bisect.bisect_right(range(low, high + 1), target * (1 + SLACK), key=of) - 1, low)
-    return x + (x < high and abs(of(x + 1) - target) < abs(of(x) - target))
+    x = max(low + bisect.bisect_right(range(low, high + 1), target * (1 + SLACK), key=value_at) - 1, low)
+    return x + (x < high and abs(value_at(x + 1) - target) < abs(value_at(x) - target))

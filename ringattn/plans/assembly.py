@@ -1,6 +1,6 @@
 """Assembly: one rank's plan, from what its schedule moves and what its mask demands.
 
-Schedules speak in rows of the shard a key comes from; plans in rows of the buffers in which it arrives. The way home of
+Schedules speak in rows of the shard a key comes from; plans in rows of the buffers in which it arrives. The way back of
 gradients follows from the demand alone, whatever the schedule.
 """
 
@@ -74,8 +74,8 @@ def assemble(
     order = np.lexsort((table[:, 2 + tiles.K], table[:, 2 + tiles.Q], table[:, K_RANK], tile_phases))
     rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
     if payload.per_key:
-        rows, tile_phases = _held(rows, tile_phases, owners, buffers)
-        grad_sends, grad_receives = _key_homes(demand, rank, phases, buffers)
+        rows, tile_phases = _in_buffers(rows, tile_phases, owners, buffers)
+        grad_sends, grad_receives = _key_gradients(demand, rank, phases, buffers)
     else:
         if moves.sends[:, 2].any():
             raise PlanError(
@@ -112,33 +112,35 @@ def assemble(
     )
 
 
-def _key_homes(demand: Demand, rank: int, phases: Phases, buffers: _Buffers) -> tuple[Array, Array]:
-    """Where the gradients of the keys a rank has used go, and which ones of its own come home."""
+def _key_gradients(demand: Demand, rank: int, phases: Phases, buffers: _Buffers) -> tuple[Array, Array]:
+    """Where the gradients of the keys a rank has used go, and which ones come back for its own."""
     used = demand.keys_needed_by(rank)
     used = used[used[:, K_RANK] != rank]
     phase, owner = phases(used[:, Q_RANK], used[:, K_RANK]), used[:, K_RANK]
     start = buffers.row(phase, owner, used[:, 2])
-    lent = demand.keys_requested_from(rank)
-    lent = lent[lent[:, Q_RANK] != rank]
+    requested = demand.keys_requested_from(rank)
+    requested = requested[requested[:, Q_RANK] != rank]
     return (
         _sorted(phase, owner, start, start + used[:, 3] - used[:, 2]),
-        _sorted(phases(lent[:, Q_RANK], lent[:, K_RANK]), lent[:, Q_RANK], lent[:, 2], lent[:, 3]),
+        _sorted(
+            phases(requested[:, Q_RANK], requested[:, K_RANK]), requested[:, Q_RANK], requested[:, 2], requested[:, 3]
+        ),
     )
 
 
 def _summed_up(rows: Array, phases: Array, owners: Array, receives: Array, rank: int) -> tuple[Array, Array]:
     """Tiles, and their phases, with every tile of another rank's keys cut into the summaries that make it up."""
     foreign = owners != rank
-    tile, hold = bands.overlaps(
+    tile, receive = bands.overlaps(
         *_lifted(owners[foreign], rows[foreign, tiles.K], rows[foreign, tiles.K] + rows[foreign, tiles.N]),
         *_lifted(receives[:, RECV_ORIGIN], receives[:, RECV_START], receives[:, RECV_STOP]),
     )
-    order = np.lexsort((hold, tile))
-    tile, hold = tile[order], hold[order]
+    order = np.lexsort((receive, tile))
+    tile, receive = tile[order], receive[order]
     out = rows[foreign][tile]
-    out[:, tiles.K_POSITION] += (receives[hold, RECV_START] - out[:, tiles.K]) * out[:, tiles.K_STRIDE]
-    out[:, tiles.K] = receives[hold, RECV_OFFSET]
-    out[:, tiles.N] = receives[hold, RECV_STOP] - receives[hold, RECV_START]
+    out[:, tiles.K_POSITION] += (receives[receive, RECV_START] - out[:, tiles.K]) * out[:, tiles.K_STRIDE]
+    out[:, tiles.K] = receives[receive, RECV_OFFSET]
+    out[:, tiles.N] = receives[receive, RECV_STOP] - receives[receive, RECV_START]
     out[:, tiles.LOW], out[:, tiles.HIGH] = 1 - out[:, tiles.N], out[:, tiles.M] - 1
     out, phases = np.concatenate([rows[~foreign], out]), np.concatenate([phases[~foreign], phases[foreign][tile]])
     order = np.argsort(phases, kind="stable")
@@ -150,7 +152,7 @@ def _lifted(owners: Array, start: Array, stop: Array) -> tuple[Array, Array]:
     return owners * bands.INF + start, owners * bands.INF + stop
 
 
-def _held(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple[Array, Array]:
+def _in_buffers(rows: Array, phases: Array, owners: Array, buffers: _Buffers) -> tuple[Array, Array]:
     """Tiles, and their phases, with their keys in rows of the buffers, which leave out what nobody needs.
 
     Keys taken with a step (of shardings of unequal strides) may so come to lie at uneven distances: such a tile is
@@ -190,7 +192,7 @@ def _offsets(phases: Array, counts: Array) -> Array:
 
 
 class _Buffers:
-    """Finds the buffer row of an origin's row: the last hold that begins at or before it."""
+    """Finds the buffer row of an origin's row: the last receive that begins at or before it."""
 
     def __init__(self, receives: Array, rank: int) -> None:
         self._rank = rank

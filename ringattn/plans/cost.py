@@ -26,7 +26,7 @@ class Traffic:
         messages, sent_tokens, received_tokens, sent_bytes, received_bytes: the forward pass.
         sent_summaries, received_summaries: the same where sums over keys travel in place of keys.
         backward_messages, backward_sent_bytes, backward_received_bytes: the backward pass, which moves keys and
-            values once more, and their gradients home.
+            values once more, and returns their gradients.
     """
 
     messages: int
@@ -53,8 +53,8 @@ def traffic(plan: Program) -> Traffic:
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None:
             return None
-        out, home = shape.payload_itemsize(plan.payload), shape.grad_itemsize(plan.gradient_wire)
-        return shape.row(plan.payload) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * home)
+        out, back = shape.payload_itemsize(plan.payload), shape.grad_itemsize(plan.gradient_wire)
+        return shape.row(plan.payload) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * back)
 
     sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
     tokens = plan.payload.per_key
@@ -138,7 +138,7 @@ def explain(plan: Program) -> str:
     lines = [
         f"rank {plan.rank} of {plan.size}, {plan.description}",
         f"  {plan.tokens} queries, {plan.key_tokens} keys, {plan.area} allowed pairs, plan {plan.hash}",
-        f"  receives {received} {plan.payload.unit} in {len(plan.held_rows) - 1} phases, "
+        f"  receives {received} {plan.payload.unit} in {len(plan.phase_rows) - 1} phases, "
         f"sends {sent} in {moved.messages} messages",
     ]
     lines += [f"  {plan.reason}"] if plan.reason else []

@@ -6,7 +6,7 @@ the phases in which they have nothing to do, so steps differ from rank to rank, 
 exchanges run in the order of their phases, matched exchanges cannot wait for each other in a circle.
 
 The backward pass is no schedule's business. It is the same plan transposed: keys and values are fetched again as
-in the forward pass, and the gradients of the rows a phase has used go straight home to their owner, which adds them
+in the forward pass, and the gradients of the rows a phase has used go straight to their owner, which adds them
 in the order of the phases: P - 1 sends, no chain, the same bits every time.
 """
 
@@ -143,7 +143,7 @@ class Program:
         tile_phases, tile_rows: every tile and its phase, sorted by phase; keys are rows of the phase's buffer.
         receives: ``(phase, sender, origin, start, stop, offset)``: rows of the origin's shard that arrive from the
             sender, and where they, or their summary, lie in the phase's buffer.
-        sends: ``(phase, peer, source, start, stop)``: rows of the buffer of phase ``source`` that the peer is to hold
+        sends: ``(phase, peer, source, start, stop)``: rows of the buffer of phase ``source`` that the peer receives
             in ``phase``.
         grad_sends: ``(phase, peer, start, stop)``: rows of the phase's buffer whose gradient goes to their owner.
         grad_receives: ``(phase, peer, start, stop)``: own rows whose gradient comes from the peer.
@@ -213,11 +213,11 @@ class Program:
             return found
 
         sends, receives = items(self.grad_sends, own=False), items(self.grad_receives, own=True)
-        homes = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
-        return self._with_own_tiles_last(self._steps(self._key_exchanges, homes))
+        gradients = {x: Exchange(x, sends.get(x, ()), receives.get(x, ())) for x in {*sends, *receives}}
+        return self._with_own_tiles_last(self._steps(self._key_exchanges, gradients))
 
     def _with_own_tiles_last(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        """Keeps some of this rank's own tiles for the last step: the last gradients go home behind them.
+        """Keeps some of this rank's own tiles for the last step: the last gradients travel behind them.
 
         Own keys need no exchange, so any step can compute them.
         """
@@ -249,13 +249,15 @@ class Program:
         parts = np.stack([np.broadcast_to(phases, start.shape), start, stop], axis=1)
         return tuple(Item(peer, self.payload, gradient, part) for peer, part in _groups(peers, parts))
 
-    def _steps(self, keys: dict[int, Exchange], homes: dict[int, Exchange]) -> tuple[Step, ...]:
+    def _steps(self, keys: dict[int, Exchange], gradients: dict[int, Exchange]) -> tuple[Step, ...]:
         """Keys of phase x travel with gradients of phase x - 1 - lookahead, which are ready by then on every rank."""
         lag = 1 + self.lookahead
         exchanges = dict(keys)
-        for phase, home in homes.items():
+        for phase, returned in gradients.items():
             both = exchanges.get(phase + lag, Exchange(phase + lag))
-            exchanges[phase + lag] = Exchange(phase + lag, both.sends + home.sends, both.receives + home.receives)
+            exchanges[phase + lag] = Exchange(
+                phase + lag, both.sends + returned.sends, both.receives + returned.receives
+            )
         steps = []
         for phase in sorted({*self.tiles, *(x - self.lookahead for x in exchanges)}):
             at = phase + self.lookahead
@@ -272,7 +274,7 @@ class Program:
         return {int(phase): nth % 2 for nth, phase in enumerate(np.unique(self.receives[:, RECV_PHASE]))}
 
     @functools.cached_property
-    def held_rows(self) -> dict[int, int]:
+    def phase_rows(self) -> dict[int, int]:
         """Rows in the buffer of every phase, this rank's own in phase 0."""
         groups = _groups(self.receives[:, RECV_PHASE], self.receives)
         return {0: self.key_tokens, **{phase: int(received_rows(self.payload, rows).sum()) for phase, rows in groups}}
@@ -288,7 +290,7 @@ class Program:
         """The size of each exchange buffer."""
         turns = [0, 0]
         for phase, slot in self.slots.items():
-            turns[slot] = max(turns[slot], self.held_rows[phase])
+            turns[slot] = max(turns[slot], self.phase_rows[phase])
         sent, returned, arriving = 0, 0, 0
         for exchange in (step.exchange for step in self.backward_steps if step.exchange):
             packed = [item for item in exchange.sends if self.packed(item)]

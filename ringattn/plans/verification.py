@@ -49,7 +49,7 @@ def verify_rank(plan: Program, keys: Keys | None = None) -> None:
 
 
 def verify(plans: Sequence[Program]) -> None:
-    """Checks every rank's plan, and that together they match, bring gradients home and cannot deadlock.
+    """Checks every rank's plan, and that together they match, return all gradients and cannot deadlock.
 
     Raises:
         InputError: ``plans`` is no list of plans, or empty.
@@ -73,7 +73,7 @@ def verify(plans: Sequence[Program]) -> None:
                 f"Rank {plan.rank} and rank 0 planned for another mask, sharding, payload or gradient dtype."
             )
         verify_rank(plan, keys)
-    _verify_homing(plans)
+    _verify_returns(plans)
     for name, exchanges in (
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
@@ -192,15 +192,15 @@ def _verify_slots(plan: Program, name: str, steps: Sequence[Step]) -> None:
 # -- all ranks ------------------------------------------------------------------------------------------------------
 
 
-def _verify_homing(plans: Sequence[Program]) -> None:
+def _verify_returns(plans: Sequence[Program]) -> None:
     """The gradient of every key row that a rank has used is sent home by it, and awaited there, once."""
     sent, awaited = [], []
     for plan in plans:
         me = np.int64(plan.rank)
         needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *_used_rows(plan)]))
-        homes = plan.grad_sends
-        going = tiles.merged(homes[:, [0, 2, 3]])
-        if not np.array_equal(needed, going) or _rows(homes[:, 2:4]) != _rows(going[:, 1:3]):
+        returned = plan.grad_sends
+        going = tiles.merged(returned[:, [0, 2, 3]])
+        if not np.array_equal(needed, going) or _rows(returned[:, 2:4]) != _rows(going[:, 1:3]):
             raise PlanError(f"Rank {plan.rank} does not send home the gradient of exactly the key rows it has used.")
         sent.append(_origin_rows(plan))
         received = plan.grad_receives
@@ -236,7 +236,7 @@ def _rows(spans: Array) -> int:
 
 
 def _origin_rows(plan: Program) -> Array:
-    """A rank's home sends in rows of the owner: ``(rank, owner, phase, start, stop)``."""
+    """A rank's returned gradients in rows of the owner: ``(rank, owner, phase, start, stop)``."""
     out = [np.empty((0, 5), dtype=np.int64)]
     for phase, peer, start, stop in plan.grad_sends.tolist():
         receives = plan.receives[(plan.receives[:, RECV_PHASE] == phase) & (plan.receives[:, RECV_ORIGIN] == peer)]

@@ -145,7 +145,7 @@ class _Rooms:
     def _rows(self, turns: list[torch.Tensor], phase: int) -> torch.Tensor:
         """The rows of a phase in one of two buffers that take turns; none for a rank's own."""
         slot = self._plan.slots.get(phase)
-        return turns[slot or 0][: 0 if slot is None else self._plan.held_rows[phase]]
+        return turns[slot or 0][: 0 if slot is None else self._plan.phase_rows[phase]]
 
 
 class _Staging:

@@ -57,7 +57,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def moves(self, demand: Demand, rank: int) -> Moves:
-        """What one rank holds and sends in each phase."""
+        """What one rank receives and sends in each phase."""
 
     @abstractmethod
     def received_tokens(self, requested: Array, size: int) -> int:

@@ -34,11 +34,11 @@ class Ring(Schedule):
             return _exact_moves(demand, rank)
         needed = demand.memo(_still_needed)
         hops = np.arange(1, demand.size)
-        held, passed = (rank - hops) % demand.size, (rank + 1 - hops) % demand.size
+        received, passed = (rank - hops) % demand.size, (rank + 1 - hops) % demand.size
         left, right = (rank - 1) % demand.size, (rank + 1) % demand.size
 
-        start, stop = needed[held, hops].T
-        receives = np.stack([hops, np.full_like(hops, left), held, start, stop], axis=1)[start < stop]
+        start, stop = needed[received, hops].T
+        receives = np.stack([hops, np.full_like(hops, left), received, start, stop], axis=1)[start < stop]
         start, stop = needed[passed, hops].T
         sends = np.stack([hops, np.full_like(hops, right), hops - 1, passed, start, stop], axis=1)[start < stop]
         return Moves(receives, sends)
@@ -93,26 +93,26 @@ def _exact_tokens(demand: Demand) -> int | None:
         return None
     start, stop = np.zeros((2, demand.size), dtype=np.int64)
     start[ranges[:, 0]], stop[ranges[:, 0]] = ranges[:, 1], ranges[:, 2]
-    own = _held(demand.k_spans, start, stop, 0)
+    own = _keys_within(demand.k_spans, start, stop, 0)
     if demand.size > 1:
         # what a rank needs and its left neighbour does not: before the neighbour's run and behind it
         before = start, np.minimum(stop, np.roll(start, 1))
         behind = np.maximum(start, np.roll(stop, 1)), stop
         for first, last in (before, behind):
-            others = sum(_held(demand.k_spans, first, last, distance) for distance in (0, 1))
+            others = sum(_keys_within(demand.k_spans, first, last, distance) for distance in (0, 1))
             if (np.maximum(last - first, 0) > others).any():
                 return None
     return int((stop - start - own).sum())
 
 
-def _held(k_spans: Array, start: Array, stop: Array, distance: int) -> Array:
+def _keys_within(k_spans: Array, start: Array, stop: Array, distance: int) -> Array:
     """How many of the positions from ``start[r]`` to ``stop[r]`` the rank so many places left of rank r holds."""
     rank = (k_spans[:, layouts.RANK] + distance) % len(start)
     first, count, stride = k_spans[:, layouts.START], k_spans[:, layouts.COUNT], k_spans[:, layouts.STRIDE]
     low, high = (np.clip(-((first - edge[rank]) // stride), 0, count) for edge in (start, stop))
-    held = np.zeros(len(start), dtype=np.int64)
-    np.add.at(held, rank, np.maximum(high - low, 0))
-    return held
+    within = np.zeros(len(start), dtype=np.int64)
+    np.add.at(within, rank, np.maximum(high - low, 0))
+    return within
 
 
 def _exact_moves(demand: Demand, rank: int) -> Moves:
