@@ -186,6 +186,9 @@ def test_rates_are_kept_for_their_class_and_machine(tmp_path: Path) -> None:
     assert store.find(MACHINE, dataclasses.replace(WORKLOAD, side=128)) is None
     store.keep(Entry(MACHINE, _rates(5.0)))
     assert store.find(MACHINE, WORKLOAD) == _rates(5.0) and len(store.entries()) == 2
+    newer = Entry(dataclasses.replace(MACHINE, kernels=("onednn 2", "sdpa 1")), _rates(6.0))
+    store.keep(newer)
+    assert newer in store.entries() and len(store.entries()) == 2, "in place of those of the kernel's old version"
     assert store.clear() == 2 and store.entries() == [] and store.clear() == 0
 
 

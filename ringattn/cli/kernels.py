@@ -75,7 +75,7 @@ def _renewed(store: Store, entry: Entry) -> Entry:
     again = renewed(entry) if entry.machine.is_here else None
     if again is None:
         return entry
-    store.replace(entry, again)
+    store.keep(again)
     return again
 
 

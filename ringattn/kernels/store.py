@@ -30,6 +30,11 @@ class Entry:
     machine: Machine
     rates: Rates
 
+    @property
+    def subject(self) -> tuple[Machine, Workload]:
+        """What the rates are of, whichever versions of kernels they compare."""
+        return dataclasses.replace(self.machine, kernels=()), self.rates.workload
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -68,13 +73,8 @@ class Store:
         return next(found, None)
 
     def keep(self, entry: Entry) -> None:
-        """Adds an entry, or replaces it. An interrupted write leaves the old file."""
-        self.replace(entry, entry)
-
-    def replace(self, old: Entry, entry: Entry) -> None:
-        """Keeps an entry in place of another one."""
-        gone = [(x.machine, x.rates.workload) for x in (old, entry)]
-        others = [x for x in self.entries() if (x.machine, x.rates.workload) not in gone]
+        """Adds an entry, in place of one on the same subject. An interrupted write leaves the old file."""
+        others = [x for x in self.entries() if x.subject != entry.subject]
         kept = [dataclasses.asdict(x) for x in (*others, entry)]
         with contextlib.suppress(OSError):
             self._write(json.dumps({"rates": kept}, indent=1))

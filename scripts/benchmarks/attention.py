@@ -10,6 +10,7 @@ beside each the error of its results against the float64 oracle, in units of the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -49,7 +50,8 @@ def cases(name: str, length: int, dtypes: list[torch.dtype], heads: int) -> Iter
 
 
 def oracle(case: Case) -> reference.Evaluation:
-    return conformance.oracle(case.call)
+    """Of the output and of the gradients, whether the case has any or not: both directions are compared with it."""
+    return conformance.oracle(dataclasses.replace(case, backward=True).call)
 
 
 def joined(parts: list[Results], positions: list[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
