@@ -72,10 +72,10 @@ class Report:
 
     @property
     def refusals(self) -> dict[str, int]:
-        """How often something was refused in which words, numbers apart."""
+        """How often something was refused in which words, numbers apart; the commonest first."""
         words = (finding.refusal for finding in self.findings if finding.refusal is not None)
         shortened = (re.sub(r"\([a-z]+=.*?\)", "(…)", each) for each in words)
-        return dict(collections.Counter(re.sub(r"-?\d[\d.,]*", "#", each) for each in shortened))
+        return dict(collections.Counter(re.sub(r"-?\d+(?:[.,]\d+)*", "#", each) for each in shortened).most_common())
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -107,7 +107,7 @@ class Report:
         refused = len(self.findings) - len(self.computed)
         lines = [f"{len(self.computed)} cases computed, {len(self.faulty)} of them wrong; {refused} refused"]
         lines.append("computed: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items())))
-        lines += [f"refused {count} times: {words}" for words, count in self.refusals.items()]
+        lines += [f"refused {count} ×: {words}" for words, count in self.refusals.items()]
         if self.worst:
             lines.append("largest error over its limit: " + ", ".join(f"{n} {x:.2f}" for n, x in self.worst.items()))
         return "\n".join(lines + [str(finding) for finding in self.faulty[:1]])
