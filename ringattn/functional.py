@@ -119,7 +119,8 @@ def _compiled(
     text, schedule, kernel = (spelled(x, numbers) for x in (mechanism, request.schedule, request.kernel))
     wanted = wanted_gradients(q, k, v, *params)
     tokens = [request.mask.token, request.sharding.token, request.kv.token]
-    seed = torch.as_tensor(mechanism.new_seed())
+    drawn = mechanism.new_seed()
+    seed = drawn if isinstance(drawn, torch.Tensor) else torch.full((), drawn, dtype=torch.int64, device="cpu")
     ticket = torch.ops.ringattn.prepare(q, k, v, params, tokens, seed, numbers, text, schedule, kernel, wanted)
     return torch.ops.ringattn.attention(q, k, v, params, ticket, numbers, text, wanted)  # type: ignore[no-any-return]
 

@@ -64,7 +64,7 @@ class Handled:
                 f"another one of the same kind then needs no new graph."
             )
         made = super().__new__(cls)
-        object.__setattr__(made, "token", torch.tensor(number_of(made)))
+        object.__setattr__(made, "token", torch.tensor(number_of(made), device="cpu"))
         return made
 
     def __getstate__(self) -> dict[str, Any]:

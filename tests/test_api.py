@@ -179,6 +179,47 @@ def test_ulysses_is_refused_with_what_to_use_instead() -> None:
         ringattn.simulate(lambda mesh: None, ring=2, ulysses=2)
 
 
+@pytest.mark.parametrize("kernel", ["onednn", "sdpa", "reference"])
+def test_the_default_device_changes_nothing(kernel: str) -> None:
+    def results() -> list[torch.Tensor]:
+        q, k, v = _inputs()
+        with torch.device("meta"):
+            out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one(), kernel=kernel)
+            grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out, device="cpu"))
+        return [out.detach(), *grads]
+
+    q, k, v = _inputs()
+    out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=_one(), kernel=kernel)
+    expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda x: x.to_sparse(), "sparse_coo"),
+        (lambda x: x.to_mkldnn(), "_mkldnn"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "nested"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(make: Callable[[torch.Tensor], torch.Tensor], kind: str) -> None:
+    q, k, v = (x.detach() for x in _inputs())
+    sharding = _one()
+    ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding)  # a plan of the same shape is kept
+    with pytest.raises(InputError, match=f"q must be a dense tensor; got a {kind} one"):
+        ringattn.attention(make(q), k, v, ringattn.Causal(), sharding=sharding)
+
+
+def test_a_kept_plan_is_of_the_same_ranks() -> None:
+    q, k, v = _inputs()
+    sharding, others = _one(), ringattn.Sharding(20, ringattn.Mesh.virtual(4))
+    for _ in range(2):
+        with pytest.raises(InputError, match="Rank 0 holds 5 of the 20 keys"):
+            ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, kv_sharding=others)
+        ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, kv_sharding=_one())
+
+
 # -- start-up on real ranks ----------------------------------------------------------------------------------------
 
 

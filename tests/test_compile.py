@@ -205,6 +205,18 @@ def test_dropout_draws_another_seed_at_every_run_and_the_backward_pass_replays_i
     assert torch.allclose((dv * v).sum(), second.sum(), rtol=1e-5)
 
 
+def test_a_seed_of_63_bits_is_the_same_seed_and_another_one_no_other_graph() -> None:
+    sharding, (q, k, v) = _one(), _inputs()
+
+    def fn(seed: int) -> torch.Tensor:
+        return ringattn.attention(
+            q, k, v, CAUSAL, sharding=sharding, mechanism=ringattn.Softmax(dropout=0.5, seed=seed)
+        )
+
+    seeds = (5, (1 << 32) + 9, 9, 1 << 31, (1 << 31) + 1, (1 << 63) - 1, *range(100, 112), 0)
+    assert _compared(fn, [(seed,) for seed in seeds]) == 2
+
+
 def test_without_gradients() -> None:
     sharding, inputs = _one(), tuple(x.detach() for x in _inputs())
     assert _compared(lambda q, k, v: ringattn.attention(q, k, v, CAUSAL, sharding=sharding), [inputs]) == 1
@@ -217,6 +229,28 @@ def test_the_output_may_be_written() -> None:
     fn = lambda q, k, v: ringattn.attention(q, k, v, CAUSAL, sharding=sharding).mul_(2)  # noqa: E731
     for backend in ("aot_eager", "inductor"):
         assert _compared(fn, [_inputs()], backend) == 1
+
+
+def test_the_log_sum_exp_may_be_written() -> None:
+    sharding = _one()
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = ringattn.attention(q, k, v, CAUSAL, sharding=sharding, return_lse=True)
+        lse.mul_(0)
+        return out
+
+    inputs = _inputs()
+    assert _compared(fn, [inputs]) == 1
+    untouched = ringattn.attention(*inputs, CAUSAL, sharding=sharding)
+    for x, y in zip(_results(fn(*inputs), [*inputs]), _results(untouched, [*inputs]), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_what_is_made_on_another_default_device_compiles() -> None:
+    with torch.device("meta"):
+        mask, sharding = ringattn.Documents([4, 20]), _one()
+    assert mask.token.device.type == sharding.token.device.type == "cpu"
+    assert _compared(lambda *x: ringattn.attention(x[0], x[1], x[2], mask, sharding=sharding), [_inputs()]) == 1
 
 
 def test_the_plan_lives_as_long_as_the_compiled_graph_needs_it() -> None:

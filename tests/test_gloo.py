@@ -97,7 +97,16 @@ def _disagree(mesh: ringattn.Mesh, what: str) -> str:
     try:
         if odd and what == "transformed":
             torch.func.vmap(lambda x: ringattn.attention(x, k, v, mask, sharding=sharding))(q[None])
-        out = ringattn.attention(q, k, v, mask, sharding=sharding, schedule=schedule, mechanism=ringattn.Softmax(scale))
+        out = ringattn.attention(
+            q,
+            k,
+            v,
+            mask,
+            sharding=sharding,
+            schedule=schedule,
+            mechanism=ringattn.Softmax(scale),
+            kernel="sdpa" if odd and what == "kernel" else "onednn" if what == "kernel" else "auto",
+        )
         if what == "call":
             _ = sharding.join(out, 2) if odd else out.sum().backward()
     except ringattn.RingAttentionError as error:
@@ -122,6 +131,7 @@ REFUSALS = {
         "explicit",
         "schedule",
         "mechanism",
+        "kernel",
         "gradients",
         "call",
         "refused",

@@ -201,6 +201,8 @@ def test_rates_are_kept_for_their_class_and_machine(tmp_path: Path) -> None:
         "3",
         '{"rates": 4}',
         '{"rates": [{"machine": {}, "rates": {}}]}',
+        "[" * 100_000,
+        '{"rates": [{"count": 1' + "0" * 400 + "}]}",
         '{"rates": [{"machine": {"kernels": 3}}]}',
         "\x00\xff",
     ],
@@ -212,7 +214,10 @@ def test_a_corrupt_file_costs_a_measurement_and_is_replaced(tmp_path: Path, text
     assert store.entries() == [Entry(MACHINE, _rates())]
 
 
-@pytest.mark.parametrize("seconds", [[], [["onednn", -1.0]], [["onednn", "nan"]], [["onednn"]]])
+@pytest.mark.parametrize(
+    "seconds",
+    [[], [["onednn", -1.0]], [["onednn", "nan"]], [["onednn"]], [["ghost", 1.0]], [["reference", 1e-9], ["sdpa", 1.0]]],
+)
 def test_rates_that_are_none_are_not_believed(tmp_path: Path, seconds: Any) -> None:
     store = Store(tmp_path / "kernels.json")
     store.keep(Entry(MACHINE, _rates()))
@@ -357,3 +362,21 @@ def test_explain_shows_the_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "  kernel sdpa: auto took the fastest, as measured here: sdpa 1000.0 ms, onednn 2000.0 ms for Softmax, "
         "float32, 1 head of 16, tiles of 1024, forward"
     )
+
+
+def _with_other_threads(mesh: ringattn.Mesh) -> list[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + mesh.rank)
+    try:
+        sharding = ringattn.Sharding(4096, mesh)
+        made = []
+        for batch in (1, 2):
+            q, k, v = (torch.randn(batch, 1, sharding.count, 64) for _ in range(3))
+            made.append(ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding).shape[0])
+        return made
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ranks_with_other_numbers_of_threads_agree(gloo: Workers) -> None:
+    assert gloo.run(2, _with_other_threads) == [[1, 2]] * 2

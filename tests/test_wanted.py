@@ -147,7 +147,7 @@ def test_over_ranks_the_wanted_gradients_are_the_same_to_the_bit(mechanism: Mech
         return {name: x.grad for name, x in parts.items()}
 
     everything = ringattn.simulate(gradients, "qkv", ring=3).results
-    for wanted in ("k", "v", "qv", "kv"):
+    for wanted in ("q", "k", "v", "qv", "kv"):
         for rank, found in enumerate(ringattn.simulate(gradients, wanted, ring=3).results):
             for name, x in found.items():
                 assert _alike(x, everything[rank][name] if name in wanted else None), (wanted, name)

@@ -83,7 +83,7 @@ def _measured_choice(problem: Problem, work: Work | None, decide: Decide, rates:
     reason = "auto took the fastest kernel for this mechanism"
     # What decides whether to measure is the same on every rank. Whether a tile asks a predicate is not.
     workload = None if work is None else Workload.from_problem(problem, work)
-    if workload is not None and sum(kernel.supports(problem) for kernel in order[:-1]) > 1:
+    if work is not None and workload is not None and sum(kernel.supports(problem) for kernel in order[:-1]) > 1:
         known: list[Rates] = []
 
         def choose() -> int:
@@ -93,7 +93,7 @@ def _measured_choice(problem: Problem, work: Work | None, decide: Decide, rates:
             best = known[0].best if known else str(able[0] if able else order[-1])
             return [str(kernel) for kernel in order].index(best)
 
-        first = order.pop(decide(f"kernel for {workload}", choose))
+        first = order.pop(decide(f"kernel for {Workload.subject(problem, work)}", choose))
         order.insert(0, first)
         reason = _reason(str(first), known[0] if known else None)
     return _first(order, problem, reason)

@@ -87,6 +87,15 @@ class Workload:
             problem.wants("q", "k", "v", *problem.mechanism.params),
         )
 
+    @staticmethod
+    def subject(problem: Problem, work: Work) -> str:
+        """The class in words that are the same on ranks with other numbers of threads."""
+        dims = f"{problem.heads}/{problem.kv_heads} heads of {problem.dim} and {problem.value_dim}"
+        wanted = problem.wants("q", "k", "v", *problem.mechanism.params)
+        side = 1 << work.side.bit_length()
+        name = type(problem.mechanism).__name__
+        return f"{name}, {problem.dtype}, {problem.batch} x {dims}, tiles below {side}, gradients {wanted}"
+
     def __str__(self) -> str:
         counts = (self.heads,) if self.heads == self.kv_heads else (self.heads, self.kv_heads)
         heads = f"{'/'.join(map(str, counts))} head{'s' * (self.heads > 1)}"

@@ -64,7 +64,7 @@ class Store:
             return []
         try:
             return [_entry(x) for x in json.loads(self.path.read_text())["rates"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return []
 
     def find(self, machine: Machine, workload: Workload) -> Rates | None:
@@ -133,10 +133,15 @@ class Store:
 
 
 def _entry(values: Any) -> Entry:
-    """An entry as `keep` writes it. Raises KeyError, TypeError or ValueError where it is none."""
+    """An entry as `keep` writes it. Raises KeyError, TypeError, ValueError or OverflowError where it is none."""
     machine, rates = values["machine"], values["rates"]
     workload = Workload(**rates["workload"])
     seconds = tuple((str(name), float(each)) for name, each in rates["seconds"])
-    if not seconds or not all(math.isfinite(each) and each > 0 for _, each in seconds):
+    names = {kernel.rpartition(" ")[0] for kernel in machine["kernels"]}
+    if (
+        not seconds
+        or {name for name, _ in seconds} != names
+        or not all(math.isfinite(each) and each > 0 for _, each in seconds)
+    ):
         raise ValueError(f"no rates: {seconds}")
     return Entry(Machine(**{**machine, "kernels": tuple(machine["kernels"])}), Rates(workload, seconds))

@@ -97,7 +97,8 @@ class Softmax(Mechanism):
             integral = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
             if not integral or not 0 <= self.seed < 1 << 63:
                 raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {shown(self.seed)}.")
-            object.__setattr__(self, "seed", int(self.seed))
+            if type(self.seed) is not int:  # compiled code holds one as a symbol, and another seed is no other graph
+                object.__setattr__(self, "seed", int(self.seed))
         for name in self.tensors:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):

@@ -1,7 +1,7 @@
 """Agreement: every rank of a call compares a digest of it with every other before any payload moves.
 
 Ranks that were called with different arguments would hang, or silently read each other's bytes as something else
-(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 72 bytes, eight for each field, always
+(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 80 bytes, eight for each field, always
 has the same size and so can always be exchanged. Each rank sees all of them; where they differ, all ranks exchange what
 the digests stand for, and raise the same error.
 """
@@ -22,7 +22,7 @@ from ringattn.readable import shortened
 from ringattn.runtime.transforms import outside_transforms
 from ringattn.transports.base import Transport
 
-FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "mechanism", "gradients", "seed")
+FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "kernel", "mechanism", "gradients", "seed")
 """What is compared, by a hash of eight bytes each."""
 
 _REFUSED = "refused"
@@ -37,7 +37,7 @@ def _hash(text: str) -> bytes:
 
 
 def digest(fields: Mapping[str, str]) -> bytes:
-    """The 72 bytes of a call. Fields that a call does not have are empty."""
+    """The 80 bytes of a call. Fields that a call does not have are empty."""
     unknown = set(fields) - {*FIELDS, _REFUSED}
     if unknown:
         raise KeyError(f"no such field of a digest: {unknown}")

@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
     problem = call.agreed(f"bwd {number}", params, seed)
-    kernel, payload, moves = call.kernel, call.plan.payload, call.moves
+    kernel, payload = call.kernel, call.plan.payload
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     own = dk, dv = (
         problem.rows(problem.kv_heads, k.shape[2], problem.dim),
@@ -66,7 +66,7 @@ def backward(
     )
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
     output_grad = OutputGrad(saved, dout, grad_extras)
-    for step, move in moves.backward if problem.wants("k", "v") else moves.queries:
+    for step, move in call.moves.backward:
         under_way = _start(call, problem, (k, v), move)
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)

@@ -14,7 +14,7 @@ import torch
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Parcel
 from ringattn.plans.plan import Plan
-from ringattn.plans.steps import Item, Step
+from ringattn.plans.steps import Exchange, Item, Step
 from ringattn.transports.base import Buffers, Message
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -49,24 +49,28 @@ class Moves:
     """The exchanges of a call, one for each step of the plan.
 
     Attributes:
-        forward, backward: of both passes.
-        queries: of a backward pass in which no gradient of keys or values is wanted, so that none travels.
+        forward, backward: of both passes. Where no gradient of keys or values is wanted, none travels.
     """
 
     forward: tuple[tuple[Step, Move], ...]
     backward: tuple[tuple[Step, Move], ...]
-    queries: tuple[tuple[Step, Move], ...]
 
 
 def moves(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
     """All exchanges of a plan."""
     rooms = _Rooms(plan, problem, buffers)
-    forward, backward = (
-        tuple((step, rooms.move(step, name)) for step in steps)
-        for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps))
+    forward, backward = plan.steps, plan.backward_steps
+    if not problem.wants("k", "v"):
+        backward = tuple(step for step in map(_without_gradients, backward) if step.exchange or step.tiles)
+    return Moves(
+        tuple((step, rooms.move(step, "forward")) for step in forward),
+        tuple((step, rooms.move(step, "backward")) for step in backward),
     )
-    queries = tuple((step, rooms.move(step, "backward")) for step in plan.steps)
-    return Moves(forward, backward, queries)
+
+
+def _without_gradients(step: Step) -> Step:
+    sends, receives = ([x for x in items if not x.gradient] for items in (step.exchange.sends, step.exchange.receives))
+    return Step(Exchange(step.exchange.phase, tuple(sends), tuple(receives)), step.phase, step.tiles)
 
 
 class _Rooms:

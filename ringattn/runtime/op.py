@@ -194,7 +194,7 @@ class Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowADInplaceOrView():
             out, aux = torch.ops.ringattn.attention.default(q, k, v, params, ticket, *call.spelling, call.wanted)
         # The caller may write into what it gets. What is kept is copied by the first who writes to either.
-        ctx.save_for_backward(q, k, v, *params, torch._lazy_clone(out), *aux)
+        ctx.save_for_backward(q, k, v, *params, *map(torch._lazy_clone, (out, *aux)))
         ctx.call, ctx.ticket, ctx.params = call, ticket, len(params)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in aux if not x.is_floating_point()))
@@ -209,7 +209,7 @@ class Attention(torch.autograd.Function):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Tensors]) -> None:
     q, k, v, params, ticket, numbers, _, wanted = inputs
     out, aux = output
-    ctx.save_for_backward(ticket, q, k, v, *params, torch._lazy_clone(out), *aux)  # as in `Attention`
+    ctx.save_for_backward(ticket, q, k, v, *params, *map(torch._lazy_clone, (out, *aux)))  # as in `Attention`
     ctx.params, ctx.wanted = len(params), wanted
     ctx.no_numbers = None if numbers else []  # torch takes an empty list for one of tensors
     ctx.set_materialize_grads(False)
@@ -244,8 +244,13 @@ def _gradients(
 
 
 def _plain(device: str) -> contextlib.ExitStack:
-    """Without autograd, which is ours, and without autocast: what is computed in float32 is so on purpose."""
+    """Without autograd, which is ours, and without autocast: what is computed in float32 is so on purpose.
+
+    And without the caller's default device: every tensor says where it is.
+    """
     stack = contextlib.ExitStack()
+    if torch._C._len_torch_function_stack():
+        stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
     if torch.is_autocast_enabled(device):
         stack.enter_context(torch.autocast(device, enabled=False))

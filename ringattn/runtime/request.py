@@ -59,9 +59,9 @@ class Request:
             and isinstance(self.mechanism, Mechanism)
             and isinstance(self.schedule, (str, Schedule))
             and isinstance(self.kernel, (str, Kernel))
-            and isinstance(q, torch.Tensor)
-            and isinstance(k, torch.Tensor)
-            and isinstance(v, torch.Tensor)
+            and _is_dense(q)
+            and _is_dense(k)
+            and _is_dense(v)
         )
         if not fine or return_lse is not False:
             self._check_each({"q": q, "k": k, "v": v}, return_lse)
@@ -72,6 +72,9 @@ class Request:
         for name, x in tensors.items():
             if not isinstance(x, torch.Tensor):
                 raise InputError(f"{name} must be a tensor; got {type(x).__name__}.")
+            if not _is_dense(x):
+                kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+                raise InputError(f"{name} must be a dense tensor; got a {kind} one. Pad it, or call .to_dense() first.")
         checked(self.mask)
         if not isinstance(self.kv, Sharding):
             raise InputError(f"kv_sharding must be a ringattn.Sharding; got {shown(self.kv)}.")
@@ -95,7 +98,7 @@ class Request:
             tensors: q, k, v and the params.
             wanted: of each, whether a gradient is.
         """
-        kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout)
+        kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout, self.kv_sharding.mesh)
         shapes = tuple(map(_SHAPE, tensors))
         key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, wanted, shapes)
         calls = self.sharding.calls
@@ -170,6 +173,7 @@ class Request:
             "mask": self.mask.signature(own.length, kv.length),
             "layout": own.signature if kv == own else f"{own.signature}, keys {kv.signature}",
             "schedule": self.schedule if isinstance(self.schedule, str) else repr(self.schedule),
+            "kernel": self.kernel if isinstance(self.kernel, str) else repr(self.kernel),
             "mechanism": self.mechanism.text,
             "gradients": " ".join(itertools.compress(("q", "k", "v", *self.mechanism.params), wanted)) or "none",
         }
@@ -193,6 +197,10 @@ def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.
     """The problem of these tensors' shapes."""
     batch, heads, _, dim = q.shape
     return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device, **more)
+
+
+def _is_dense(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested
 
 
 def wanted_gradients(*inputs: torch.Tensor) -> tuple[bool, ...]:
