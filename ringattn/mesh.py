@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ringattn.checking import MAX_RANKS, flag, instance, integer, shown
@@ -95,8 +96,10 @@ class Mesh:
             agreement: as in `ringattn.init`; None for ``auto``.
 
         Raises:
-            InputError: a name is missing, unknown or given twice, or one dimension of a larger mesh was passed without
-                its name.
+            InputError: a name is missing, unknown or given twice.
+
+        Warns:
+            UserWarning: one dimension of a larger mesh was passed without its name.
         """
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -166,7 +169,7 @@ def _dimensions(
     listed = ", ".join(map(repr, known)) or "none"
     given = [name for name in names.values() if name is not None]
     if not given and device_mesh.ndim == 1:
-        _refuse_part(device_mesh)
+        _say_what_is_left_out(device_mesh)
         return names
     if not isinstance(ring, str):
         raise InputError(
@@ -187,15 +190,17 @@ def _dimensions(
     return names
 
 
-def _refuse_part(device_mesh: DeviceMesh) -> None:
-    """An error where this is one dimension of a larger mesh: whether the others hold replicas is not known."""
+def _say_what_is_left_out(device_mesh: DeviceMesh) -> None:
+    """A warning where this is one dimension of a larger mesh: whether the others hold replicas is not known."""
     known, larger = device_mesh.mesh_dim_names or (), device_mesh._get_root_mesh()
     others = [name for name in larger.mesh_dim_names or () if name not in known and larger[name].size() > 1]
     if others:
-        raise InputError(
-            f"This is one dimension of a mesh that has {', '.join(map(repr, others))} too. Pass the whole mesh and the "
-            f"names of its dimensions, as in Mesh.from_device_mesh(device_mesh, ring='cp', data='dp'); or, for a mesh "
-            f"of these ranks alone, ring={known[0]!r}."
+        warnings.warn(
+            f"This is one dimension of a mesh that has {', '.join(map(repr, others))} too, whose ranks are no replicas "
+            f"to ringattn: sums over this mesh leave them out. Pass the whole mesh and the names of its dimensions, as "
+            f"in Mesh.from_device_mesh(device_mesh, ring='cp', data='dp'); or say that you mean these ranks alone, by "
+            f"ring={known[0]!r}.",
+            stacklevel=4,
         )
 
 

@@ -228,7 +228,7 @@ def _started(mesh: ringattn.Mesh) -> dict[str, Any]:
     whole = ringattn.init()
     pairs = ringattn.init(ring=2)
     device_mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    of_torch = ringattn.Mesh.from_device_mesh(device_mesh["cp"], ring="cp")
+    of_torch = ringattn.Mesh.from_device_mesh(device_mesh["cp"])
     outputs = []
     for one in (whole, pairs, of_torch):
         sharding = ringattn.Sharding(24, one, "zigzag")

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,9 +83,11 @@ def _of_torch(mesh: ringattn.Mesh) -> list[Any]:
         ((device_mesh,), {"ring": "cp", "data": "dp", "agreement": "off"}),
     ):
         try:
-            make(*arguments, **names)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                make(*arguments, **names)
             found.append("no error")
-        except InputError as error:
+        except (InputError, UserWarning) as error:
             found.append(str(error))
     full = torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
