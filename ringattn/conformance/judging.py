@@ -24,6 +24,8 @@ from ringattn.mechanisms import Block, Hard, Linear, Mechanism, Problem, Softmax
 
 DENSE_LIMIT = 20_000  # tokens of a mask as a matrix
 NAMES = ("out", "dq", "dk", "dv")
+LIMITS = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""By dtype, in units of the magnitudes of `ringattn.reference`; the oracle's own rounding is in that of float64."""
 WITHOUT_ORACLE = 1000
 """Times the precision, for mechanisms that have no oracle but themselves: how far their terms cancel is not known."""
 
@@ -100,20 +102,17 @@ def _pairs(answer: reference.Evaluation) -> dict[str, tuple[Any, Any]]:
 def limits(case: Case, answer: reference.Evaluation) -> dict[str, float]:
     """The largest errors allowed, by name.
 
-    float32: 1e-6, and 3e-6 from 64 ranks on, whose merges add up; float64 in proportion to its precision.
+    float32: 1e-6, float64: 1e-14, and three times that from 64 ranks on, whose merges add up.
     Half precision: twice the error in one piece on the same inputs, of PyTorch's own kernel where it has one, or twice
     what rounding the exact result costs, where that is more.
     """
     names = [name for name in _pairs(answer) if case.backward or not name.startswith("d")]
-    precision = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps
     if case.dtype not in (torch.float32, torch.float64):
         found, rounded = errors(in_one_piece(case), answer), _rounded(case, answer)
         return {name: 2 * max(error, rounded[name]) for name, error in found.items()}
     if not isinstance(case.attends, (Softmax, Hard, Linear)):
         return dict.fromkeys(names, WITHOUT_ORACLE * torch.finfo(case.dtype).eps)
-    # float64 inputs leave the oracle no precision to spare: it rounds as much as what it judges
-    limit = (1e-6 if case.ranks < 64 else 3e-6) * precision * (10 if case.dtype == torch.float64 else 1)
-    return dict.fromkeys(names, limit)
+    return dict.fromkeys(names, LIMITS[case.dtype] * (1 if case.ranks < 64 else 3))
 
 
 def _rounded(case: Case, answer: reference.Evaluation) -> dict[str, float]:
