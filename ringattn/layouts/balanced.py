@@ -137,6 +137,11 @@ class _Deal:
         self.low, self.left, self.first = np.zeros_like(count), count.copy(), 0
         self.taken = [np.empty((0, 4), dtype=np.int64)]
 
+    @property
+    def weight(self) -> float:
+        """The area of all that is left. Not a product of vectors, which is rounded otherwise on another processor."""
+        return float((self.left * self.density).sum())
+
     def line(self, segments: Array, tokens: Array) -> Callable[[Any], Any]:
         """The area of the first t of these tokens (so many of each segment) in order of density, as a function of t."""
         ends = np.concatenate([[0.0], np.cumsum(tokens)])
@@ -242,7 +247,7 @@ def _dealt(count: Array, area: Array, shares: Array) -> Array:
     ranks = np.flatnonzero(shares)
 
     def fair() -> float:
-        return float(deal.left @ deal.density) / max(len(ranks), 1)
+        return deal.weight / max(len(ranks), 1)
 
     while len(ranks) and deal.cut(int(ranks[0]), int(shares[ranks[0]]), fair()):
         ranks = ranks[1:]
@@ -254,7 +259,7 @@ def _dealt(count: Array, area: Array, shares: Array) -> Array:
     deal.left = left
     order = np.argsort(lack / np.maximum(need, 1))
     for at, i in enumerate(order.tolist()):
-        missed = deal.left @ deal.density - lack[order[at:]].sum()  # by those before, who take whole tokens
+        missed = deal.weight - lack[order[at:]].sum()  # by those before, who take whole tokens
         deal.fill(int(ranks[i]), int(need[i]), float(lack[i] + missed / (len(order) - at)))
     return np.concatenate(deal.taken)
 
