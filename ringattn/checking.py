@@ -18,6 +18,8 @@ from ringattn.errors import InputError
 
 T = TypeVar("T")
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What attention is computed for."""
 MAX_TOKENS = 1 << 40
 """Lengths and positions stay below it, so that sums of a few fit into int64."""
 
@@ -108,11 +110,12 @@ def pair(value: object, name: str, needed: str, *, least: int = 1) -> tuple[int,
 
 
 def dtype(value: object, name: str = "dtype") -> torch.dtype:
-    """A torch dtype, or its name such as ``bfloat16``."""
+    """One of `DTYPES`, or its name such as ``bfloat16``."""
     found: Any = getattr(torch, value, None) if isinstance(value, str) else value
-    if isinstance(found, torch.dtype):
+    if isinstance(found, torch.dtype) and found in DTYPES:
         return found
-    raise InputError(f"{name} must be a torch dtype or its name, such as 'bfloat16'; got {shown(value)}.")
+    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    raise InputError(f"{name} must be a torch dtype or its name, one of {names}; got {shown(value)}.")
 
 
 def positions(value: object, name: str = "positions", below: int = MAX_TOKENS) -> npt.NDArray[np.int64]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ringattn import layouts
-from ringattn.bands import INF, Array
-from ringattn.checking import shown
+from ringattn.bands import Array
+from ringattn.checking import shown, tokens
 from ringattn.errors import InputError
 from ringattn.handles import Handled
 from ringattn.layouts import Layout
@@ -55,8 +55,7 @@ class Sharding(Handled):
                 windowed one and without a mask, balanced otherwise.
             mask: what ``auto`` and ``balanced`` go by.
         """
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < INF:
-            raise InputError(f"A sequence's length is a number of tokens, from 0 to below 2^40; got {shown(length)}.")
+        length = tokens(length, "A sequence's length")
         if not isinstance(mesh, Mesh):
             raise InputError(f"Sharding needs a Mesh, as ringattn.init() returns; got {shown(mesh)}.")
         if mask is not None:

@@ -33,6 +33,9 @@ api: Any = ringattn  # called with what its types forbid
         (lambda: api.lower_bound(api.Causal(), 8.0, 1), "length is a number of tokens"),
         (lambda: api.lower_bound(api.Causal(), 8, 2, float("nan")), "imbalance must be a finite number"),
         (lambda: api.lower_bound(api.Causal(), 8, 2, 0.5), "of at least 1; got 0.5"),
+        (lambda: api.Causal().dense([[1, 2]], [1]), "two rows of positions; got 2 and 1 dimensions"),
+        (lambda: _plan_of("int32"), "one of float64, float32, bfloat16, float16; got 'int32'"),
+        (lambda: _plan_of(torch.complex64), "got torch.complex64"),
         (lambda: api.Causal().describe(-1), "length is a number of tokens"),
         (lambda: api.Causal().describe(8, "x"), "kv_length is a number of tokens"),
     ],
@@ -47,7 +50,12 @@ class Unprintable:
         raise RuntimeError
 
 
+def _plan_of(dtype: Any) -> object:
+    return api.plan(api.Causal(), api.Sharding(8, api.init()), heads=(2, 2), head_dims=(8, 8), dtype=dtype)
+
+
 def test_the_checks() -> None:
+    assert api.Sharding(np.int64(24), api.init()) == api.Sharding(24, api.init())
     assert checking.integer(np.int64(3), "n") == 3
     assert checking.number(np.float32(0.5), "x", above=0) == 0.5
     assert checking.flag(np.True_, "f") is True

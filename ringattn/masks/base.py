@@ -165,8 +165,11 @@ class Mask(Handled, ABC):
         >>> Causal().dense([0, 1, 2], [0, 1, 2]).int().tolist()
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
         """
-        q = self.within(checked_positions(q_positions, "q_positions"), "queries").reshape(-1, 1)
-        k = self.within(checked_positions(k_positions, "k_positions"), "keys").reshape(1, -1)
+        q = self.within(checked_positions(q_positions, "q_positions"), "queries")
+        k = self.within(checked_positions(k_positions, "k_positions"), "keys")
+        if q.ndim != 1 or k.ndim != 1:
+            raise InputError(f"dense takes two rows of positions; got {q.ndim} and {k.ndim} dimensions.")
+        q, k = q[:, None], k[None, :]
         return torch.from_numpy(np.broadcast_to(self.allows(q, k), (q.shape[0], k.shape[1])).copy())
 
     def local_positions(self, positions: Any, side: Side = "queries") -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ringattn.checking import shown
+from ringattn.checking import DTYPES, shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen_kernel
@@ -27,7 +27,6 @@ from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
 
 _SHAPE = operator.attrgetter("shape", "dtype", "device")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +214,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str)
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise InputError(f"q, k and v must have one dtype and device; got {said}.")
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise InputError(f"attention computes float64, float32, bfloat16 and float16; got {q.dtype}.")
     batch, heads, _, dim = q.shape
     if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
