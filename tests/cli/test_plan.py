@@ -14,13 +14,16 @@ import torch
 from typer.testing import CliRunner
 
 import ringattn
-from ringattn import masks
+from ringattn import masks, schedules
 from ringattn.advice import comparison
 from ringattn.advice.comparison import Combination, Request
 from ringattn.advice.recommendation import recommend
 from ringattn.cli import app, options
 from ringattn.cli import plan as command
+from ringattn.naming import by_name
 
+OF_KEYS = [name for name, member in by_name(schedules.MEMBERS).items() if member.payload.per_key]
+"""The schedules that serve every mechanism."""
 DOCUMENTS = "documents:1500,900,2,600&causal"
 HEADS: dict[str, Any] = {"heads": (8, 2), "head_dims": (16, 8), "dtype": "float32"}
 
@@ -49,7 +52,7 @@ def test_the_comparison_is_what_the_plans_say(mask: str, length: int, ring: int)
     assert found["lower_bound"]["received_bytes_mean"] == pytest.approx(bound / ring * 2 * (16 + 8) * 4)
     assert found["verified"] == "all"
     combinations = {(x["layout"], x["schedule"]): x for x in found["combinations"]}
-    assert set(combinations) == {(a, b) for a in options.LAYOUTS for b in ("ring", "route")}
+    assert set(combinations) == {(a, b) for a in options.LAYOUTS for b in OF_KEYS}
     for (layout, schedule), x in combinations.items():
         plans = ringattn.plan_all(masks.parse(mask), length, layout, schedule, ring, **HEADS)
         moved = [plan.traffic() for plan in plans]
@@ -145,10 +148,10 @@ def test_the_table_marks_the_recommended_row_and_says_why() -> None:
 
 def test_one_axis_can_be_held() -> None:
     found = compared("--layout", "auto", "--length", "100")
-    assert [(x["layout"], x["schedule"]) for x in found["combinations"]] == [("zigzag", "ring"), ("zigzag", "route")]
+    assert [(x["layout"], x["schedule"]) for x in found["combinations"]] == [("zigzag", each) for each in OF_KEYS]
     found = compared("--schedule", "auto", "--mask", "window:5", "--length", "100")
     assert [x["layout"] for x in found["combinations"]] == list(options.LAYOUTS)
-    assert {x["schedule"] for x in found["combinations"]} == {"ring", "route"}
+    assert {x["schedule"] for x in found["combinations"]} == {"ring", "route"}  # what auto takes
 
 
 @pytest.mark.parametrize(("length", "ring"), [(0, 4), (1, 1), (3, 5), (64, 1)])
@@ -198,12 +201,13 @@ def test_broken_plans_end_with_1(monkeypatch: pytest.MonkeyPatch, chosen: tuple[
 
 
 @pytest.mark.parametrize(
-    ("limits", "said", "calls"), [((2**30, 2**30), "all", 6), ((0, 2**30), "recommended", 1), ((0, 0), "none", 0)]
+    ("limits", "said", "calls"),
+    [((2**30, 2**30), "all", 3 * len(OF_KEYS)), ((0, 2**30), "recommended", 1), ((0, 0), "none", 0)],
 )
 def test_what_is_checked_is_said(
     monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], said: str, calls: int
 ) -> None:
-    """Balanced and zigzag come to the same for a causal mask: six of the eight combinations are planned."""
+    """Balanced and zigzag come to the same for a causal mask: three of the four layouts are planned."""
     checked: list[int] = []
     monkeypatch.setattr("ringattn.verify", lambda plans: checked.append(len(plans)))
     monkeypatch.setattr(command, "CHECK_ALL", limits[0])
