@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ringattn.errors import InputError
+from ringattn.readable import dtype_name
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ def dtype(value: object, name: str = "dtype") -> torch.dtype:
     found: Any = getattr(torch, value, None) if isinstance(value, str) else value
     if isinstance(found, torch.dtype) and found in DTYPES:
         return found
-    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    names = ", ".join(map(dtype_name, DTYPES))
     raise InputError(f"{name} must be a torch dtype or its name, one of {names}; got {shown(value)}.")
 
 

@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Values as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -12,6 +14,23 @@ def dtype_name(dtype: torch.dtype) -> str:
 def shortened(text: str, most: int = 80) -> str:
     """The text, or its beginning and its length where it is long, as that of many documents is."""
     return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
+
+
+def differing(said: Sequence[Mapping[str, str]], names: Iterable[str]) -> str:
+    """What ranks say differently under these names, and who says what; empty where all are alike.
+
+    >>> differing([{"mask": "full"}, {"mask": "causal"}, {"mask": "full"}], ["mask"])
+    'mask (rank 0, 2: full; rank 1: causal)'
+    """
+    found = []
+    for name in names:
+        values: dict[str, list[int]] = {}
+        for rank, each in enumerate(said):
+            values.setdefault(each.get(name, "nothing"), []).append(rank)
+        if len(values) > 1:
+            words = "; ".join(f"rank {', '.join(map(str, ranks))}: {value}" for value, ranks in values.items())
+            found.append(f"{name} ({words})")
+    return " and ".join(found)
 
 
 def readable_bytes(count: float) -> str:

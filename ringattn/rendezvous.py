@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ringattn.checking import shown
 from ringattn.errors import AgreementError, InputError, TransportError
+from ringattn.readable import differing
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
@@ -134,17 +135,10 @@ def _difference(said: list[dict[str, Any]]) -> str:
     ]
     if refused:
         return " ".join(refused)
-    problems = []
-    for name in said[0]:
-        values: dict[str, list[int]] = {}
-        for rank, each in enumerate(said):
-            values.setdefault(each[name], []).append(rank)
-        if len(values) > 1:
-            words = "; ".join(f"rank {', '.join(map(str, ranks))}: {value}" for value, ranks in values.items())
-            problems.append(f"{name} ({words})")
-    if not problems:
+    different = differing(said, said[0])
+    if not different:
         return ""
     return (
-        f"The ranks called init with different arguments: they differ in {' and '.join(problems)}. "
+        f"The ranks called init with different arguments: they differ in {different}. "
         f"Call it with the same ones on every rank."
     )

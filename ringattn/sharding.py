@@ -18,6 +18,7 @@ from ringattn.handles import Handled
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
 from ringattn.mesh import Mesh
+from ringattn.readable import dtype_name
 from ringattn.recent import Recent
 from ringattn.runtime import agreement
 from ringattn.runtime.transforms import Once, refuse_transforms
@@ -193,7 +194,7 @@ def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:
     fields = {
         "call": call,
         "shapes": f"{sharding.length} tokens of {list(x.shape[1:])}",
-        "dtype": str(x.dtype).removeprefix("torch."),
+        "dtype": dtype_name(x.dtype),
         "layout": sharding.signature,
     }
     agreement.check(sharding.mesh.connected(), fields)

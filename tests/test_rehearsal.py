@@ -191,7 +191,7 @@ def _rehearse_rank(
 
 def _run(call: Call, inputs: Sequence[torch.Tensor], params: list[torch.Tensor], dout: Any) -> None:
     q, k, v = inputs
-    _ = call.moves  # found once, before the first step
+    _ = call.passes  # found once, before the first step
     out, extras = engine.forward(call, q, k, v, params, 7, 1)
     daux = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in extras)
     gradients = engine.backward(call, q, k, v, params, 7, 1, (out, *extras), dout, daux)

@@ -14,12 +14,12 @@ from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
 from ringattn.checking import integer, tokens
 from ringattn.errors import InputError, PlanError, UnsupportedError
-from ringattn.masks import Mask, checked, shortened
+from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
 from ringattn.plans.plan import Plan
-from ringattn.readable import dtype_name, readable_count
+from ringattn.readable import dtype_name, readable_count, shortened
 from ringattn.schedules import MEMBERS
 
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn import masks
 from ringattn.advice import charts
 from ringattn.advice.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
 from ringattn.plans.steps import Exchange
+from ringattn.readable import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def draw_plans(
     if compared:
         charts.draw_balance(below[0][0], *compared)
         charts.draw_received(below[0][1], *compared)
-    figure.suptitle(masks.shortened(plans[0].description, 130), fontsize=13, color=INK)
+    figure.suptitle(shortened(plans[0].description, 130), fontsize=13, color=INK)
     figure.savefig(path, dpi=110)
 
 

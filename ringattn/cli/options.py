@@ -16,14 +16,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 
 from ringattn import layouts, masks, schedules
 from ringattn.advice.comparison import MOST
-from ringattn.checking import integer
+from ringattn.checking import DTYPES, integer
 from ringattn.conformance import Case
 from ringattn.errors import InputError
 from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels import Kernel
 from ringattn.mechanisms import MEMBERS, Mechanism
 from ringattn.naming import by_name, named
-from ringattn.readable import readable_bytes
+from ringattn.readable import dtype_name, readable_bytes
 
 LAYOUTS = tuple(layouts.NAMED)
 SCHEDULES = tuple(by_name(schedules.MEMBERS))
@@ -57,12 +57,7 @@ T = TypeVar("T")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    known = {
-        "float64": torch.float64,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
+    known = {dtype_name(dtype): dtype for dtype in DTYPES}
     if name not in known:
         raise InputError(f"dtype must be one of {', '.join(known)}; got {name!r}.")
     return known[name]

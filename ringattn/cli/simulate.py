@@ -12,19 +12,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import ringattn
-from ringattn import masks, reference
+from ringattn import reference
 from ringattn.advice.comparison import schedules_for
 from ringattn.checking import integer
 from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
+from ringattn.conformance.judging import NAMES
 from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.plans.plan import Plan
-from ringattn.readable import dtype_name, readable_bytes
+from ringattn.readable import dtype_name, readable_bytes, shortened
 from ringattn.simulator.virtual import MAX_RANKS
 from ringattn.transports.base import Transport
-
-NAMES = ("out", "dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _machine(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> dict
 def _show(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> None:
     console = options.console()
     console.print(
-        f"{case.attends}, {masks.shortened(str(case.mask), 60)}: {case.length} tokens on {case.ranks} ranks, "
+        f"{case.attends}, {shortened(str(case.mask), 60)}: {case.length} tokens on {case.ranks} ranks, "
         f"{case.heads} query and {case.kv_heads} key heads of {case.dim}, {dtype_name(case.dtype)}",
         highlight=False,
     )

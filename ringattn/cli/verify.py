@@ -19,16 +19,14 @@ from ringattn import reference
 from ringattn.advice.comparison import schedules_for
 from ringattn.cli import options
 from ringattn.conformance import Case, Leaks, Results, attend, errors, leaks, limits, oracle
+from ringattn.conformance.judging import DENSE_LIMIT, NAMES
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.readable import dtype_name
 
-DENSE_LIMIT = 20_000  # tokens: the leak probe looks at the mask as a matrix
-NAMES = ("out", "dq", "dk", "dv")
-
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Verdict:
     """What one combination did. Every rank comes to the same one, so that all end with the same exit code."""
 
     layout: str
@@ -117,7 +115,7 @@ def _combinations(mesh: Mesh, case: Case, layout: str | None, schedule: str | No
     return cases
 
 
-def _findings(mesh: Mesh, cases: list[Case]) -> list[Finding]:
+def _findings(mesh: Mesh, cases: list[Case]) -> list[Verdict]:
     answer = oracle(cases[0])
     bounds = limits(cases[0], answer)
     with options.bar("verifying", len(cases), shown=mesh.rank == 0) as advance:
@@ -128,13 +126,13 @@ def _findings(mesh: Mesh, cases: list[Case]) -> list[Finding]:
     return findings
 
 
-def _finding(mesh: Mesh, case: Case, answer: reference.Evaluation, bounds: dict[str, float]) -> Finding:
+def _finding(mesh: Mesh, case: Case, answer: reference.Evaluation, bounds: dict[str, float]) -> Verdict:
     def run(inputs: Sequence[torch.Tensor]) -> Results:
         return _everywhere(mesh, case, inputs)
 
     whole = run(case.inputs())
     probed = leaks(case, run, whole, _token(case))
-    return Finding(str(case.layout), str(case.schedule), errors(whole, answer), bounds, probed)
+    return Verdict(str(case.layout), str(case.schedule), errors(whole, answer), bounds, probed)
 
 
 def _everywhere(mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor]) -> Results:
@@ -157,7 +155,7 @@ def _token(case: Case) -> int:
     return int(starts[1] if len(starts) > 1 else case.length) // 2
 
 
-def _report(mesh: Mesh, case: Case, findings: list[Finding], as_json: bool) -> None:
+def _report(mesh: Mesh, case: Case, findings: list[Verdict], as_json: bool) -> None:
     if as_json:
         verdicts = [
             {

@@ -14,6 +14,7 @@ import torch
 from ringattn import bands, layouts
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.plan import Plan
+from ringattn.readable import dtype_name
 
 MARGIN = 1.04
 """A kernel is kept until another one is faster by this factor: noise flips no choice, and what it costs is this."""
@@ -78,7 +79,7 @@ class Workload:
         side = max(low, min(work.side, affordable, high))
         return Workload(
             type(problem.mechanism).__name__,
-            str(problem.dtype).removeprefix("torch."),
+            dtype_name(problem.dtype),
             problem.dim,
             problem.value_dim,
             group * kv_heads,

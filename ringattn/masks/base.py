@@ -27,6 +27,7 @@ from ringattn.checking import MAX_TOKENS, choice, instance, tokens
 from ringattn.checking import positions as checked_positions
 from ringattn.errors import InputError
 from ringattn.handles import Handled
+from ringattn.readable import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,11 +211,6 @@ class Mask(Handled, ABC):
         if all(type(value) is int for value in values.values()):
             return f"{name}:{','.join(map(str, values.values()))}"
         return f"{name}({', '.join(f'{field}={value!r}' for field, value in values.items())})"
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """The text, or its beginning and its length where it is long, as that of many documents is."""
-    return text if len(text) <= most else f"{text[: most - 20]}… ({len(text)} characters)"
 
 
 def checked(value: object) -> Mask:

@@ -64,9 +64,7 @@ def assemble(
     Args:
         phases: the phase in which the queries of some ranks meet the keys of others: see `schedules.base`.
     """
-    order = np.lexsort((moves.receives[:, 3], moves.receives[:, 2], moves.receives[:, 1], moves.receives[:, 0]))
-    receives = np.concatenate([moves.receives[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
-    receives[:, RECV_OFFSET] = _offsets(receives[:, RECV_PHASE], received_rows(payload, receives))
+    receives = _placed(moves.receives, payload)
     buffers = _Buffers(receives, rank)
 
     table = demand.rows(rank)
@@ -86,10 +84,6 @@ def assemble(
         grad_sends = _sorted(receives[:, RECV_PHASE], receives[:, RECV_ORIGIN], offset, offset + 1)
         grad_receives = _sorted(*moves.sends[:, [0, 1, 4, 5]].T)
 
-    phase, peer, source, origin, start, stop = moves.sends.T
-    at = buffers.row(source, origin, start)
-    order = np.lexsort((start, origin, peer, phase))
-    sends = np.stack([phase, peer, source, at, at + stop - start], axis=1)[order]
     return Plan(
         rank=rank,
         size=demand.size,
@@ -103,13 +97,29 @@ def assemble(
         tile_phases=tile_phases,
         tile_rows=rows,
         receives=receives,
-        sends=sends,
+        sends=_sent(moves.sends, buffers),
         grad_sends=grad_sends,
         grad_receives=grad_receives,
         lookahead=lookahead,
         gradient_wire=gradient_wire,
         shape=shape,
     )
+
+
+def _placed(receives: Array, payload: Payload) -> Array:
+    """A schedule's receives in order, each with where its rows lie in the buffer of its phase."""
+    order = np.lexsort((receives[:, 3], receives[:, 2], receives[:, 1], receives[:, 0]))
+    placed = np.concatenate([receives[order], np.zeros((len(order), 1), dtype=np.int64)], axis=1)
+    placed[:, RECV_OFFSET] = _offsets(placed[:, RECV_PHASE], received_rows(payload, placed))
+    return placed
+
+
+def _sent(sends: Array, buffers: _Buffers) -> Array:
+    """A schedule's sends in order, in rows of the buffers they are sent from."""
+    phase, peer, source, origin, start, stop = sends.T
+    at = buffers.row(source, origin, start)
+    order = np.lexsort((start, origin, peer, phase))
+    return np.stack([phase, peer, source, at, at + stop - start], axis=1)[order]
 
 
 def _key_gradients(demand: Demand, rank: int, phases: Phases, buffers: _Buffers) -> tuple[Array, Array]:

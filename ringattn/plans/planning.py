@@ -12,7 +12,7 @@ from ringattn.checking import dtype as checked_dtype
 from ringattn.checking import instance, integer, pair
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
-from ringattn.masks import Mask, checked, shortened
+from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mesh import Mesh
 from ringattn.naming import named
@@ -21,6 +21,7 @@ from ringattn.plans.demand import Demand
 from ringattn.plans.plan import Plan
 from ringattn.plans.shape import Shape
 from ringattn.plans.tiles import K_RANK
+from ringattn.readable import dtype_name, shortened
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
 from ringattn.sharding import Sharding
 
@@ -153,7 +154,7 @@ def _shape(
     if heads[0] % heads[1]:
         raise InputError(f"Query heads must be a multiple of key heads; got heads={heads}.")
     summary = mechanism.summary_size(*head_dims) if isinstance(mechanism, Summarising) else None
-    return Shape(batch, *heads, *head_dims, str(kind).removeprefix("torch."), kind.itemsize, summary)
+    return Shape(batch, *heads, *head_dims, dtype_name(kind), kind.itemsize, summary)
 
 
 def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None) -> tuple[Schedule, str]:

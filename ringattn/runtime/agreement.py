@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ringattn.errors import AgreementError, TransportError
-from ringattn.readable import shortened
+from ringattn.readable import differing, shortened
 from ringattn.runtime.transforms import outside_transforms
 from ringattn.transports.base import Transport
 
@@ -62,16 +62,8 @@ def check(transport: Transport, fields: Mapping[str, str]) -> None:
     ]
     if refused:
         raise AgreementError(" ".join(refused))
-    problems = []
-    for name in FIELDS:
-        values: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
-            values.setdefault(text.get(name, "nothing"), []).append(rank)
-        if len(values) > 1:
-            said = "; ".join(f"rank {', '.join(map(str, ranks))}: {value}" for value, ranks in values.items())
-            problems.append(f"{name} ({said})")
     raise AgreementError(
-        f"The ranks of one call were called with different arguments: they differ in {' and '.join(problems)}. "
+        f"The ranks of one call were called with different arguments: they differ in {differing(texts, FIELDS)}. "
         f"Call with the same arguments on every rank."
     )
 

@@ -12,7 +12,7 @@ from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.plan import Plan
 from ringattn.runtime import agreement, messages
-from ringattn.runtime.messages import Moves
+from ringattn.runtime.messages import Passes
 from ringattn.transports.base import Transport
 
 
@@ -49,10 +49,10 @@ class Call:
         return dataclasses.replace(self.problem, params=named, seed=seed)
 
     @property
-    def moves(self) -> Moves:
+    def passes(self) -> Passes:
         """The exchanges of both passes over the transport's buffers."""
-        return self.transport.buffers.views(self, _moves)
+        return self.transport.buffers.views(self, _passes)
 
 
-def _moves(call: Call) -> Moves:
-    return messages.moves(call.plan, call.problem, call.transport.buffers)
+def _passes(call: Call) -> Passes:
+    return messages.passes(call.plan, call.problem, call.transport.buffers)

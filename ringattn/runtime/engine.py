@@ -32,7 +32,7 @@ def forward(
     problem = call.agreed(f"fwd {number}", params, seed)
     kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
-    for step, move in call.moves.forward:
+    for step, move in call.passes.forward:
         under_way = _start(call, problem, (k, v), move)
         if step.tiles:
             state = (
@@ -66,7 +66,7 @@ def backward(
     )
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
     output_grad = OutputGrad(saved, dout, grad_extras)
-    for step, move in call.moves.backward:
+    for step, move in call.passes.backward:
         under_way = _start(call, problem, (k, v), move)
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)

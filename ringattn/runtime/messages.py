@@ -45,7 +45,7 @@ class Move:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moves:
+class Passes:
     """The exchanges of a call, one for each step of the plan.
 
     Attributes:
@@ -56,13 +56,13 @@ class Moves:
     backward: tuple[tuple[Step, Move], ...]
 
 
-def moves(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
+def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     """All exchanges of a plan."""
     rooms = _Rooms(plan, problem, buffers)
     forward, backward = plan.steps, plan.backward_steps
     if not problem.wants("k", "v"):
         backward = tuple(step for step in map(_without_gradients, backward) if step.exchange or step.tiles)
-    return Moves(
+    return Passes(
         tuple((step, rooms.move(step, "forward")) for step in forward),
         tuple((step, rooms.move(step, "backward")) for step in backward),
     )

@@ -106,7 +106,7 @@ def _prepare(
         raise
 
 
-def _prepare_fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
+def _prepare_fake(*_: Any) -> torch.Tensor:
     return torch.empty(3, dtype=torch.int64, device="cpu")
 
 
@@ -116,9 +116,7 @@ def _attention(
     v: torch.Tensor,
     params: Tensors,
     ticket: torch.Tensor,
-    numbers: Sequence[float],
-    mechanism: str,
-    wanted: Flags,
+    *_: Any,
 ) -> tuple[torch.Tensor, Tensors]:
     handle, number, seed = ticket.tolist()
     with _plain(q.device.type):
@@ -132,10 +130,10 @@ def _attention_fake(
     k: torch.Tensor,
     v: torch.Tensor,
     params: Tensors,
-    ticket: torch.Tensor,
+    _ticket: torch.Tensor,
     numbers: Sequence[float],
     mechanism: str,
-    wanted: Flags,
+    _wanted: Flags,
 ) -> tuple[torch.Tensor, Tensors]:
     asked = unspelled(mechanism, numbers, params)
     problem = problem_of(asked, q, k, v, params=asked.params)

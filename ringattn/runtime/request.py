@@ -20,6 +20,7 @@ from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
+from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.call import Call
 from ringattn.runtime.spelling import spelled
@@ -168,7 +169,7 @@ class Request:
         heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
         return {
             "shapes": f"{problem.batch} x {heads} heads of {dims}, {own.length} queries, {kv.length} keys",
-            "dtype": str(problem.dtype).removeprefix("torch."),
+            "dtype": dtype_name(problem.dtype),
             "mask": self.mask.signature(own.length, kv.length),
             "layout": own.signature if kv == own else f"{own.signature}, keys {kv.signature}",
             "schedule": self.schedule if isinstance(self.schedule, str) else repr(self.schedule),

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringattn import conformance, masks
+from ringattn.readable import dtype_name
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} {'forward+backward' if self.backward else 'forward'}"
+        return f"{dtype_name(self.dtype)} {'forward+backward' if self.backward else 'forward'}"
 
     @cached_property
     def call(self) -> conformance.Case:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn import masks
+from ringattn.readable import dtype_name
 from scripts.benchmarks.teams import Team, Worker
 
 BASELINE = 1024  # tokens
@@ -88,7 +89,7 @@ def run(call: Call, ranks: int) -> list[Usage]:
 
 def report(call: Call, ranks: int, console: Console) -> bool:
     long, short = run(call, ranks), run(dataclasses.replace(call, length=BASELINE), ranks)
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = dtype_name(call.dtype)
     table = Table(
         title=f"{call.mechanism} by {call.schedule}: {call.mask}, {call.length} tokens on {ranks} Gloo ranks, "
         f"{call.heads} query and {call.kv_heads} key heads of {call.dim}, {dtype}"

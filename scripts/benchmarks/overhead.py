@@ -156,7 +156,7 @@ def ring(ranks: int, rounds: int) -> Parts:
 
 def _kernel(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     state = None
-    for step, move in call.moves.forward:
+    for step, move in call.passes.forward:
         if step.phase == 0 and step.tiles:
             state = call.kernel.forward(call.problem, q, k, v, step.tiles, state)
         elif step.tiles:

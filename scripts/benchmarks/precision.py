@@ -18,6 +18,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn.conformance import Case, errors, oracle, simulated
+from ringattn.readable import dtype_name
 from tests.conformance import single_device
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -70,7 +71,7 @@ def main() -> int:
     tables, kept = {}, True
     with Progress(transient=True) as progress:
         for dtype in (torch.float32, torch.bfloat16):
-            tables[str(dtype).removeprefix("torch.")] = measured(dataclasses.replace(case, dtype=dtype), progress)
+            tables[dtype_name(dtype)] = measured(dataclasses.replace(case, dtype=dtype), progress)
     for name_of_dtype, (found, single) in tables.items():
         table = Table(
             *("ranks", *NAMES, "largest multiple of one rank's"),
