@@ -6,7 +6,7 @@
 
 This file is meant to be copied. `main` starts the ranks, `train` is an ordinary training loop, and the five
 things that sequence parallelism asks of it are marked (1) to (5). Model, data and bookkeeping are in
-`ringattn/training`.
+`ringattn/trainer`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ringattn
-from ringattn.training.config import Config, launched, run_command
-from ringattn.training.data import Corpus, Pack, read_corpus
-from ringattn.training.launcher import cores, start_ranks
-from ringattn.training.meter import Meter
-from ringattn.training.model import Decoder, Shape, loss_sum
-from ringattn.training.parity import TOLERANCE, Trace, compare
-from ringattn.training.recorder import Recorder
-from ringattn.training.reduce import sum_gradients, sum_over_ranks
-from ringattn.training.run_folder import RunFolder, load
-from ringattn.training.sampling import generate
+from ringattn.trainer.config import Config, launched, run_command
+from ringattn.trainer.data import Corpus, Pack, read_corpus
+from ringattn.trainer.launcher import cores, start_ranks
+from ringattn.trainer.meter import Meter
+from ringattn.trainer.model import Decoder, Shape, loss_sum
+from ringattn.trainer.parity import TOLERANCE, Trace, compare
+from ringattn.trainer.recorder import Recorder
+from ringattn.trainer.reduce import sum_gradients, sum_over_ranks
+from ringattn.trainer.run_folder import RunFolder, load
+from ringattn.trainer.sampling import generate
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.workers import Workers
+
+INTEGRATIONS = ("accelerate", "deepspeed", "peft", "transformers")
+ABSENT = [name for name in INTEGRATIONS if importlib.util.find_spec(name) is None]
+collect_ignore = ["integrations"] if ABSENT else []
 
 # One seed of hypothesis for every run: a suite that passed passes again; the long runs draw their own.
 # How fast examples are drawn depends on the machine, and says nothing about the code.
@@ -37,6 +42,13 @@ def gloo(cache: Path) -> Iterator[Workers]:
     workers = Workers()
     yield workers
     workers.close()
+
+
+def pytest_report_header() -> list[str]:
+    """Says which tests are left out, and how to have them."""
+    if not ABSENT:
+        return []
+    return [f"tests/integrations is left out: it needs {', '.join(ABSENT)}. Install them: scripts/setup integrations"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ringattn"
-OPTIONAL = ("deepspeed", "flash_attn", "matplotlib", "mpi4py", "safetensors", "transformers", "triton")
+OPTIONAL = (
+    "accelerate",
+    "deepspeed",
+    "flash_attn",
+    "matplotlib",
+    "mpi4py",
+    "peft",
+    "safetensors",
+    "transformers",
+    "triton",
+)
 
 # What each module may import of the package, "folder.*" standing for the members that have no line of their own:
 # members of a folder never import each other, save those named. A permission that nobody uses is an error.
@@ -88,7 +98,7 @@ MAY: dict[str, str] = {
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }
-OUTER = ("advice", "cli", "training")
+OUTER = ("advice", "cli", "integrations", "trainer", "training")
 
 
 def _name(path: Path) -> str:

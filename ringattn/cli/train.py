@@ -27,7 +27,7 @@ def trainer() -> Path:
 
 def train(context: typer.Context) -> None:
     """Train a byte-level language model with sharded attention; all options: ringattn train --help."""
-    from ringattn.training.config import run_command  # no other command needs the trainer's modules
+    from ringattn.trainer.config import run_command  # no other command needs the trainer's modules
 
     spec = importlib.util.spec_from_file_location("ringattn_trainer", trainer())
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both

@@ -1,8 +1,5 @@
-"""What training takes from this package, and the supporting parts of `launch/train.py`.
+"""What a training loop imports: batches, losses, gradients, checkpoints that are right on any mesh."""
 
-The trainer is where to start reading; what sharding asks of a training loop is all in there.
-"""
-
-from ringattn.training.checkpointing import save_attention
+from ringattn.training.activations import save_attention
 
 __all__ = ["save_attention"]

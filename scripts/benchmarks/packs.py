@@ -26,9 +26,9 @@ import ringattn
 from ringattn.kernels import onednn
 from ringattn.runtime.request import Request
 from ringattn.sharding import Sharding
-from ringattn.training.config import Config
-from ringattn.training.data import Corpus, read_corpus
-from ringattn.training.model import Decoder
+from ringattn.trainer.config import Config
+from ringattn.trainer.data import Corpus, read_corpus
+from ringattn.trainer.model import Decoder
 from scripts.benchmarks.teams import Team, Worker
 
 TRAINER = Path(__file__).parents[2] / "launch" / "train.py"

@@ -13,11 +13,11 @@ from types import ModuleType
 import pytest
 from safetensors.torch import load_file
 
-from ringattn.training.config import Config, run_command
-from ringattn.training.meter import Cost
-from ringattn.training.model import Decoder
-from ringattn.training.recorder import Recorder
-from ringattn.training.run_folder import RunFolder
+from ringattn.trainer.config import Config, run_command
+from ringattn.trainer.meter import Cost
+from ringattn.trainer.model import Decoder
+from ringattn.trainer.recorder import Recorder
+from ringattn.trainer.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--layers", "1", "--width", "16", "--heads", "2", "--kv-heads", "1")
@@ -173,9 +173,9 @@ def test_a_stopped_run_ends_in_one_line(texts: Path, tmp_path: Path) -> None:
 def test_where_there_is_no_bar_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ringattn.training.recorder.QUIET", 5.0)
+    monkeypatch.setattr("ringattn.trainer.recorder.QUIET", 5.0)
     now = [0.0]
-    monkeypatch.setattr("ringattn.training.recorder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ringattn.trainer.recorder.time.monotonic", lambda: now[0])
     recorder = Recorder(RunFolder(tmp_path / "run", {}), 20)
     for step in range(1, 21):
         now[0] += 1

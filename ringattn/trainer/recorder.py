@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ringattn.training.meter import Cost
-from ringattn.training.run_folder import RunFolder
+from ringattn.trainer.meter import Cost
+from ringattn.trainer.run_folder import RunFolder
 
 QUIET = 10.0  # seconds without a line, where there is no bar
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from ringattn.training.config import Config
+from ringattn.trainer.config import Config
 
 ROOT = Path(__file__).parents[2]
 

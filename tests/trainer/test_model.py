@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from ringattn.training.data import IGNORED
-from ringattn.training.model import Decoder, Shape, loss_sum, rope, rotate
-from ringattn.training.sampling import choose, generate
+from ringattn.trainer.data import IGNORED
+from ringattn.trainer.model import Decoder, Shape, loss_sum, rope, rotate
+from ringattn.trainer.sampling import choose, generate
 
 SHAPE = Shape(layers=2, width=16, heads=4, kv_heads=2)
 sdpa = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)

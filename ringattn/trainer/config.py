@@ -19,8 +19,8 @@ import ringattn
 from ringattn import kernels, layouts, schedules
 from ringattn.errors import InputError, MissingDependencyError
 from ringattn.naming import by_name
-from ringattn.training.model import Shape
-from ringattn.training.run_folder import WEIGHTS, holds_a_run
+from ringattn.trainer.model import Shape
+from ringattn.trainer.run_folder import WEIGHTS, holds_a_run
 
 DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]

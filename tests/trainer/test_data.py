@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn.errors import InputError
-from ringattn.training.data import IGNORED, Corpus, join_documents, read_corpus
+from ringattn.trainer.data import IGNORED, Corpus, join_documents, read_corpus
 
 documents = st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=8)
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from ringattn.training.model import Decoder
+from ringattn.trainer.model import Decoder
 
 
 @torch.no_grad()

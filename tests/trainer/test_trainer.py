@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import ringattn
-from ringattn.training.config import Config, Positions
-from ringattn.training.data import Corpus, join_documents, read_corpus
-from ringattn.training.model import Decoder
-from ringattn.training.parity import TOLERANCE, Trace, compare, relative
-from ringattn.training.reduce import sum_over_ranks
+from ringattn.trainer.config import Config, Positions
+from ringattn.trainer.data import Corpus, join_documents, read_corpus
+from ringattn.trainer.model import Decoder
+from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
+from ringattn.trainer.reduce import sum_over_ranks
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_the_check_sees_attention_across_documents(
 ) -> None:
     [alone] = traces(trainer, tiny, 1)
     whole = ringattn.Documents([tiny.length]) & ringattn.Causal()
-    monkeypatch.setattr("ringattn.training.data.Pack.mask", whole)
+    monkeypatch.setattr("ringattn.trainer.data.Pack.mask", whole)
     assert compare(traces(trainer, tiny, 2)[0], alone).largest > 100 * TOLERANCE
 
 

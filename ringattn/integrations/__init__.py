@@ -1,0 +1,1 @@
+"""The libraries that people train with; each module here imports its own only."""
