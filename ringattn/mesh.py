@@ -6,12 +6,16 @@ import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ringattn.checking import MAX_RANKS, flag, instance, integer, shown
 from ringattn.errors import InputError, UnsupportedError
+from ringattn.groups import AXES, Groups
 from ringattn.transports.base import Transport
 from ringattn.transports.local import Local
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -28,6 +32,7 @@ class Mesh:
         data: replicas; the world is ``data * ring * ulysses`` ranks.
         rank: this rank, in the world.
         transport: exchanges between the ranks of this sequence; None on a mesh made for planning.
+        groups: the process groups of `data_group` and `device_mesh`; None where they follow from the transport.
     """
 
     ring: int
@@ -35,6 +40,7 @@ class Mesh:
     data: int = 1
     rank: int = 0
     transport: Transport | None = dataclasses.field(default=None, compare=False, repr=False)
+    groups: Groups | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for axis in ("data", "ring", "ulysses"):
@@ -113,9 +119,13 @@ class Mesh:
         if sizes["ulysses"] > 1:
             cls(sizes["ring"], sizes["ulysses"])  # which says what to use instead
         transport = TorchDistributed(whole.get_group(_index(whole, names["ring"])), agreement)
-        replica = 0 if names["data"] is None else int(whole.get_local_rank(_index(whole, names["data"])))
         sizes["ring"] = transport.size
-        return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport)
+        replica, replicas = 0, None
+        if names["data"] is not None:
+            replica = int(whole.get_local_rank(_index(whole, names["data"])))
+            replicas = whole.get_group(_index(whole, names["data"]))
+        groups = Groups(_ranks(whole, names).reshape(*(sizes[axis] for axis in AXES)), transport.group, replicas)
+        return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport, groups=groups)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -144,12 +154,52 @@ class Mesh:
         ring, ulysses = divmod(rest, self.ulysses)
         return {"data": data, "ring": ring, "ulysses": ulysses}
 
+    @property
+    def data_group(self) -> ProcessGroup:
+        """The torch process group of this rank's replicas: the ranks with the same place in other sequences.
+
+        Made when it is first asked for, which all of them do together. Of this rank alone where there is no data axis.
+
+        Raises:
+            InputError: the mesh is not one of torch.distributed: one process, virtual ranks, or made for planning.
+        """
+        return self._distributed().data
+
+    def device_mesh(self, *, flat: bool = False) -> DeviceMesh:
+        """The torch ``DeviceMesh`` of these ranks, of dimensions ``data``, ``ring`` and ``ulysses``.
+
+        FSDP2 needs one that holds the ranks of a sequence: each has gradients of its own tokens. ``fully_shard(model,
+        mesh=mesh.device_mesh(flat=True))`` shards over all ranks, ``mesh.device_mesh()["data", "ring"]`` over the ring
+        with a copy for each replica (HSDP).
+
+        Args:
+            flat: one dimension, of all ranks.
+
+        Raises:
+            InputError: the mesh is not one of torch.distributed: one process, virtual ranks, or made for planning.
+        """
+        groups = self._distributed()
+        return groups.flat_device_mesh if flat else groups.device_mesh
+
+    def _distributed(self) -> Groups:
+        from ringattn.transports.torch_distributed import TorchDistributed
+
+        if self.groups is None and self.data == 1 and isinstance(self.transport, TorchDistributed):
+            ranks = torch.tensor(torch.distributed.get_process_group_ranks(self.transport.group))
+            object.__setattr__(self, "groups", Groups(ranks.view(1, self.ring, self.ulysses), self.transport.group))
+        if self.groups is None:
+            raise InputError(
+                "This mesh has no process groups of torch.distributed: it is one process, simulated, or made for "
+                "planning. Use the mesh of ringattn.init() under a launcher, or of Mesh.from_device_mesh."
+            )
+        return self.groups
+
     def __deepcopy__(self, _: dict[int, Any]) -> Mesh:
         """Itself: copies of a model still talk over the same transport."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "transport": None}
+        return {**self.__dict__, "transport": None, "groups": None}
 
     def connected(self) -> Transport:
         """The transport, or an error on a mesh that was made for planning."""
@@ -207,3 +257,13 @@ def _say_what_is_left_out(device_mesh: DeviceMesh) -> None:
 def _index(device_mesh: DeviceMesh, name: str | None) -> int:
     """The dimension of this name, or the only one."""
     return 0 if name is None else (device_mesh.mesh_dim_names or ()).index(name)
+
+
+def _ranks(device_mesh: DeviceMesh, names: dict[str, str | None]) -> torch.Tensor:
+    """The world's ranks of the named dimensions, in the order of our axes, where this rank is on the others."""
+    named = [names[axis] for axis in AXES if names[axis] is not None]
+    if not named:
+        return device_mesh.mesh
+    known = [name for name in device_mesh.mesh_dim_names or () if name in named]
+    part = device_mesh[tuple(known)].mesh
+    return part.permute([known.index(name) for name in named if name is not None])

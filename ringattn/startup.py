@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ringattn.checking import MAX_RANKS, integer, number, shown
 from ringattn.errors import InputError, TransportError
+from ringattn.groups import Groups
 from ringattn.mesh import Mesh
 from ringattn.rendezvous import Rendezvous
 from ringattn.transports.torch_distributed import TorchDistributed
@@ -81,7 +82,9 @@ def _connected(sizes: dict[str, int], ranks: Rendezvous, transport: str, agreeme
         ]
     except RuntimeError as error:  # of torch's groups, and of their stores
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
-    return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(groups[ranks.rank // together], agreement))
+    own = groups[ranks.rank // together]
+    world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
+    return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement), groups=Groups(world, own))
 
 
 def _start_default_group(transport: str, ranks: Rendezvous) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ringattn
+from ringattn import Mesh
 from ringattn.conformance import Case, attend, errors, joined, oracle, simulated
 from ringattn.conformance.drawing import SCHEDULES
+from ringattn.errors import InputError
 from ringattn.schedules.base import Schedule
 from tests.workers import Workers
 
@@ -182,3 +186,44 @@ def _join(mesh: ringattn.Mesh, length: int) -> bool:
 def test_join(gloo: Workers, length: int) -> None:
     assert all(gloo.run(4, _join, length))
     assert all(ringattn.simulate(_join, length, ring=7).results)
+
+
+def _groups(mesh: Mesh) -> tuple[Any, ...]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    own = mesh.device_mesh()
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "dp"))
+    named = Mesh.from_device_mesh(whole, ring="cp", data="dp")
+    within = Mesh.from_device_mesh(whole["dp"], ring="dp")
+    return (
+        own.mesh.tolist(),
+        own.mesh_dim_names,
+        mesh.device_mesh(flat=True).mesh.tolist(),
+        dist.get_process_group_ranks(mesh.data_group),
+        named.device_mesh().mesh.tolist(),
+        dist.get_process_group_ranks(named.data_group),
+        dist.get_process_group_ranks(named.device_mesh().get_group("ring")),
+        named.device_mesh(flat=True).mesh.tolist(),
+        within.device_mesh().mesh.tolist(),
+    )
+
+
+def test_device_meshes_and_groups_of_replicas(gloo: Workers) -> None:
+    for rank, found in enumerate(gloo.run(4, _groups)):
+        cp, dp = divmod(rank, 2)
+        assert found == (
+            [[[0], [1], [2], [3]]],
+            ("data", "ring", "ulysses"),
+            [0, 1, 2, 3],
+            [rank],
+            [[[0], [2]], [[1], [3]]],
+            [2 * cp, 2 * cp + 1],
+            [dp, 2 + dp],
+            [0, 1, 2, 3],
+            [[[2 * cp], [2 * cp + 1]]],
+        )
+
+
+def test_a_mesh_without_processes_has_no_groups() -> None:
+    with pytest.raises(InputError, match="no process groups"):
+        ringattn.init().device_mesh()

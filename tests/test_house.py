@@ -68,7 +68,8 @@ MAY: dict[str, str] = {
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
     "transports.*": "errors transports.base",
-    "mesh": "checking errors transports.base transports.local transports.torch_distributed",
+    "groups": "",
+    "mesh": "checking errors groups transports.base transports.local transports.torch_distributed",
     "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
     "runtime.agreement": "errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
@@ -94,7 +95,7 @@ MAY: dict[str, str] = {
     "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "readable checking errors",
-    "startup": "checking errors mesh rendezvous transports.torch_distributed",
+    "startup": "checking errors groups mesh rendezvous transports.torch_distributed",
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }
