@@ -81,7 +81,7 @@ def decide(transport: Transport, fields: Mapping[str, str], subject: str, choose
         own = choose() if transport.rank == 0 else 0
         if transport.size > 1:
             check(transport, {**fields, "call": "choice"})
-            own = int.from_bytes(_exchanged(transport, own.to_bytes(8, "little"), subject)[0], "little")
+            own = int.from_bytes(exchanged(transport, own.to_bytes(8, "little"), subject)[0], "little")
         transport.decisions[subject] = own
     return transport.decisions[subject]
 
@@ -106,11 +106,11 @@ def refuse(transport: Transport, error: Exception) -> None:
 def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> list[dict[str, str]] | None:
     """Every rank's fields as they are shown, where not all of them are equal."""
     own = digest(fields)
-    if _exchanged(transport, own, label).count(own) == transport.size:
+    if exchanged(transport, own, label).count(own) == transport.size:
         return None
     transport.forget_calls()
     shown = json.dumps({name: _shown(name, text) for name, text in fields.items()}, ensure_ascii=False).encode()
-    texts = _exchanged(transport, shown.ljust(_TEXT_BYTES), label)
+    texts = exchanged(transport, shown.ljust(_TEXT_BYTES), label)
     return [json.loads(text) for text in texts]
 
 
@@ -122,8 +122,8 @@ def _shown(name: str, text: str) -> str:
     return short if short == text else f"{short} #{_hash(text).hex()}"
 
 
-def _exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
-    """What every rank has to say, by rank; all of one size."""
+def exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
+    """What every rank has to say, by rank, all of one size; a few bytes of bookkeeping before a payload moves."""
     device = transport.control_device
     mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
     theirs = transport.buffers.take("agreement", (transport.size, len(own)), torch.uint8, device)

@@ -1,5 +1,17 @@
 """What a training loop imports: batches, losses, gradients, checkpoints that are right on any mesh."""
 
-from ringattn.training.activations import save_attention
+from ringattn.training.activations import save_attention, tiled
+from ringattn.training.batch import Batch, accumulate
+from ringattn.training.loss import linear_cross_entropy, token_loss
+from ringattn.training.sample import IGNORED, Sample
 
-__all__ = ["save_attention"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Sample",
+    "accumulate",
+    "linear_cross_entropy",
+    "save_attention",
+    "tiled",
+    "token_loss",
+]

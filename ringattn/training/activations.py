@@ -1,4 +1,4 @@
-"""Activation checkpointing around attention: its outputs are kept, everything else is recomputed."""
+"""Less memory for activations: checkpointing that runs no attention twice, and modules computed in tiles of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ringattn.checking import instance, integer
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -32,3 +35,35 @@ def _policy(_ctx: Any, op: Any, *_args: Any, **_options: Any) -> CheckpointPolic
     # A call is numbered and compared with the other ranks' when it is prepared: that too happens once.
     kept = (torch.ops.ringattn.attention.default, torch.ops.ringattn.prepare.default)
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+TILE = 1024  # tokens
+
+
+def tiled(module: nn.Module, tokens: int = TILE) -> nn.Module:
+    """The module itself, which from now on computes a tile of tokens at a time and keeps only its input for backward.
+
+    For modules that treat every token alike, as MLPs do: a long shard's activations within it, such as ``[B, S_local,
+    4 * width]``, exist for one tile at a time, in the backward pass too, where each tile is computed again. Parameters
+    keep their names.
+
+    Args:
+        module: takes one tensor ``[B, S_local, width]`` and returns one of as many tokens.
+        tokens: of a tile, at most.
+
+    Example:
+        >>> mlp = tiled(nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4)), tokens=3)
+        >>> mlp(torch.ones(2, 10, 4)).shape
+        torch.Size([2, 10, 4])
+    """
+    kind = type(instance(module, nn.Module, "module", "a torch module that treats every token alike"))
+    size = integer(tokens, "tokens, of a tile,", least=1)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        whole = functools.partial(kind.forward, self)
+        if x.shape[1] <= size:
+            return checkpoint(whole, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return torch.cat([checkpoint(whole, tile, use_reentrant=False) for tile in x.split(size, dim=1)], dim=1)
+
+    module.__class__ = type(f"Tiled{kind.__name__}", (kind,), {"forward": forward})
+    return module
