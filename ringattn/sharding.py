@@ -45,6 +45,7 @@ class Sharding(Handled):
     layout: Layout
     reason: str = dataclasses.field(compare=False, repr=False)
     calls: Recent = dataclasses.field(compare=False, repr=False)
+    plans: Recent = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, length: int, mesh: Mesh, layout: Layout | str = "auto", mask: Mask | None = None) -> None:
         """Shards ``length`` tokens.
@@ -62,7 +63,8 @@ class Sharding(Handled):
         if mask is not None:
             checked(mask)
         taken, reason = layouts.named(layout, mask, length)
-        values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason, "calls": Recent(PLANS)}
+        values = {"length": length, "mesh": mesh, "layout": taken, "reason": reason}
+        values |= {"calls": Recent(PLANS), "plans": Recent(PLANS)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -70,7 +72,17 @@ class Sharding(Handled):
         return {name: getattr(self, name) for name in ("length", "mesh", "layout", "reason")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, calls=Recent(PLANS))
+        self.__dict__.update(state, calls=Recent(PLANS), plans=Recent(PLANS))
+
+    @property
+    def prepared(self) -> tuple[Array, dict[Any, Any]]:
+        """What has been worked out so far, spans and verified plans, to be pickled: for `adopt`."""
+        return self.spans, dict(self.plans)
+
+    def adopt(self, prepared: tuple[Array, dict[Any, Any]]) -> None:
+        """Takes over what an equal sharding has worked out, as a data loader's worker does."""
+        self.__dict__["spans"] = prepared[0]
+        self.plans.update(prepared[1])
 
     @functools.cached_property
     def spans(self) -> Array:

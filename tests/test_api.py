@@ -41,18 +41,21 @@ def test_the_plan_lives_as_long_as_the_graph() -> None:
 
 
 def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, plan = [], ringattn.plan
 
     def spy(*args: Any, **options: Any) -> ringattn.Plan:
         made.append(args)
-        return ringattn.plan(*args, **options)
+        return plan(*args, **options)
 
-    monkeypatch.setattr("ringattn.runtime.request.plan", spy)
+    monkeypatch.setattr("ringattn.plans.planning.plan", spy)
     sharding = _one()
     for _ in range(3):
         ringattn.attention(*_inputs(), ringattn.Documents([5, 15]) & ringattn.Causal(), sharding=sharding)
     assert len(made) == 1
     ringattn.attention(*_inputs(), ringattn.Documents([6, 14]) & ringattn.Causal(), sharding=sharding)
+    assert len(made) == 2
+    q, k, v = (x[..., :4] for x in _inputs())  # another shape reads the same keys
+    ringattn.attention(q, k, v, ringattn.Documents([6, 14]) & ringattn.Causal(), sharding=sharding)
     assert len(made) == 2
 
 

@@ -76,6 +76,35 @@ def plan(
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
 
 
+def verified_plan(
+    mask: Mask,
+    sharding: Sharding,
+    schedule: Schedule | str = "auto",
+    kv_sharding: Sharding | None = None,
+    *,
+    mechanism: Mechanism | None = None,
+    **shape: Any,
+) -> Plan:
+    """`plan`, verified and kept by the sharding: another shape, or mechanism that reads the same, needs no other.
+
+    Raises:
+        PlanError: the plan is wrong.
+    """
+    taken = named_schedule(schedule)
+    if taken is not None:
+        _check_serves(taken, mechanism)
+    kv = None
+    if kv_sharding is not None and kv_sharding != sharding:
+        kv = (kv_sharding.length, kv_sharding.layout)
+    key = (mask, kv, schedule, isinstance(mechanism, Summarising))
+    kept: Plan | None = sharding.plans.get(key)
+    if kept is None:
+        kept = plan(mask, sharding, schedule, kv_sharding, mechanism=mechanism)
+        kept.verify()
+        sharding.plans.keep(key, kept)
+    return dataclasses.replace(kept, shape=_shape(mechanism=mechanism, **shape))
+
+
 def plan_all(
     mask: Mask,
     length: int,
@@ -136,11 +165,11 @@ def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
 
 
 def _shape(
-    heads: tuple[int, int] | None,
-    head_dims: tuple[int, int] | None,
-    dtype: torch.dtype | str | None,
-    batch: int,
-    mechanism: Mechanism | None,
+    heads: tuple[int, int] | None = None,
+    head_dims: tuple[int, int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch: int = 1,
+    mechanism: Mechanism | None = None,
 ) -> Shape | None:
     integer(batch, "batch", least=1)
     given = [value is not None for value in (heads, head_dims, dtype)]
@@ -157,15 +186,19 @@ def _shape(
     return Shape(batch, *heads, *head_dims, dtype_name(kind), kind.itemsize, summary)
 
 
+def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
+    wrong = None if mechanism is None else schedule.payload.refusal(mechanism)
+    if wrong is not None:
+        raise UnsupportedError(
+            f"{schedule} exchanges {schedule.payload.unit}, and {wrong}. Use ring, route or auto, or a mechanism "
+            f"whose keys can be summed up, such as Linear."
+        )
+
+
 def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None) -> tuple[Schedule, str]:
     """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive."""
     if schedule is not None:
-        wrong = None if mechanism is None else schedule.payload.refusal(mechanism)
-        if wrong is not None:
-            raise UnsupportedError(
-                f"{schedule} exchanges {schedule.payload.unit}, and {wrong}. Use ring, route or auto, or a mechanism "
-                f"whose keys can be summed up, such as Linear."
-            )
+        _check_serves(schedule, mechanism)
         refusal = schedule.refusal(demand)
         if refusal is not None:
             raise UnsupportedError(f"{refusal}.")

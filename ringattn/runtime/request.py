@@ -19,7 +19,7 @@ from ringattn.kernels.rates import Work
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import plan
+from ringattn.plans.planning import verified_plan
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.call import Call
@@ -136,7 +136,6 @@ class Request:
         if refusal is not None:
             raise UnsupportedError(refusal)
         own = self._planned(problem)
-        own.verify()
         problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
         decide = functools.partial(agreement.decide, transport, fields)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide)
@@ -151,7 +150,7 @@ class Request:
             return [], ""
 
     def _planned(self, problem: Problem) -> Plan:
-        return plan(
+        return verified_plan(
             self.mask,
             self.sharding,
             self.schedule,

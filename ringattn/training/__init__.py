@@ -2,12 +2,14 @@
 
 from ringattn.training.activations import save_attention, tiled
 from ringattn.training.batch import Batch, accumulate
+from ringattn.training.loader import Loader
 from ringattn.training.loss import linear_cross_entropy, token_loss
 from ringattn.training.sample import IGNORED, Sample
 
 __all__ = [
     "IGNORED",
     "Batch",
+    "Loader",
     "Sample",
     "accumulate",
     "linear_cross_entropy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Batch:
         scatter: bool = False,
         positions: Positions = "document",
         shift: bool = True,
+        prepared: Any = None,
     ) -> None:
         """Every rank makes it, in the same order.
 
@@ -68,6 +69,7 @@ class Batch:
                 nothing is read on one rank to be thrown away. ``layout`` and ``mask`` are those of the long sequence.
             positions: ``document``, which begin again in every document, or ``global``, in the whole sequence.
             shift: False where a label is what stands at its own place, as in masked language models.
+            prepared: what an equal sharding has worked out (`Sharding.prepared`), as in a data loader's worker.
 
         Raises:
             InputError: an argument is wrong. The other ranks of the batch raise an AgreementError.
@@ -84,6 +86,8 @@ class Batch:
         sample, error = _tried(lambda: tokens if isinstance(tokens, Sample) else make(tokens))
         deal = self._scattered if scatter else self._replicated
         local = deal(sample, error, layout, Causal() if mask is None else mask)
+        if prepared is not None:
+            self.sharding.adopt(prepared)
         device = mesh.connected().control_device
         self.tokens, self.labels = (x.to(device) for x in local)
         local_positions = self.sharding.positions
@@ -142,6 +146,13 @@ def accumulate(batches: Iterable[Batch]) -> list[Batch]:
     for batch in listed:
         batch.count = total
     return listed
+
+
+def refuse(mesh: Mesh, error: Exception, *, scatter: bool = False) -> NoReturn:
+    """Raises the error when the other ranks have been told, which are about to make a batch."""
+    failure = outlined(mesh, None, "", error) if scatter else compared(mesh, None, error)
+    counted(mesh, 0, failure if isinstance(failure, Exception) else error)
+    raise error
 
 
 def _tried(make: Callable[[], Sample]) -> tuple[Sample | None, Exception | None]:

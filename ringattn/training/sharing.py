@@ -88,6 +88,16 @@ def counted(mesh: Mesh, count: int, error: Exception | None) -> int:
     return count
 
 
+def all_have(mesh: Mesh, has: bool) -> bool:
+    """Whether every rank of the mesh has one more sample."""
+    having = all(map(any, exchanged(mesh.connected(), bytes([has]), "samples")))
+    if mesh.data > 1:
+        lacking = torch.tensor([not having], dtype=torch.int64, device=mesh.connected().control_device)
+        torch.distributed.all_reduce(lacking, group=mesh.data_group)
+        having = not lacking.item()
+    return having
+
+
 def dealt(sharding: Sharding, outline: Outline, sample: Sample) -> Tensor:
     """``[2, S_local]``: tokens and labels of this rank's part, sent by the ranks that have read them."""
     transport = sharding.mesh.connected()
