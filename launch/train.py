@@ -25,15 +25,16 @@ from torch import Tensor
 
 import ringattn
 from ringattn.trainer.config import Config, launched, run_command
-from ringattn.trainer.data import Corpus, Pack, read_corpus
+from ringattn.trainer.data import Corpus, read_corpus
 from ringattn.trainer.launcher import cores, start_ranks
 from ringattn.trainer.meter import Meter
-from ringattn.trainer.model import Decoder, Shape, loss_sum
+from ringattn.trainer.model import Decoder, Shape
 from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.reduce import sum_gradients, sum_over_ranks
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
+from ringattn.training import Batch, Sample, accumulate, token_loss
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 
@@ -72,34 +73,24 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def shard_loss(model: Decoder, pack: Pack, mesh: ringattn.Mesh, config: Config) -> Tensor:
-    """The sum of the token losses of this rank's part of the pack; 0 where it has no labels or no tokens."""
-    # (2) Each rank takes its part of the tokens and of their labels; the sharding knows which. Labels have been
-    # shifted in the full pack, and positions are those in the full sequence, or in its documents.
-    sharding = ringattn.Sharding(config.length, mesh, layout=config.layout, mask=pack.mask)
-    positions = sharding.positions
-    if config.positions == "document":
-        positions = pack.mask.local_positions(positions)
-    device = next(model.parameters()).device
-    tokens, labels = (sharding.split(x, dim=0)[None].to(device) for x in (pack.tokens, pack.labels))
-
+def shard_loss(model: Decoder, batch: Batch, config: Config) -> Tensor:
+    """This rank's share of the mean token loss; 0 where it has no labels or no tokens."""
     # (3) Attention looks over the whole sequence. All other layers work on the tokens they are given.
-    attend = partial(
-        ringattn.attention, mask=pack.mask, sharding=sharding, schedule=config.schedule, kernel=config.kernel
-    )
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        logits = model(tokens, positions.to(device), attend)
-    return loss_sum(logits, labels)
+    attend = partial(batch.attend, schedule=config.schedule, kernel=config.kernel)
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        logits = model(batch.tokens, batch.positions, attend)
+    # (4) A share of the mean over the labels of the whole batch. A mean over a shard would weigh shards instead of
+    # tokens, and have no value on a shard without labels.
+    return token_loss(logits, batch)
 
 
-def gradients(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Config) -> Tensor:
+def gradients(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> Tensor:
     """Leaves the gradient of the mean loss over all labels in the model; returns that loss, on every rank."""
     model.zero_grad()
-    share = torch.zeros((), device=next(model.parameters()).device)
-    for pack in of_this_replica(packs, mesh):
-        # (4) Divide by the labels of the whole batch. Every rank has the full packs and counts for itself; a
-        # mean over a shard would weigh shards instead of tokens, and have no value on a shard without labels.
-        loss = shard_loss(model, pack, mesh, config) / count_labels(packs)
+    device = next(model.parameters()).device
+    share = torch.zeros((), device=device)
+    for batch in sharded(packs, mesh, config, device):
+        loss = shard_loss(model, batch, config)
         loss.backward()
         share += loss.detach()
     # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
@@ -107,25 +98,27 @@ def gradients(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Co
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, packs: list[Pack], mesh: ringattn.Mesh, config: Config) -> float:
+def evaluate(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> float:
     """The mean loss over all labels, the same on every rank."""
-    total = torch.zeros(1, device=next(model.parameters()).device)
-    for pack in of_this_replica(packs, mesh):
-        total += shard_loss(model, pack, mesh, config) / count_labels(packs)
+    device = next(model.parameters()).device
+    total = torch.zeros(1, device=device)
+    for batch in sharded(packs, mesh, config, device):
+        total += shard_loss(model, batch, config)
     sum_over_ranks(total, mesh)
     return float(total)
 
 
-def of_this_replica(packs: list[Pack], mesh: ringattn.Mesh) -> list[Pack]:
-    """Ranks that share a sequence get the same packs, replicas different ones."""
-    return packs[mesh.coordinates["data"] :: mesh.axes["data"]]
+def sharded(packs: list[Sample], mesh: ringattn.Mesh, config: Config, device: torch.device) -> list[Batch]:
+    """(2) This rank's part of tokens and labels. Labels are shifted in the full pack, and counted over all ranks.
+
+    Ranks that share a sequence get the same packs, replicas different ones.
+    """
+    mine = packs[mesh.coordinates["data"] :: mesh.axes["data"]]
+    batches = (Batch(pack, mesh, layout=config.layout, positions=config.positions) for pack in mine)
+    return accumulate(batch.to(device) for batch in batches)
 
 
-def count_labels(packs: list[Pack]) -> int:
-    return max(1, sum(pack.targets for pack in packs))
-
-
-def batch_of(corpus: Corpus, step: int, config: Config) -> list[Pack]:
+def batch_of(corpus: Corpus, step: int, config: Config) -> list[Sample]:
     """The packs of a step, a function of the step alone: nothing to communicate, nothing to remember."""
     return [corpus.pack(step * config.batch + i, config.length) for i in range(config.batch)]
 

@@ -17,33 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ringattn.errors import InputError
-from ringattn.masks import Causal, Documents, Mask
+from ringattn.training import Sample
 
-IGNORED = -100  # the label of a token that has nothing to predict; torch's own convention
 HELD_OUT = 0.05  # share of the files kept for evaluation
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__"})
-
-
-@dataclass(frozen=True)
-class Pack:
-    """One sample: tokens [S], labels [S] (the next token of the same document, or IGNORED), and lengths."""
-
-    tokens: Tensor
-    labels: Tensor
-    lengths: tuple[int, ...]
-
-    @property
-    def mask(self) -> Mask:
-        """Each token sees the tokens before it in its own document."""
-        return Documents(self.lengths) & Causal()
-
-    @property
-    def targets(self) -> int:
-        """Tokens that have a label: all but the last of each document."""
-        return sum(self.lengths) - len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -53,7 +32,7 @@ class Corpus:
     documents: tuple[bytes, ...]
     seed: int
 
-    def pack(self, index: int, length: int) -> Pack:
+    def pack(self, index: int, length: int) -> Sample:
         """Pack number `index`: files drawn at random until `length` tokens are full.
 
         A file that does not fit in what is left gives a random stretch of itself, so that every part of a
@@ -71,16 +50,10 @@ class Corpus:
         return join_documents(pieces)
 
 
-def join_documents(documents: Sequence[bytes]) -> Pack:
-    """The documents side by side. Labels are shifted here, on the full sequence, before anything is sharded:
-    a shard could not know the first token of the next one.
-    """
-    tokens = torch.from_numpy(np.frombuffer(b"".join(documents), np.uint8).astype(np.int64))
-    lengths = tuple(len(document) for document in documents)
-    labels = torch.full_like(tokens, IGNORED)
-    labels[:-1] = tokens[1:]
-    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # after a document's last token comes another document
-    return Pack(tokens, labels, lengths)
+def join_documents(documents: Sequence[bytes]) -> Sample:
+    """The documents side by side: each token sees those before it in its own document."""
+    tokens = torch.frombuffer(bytearray(b"".join(documents)), dtype=torch.uint8).to(torch.int64)
+    return Sample.of(tokens[None], documents=[len(document) for document in documents])
 
 
 def read_corpus(path: Path | None) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:

@@ -151,11 +151,3 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
     return turned.to(x.dtype)
-
-
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum, not the mean, of the token losses, in float32: logits [B, S, 256], labels [B, S].
-
-    A mean over a shard would weigh shards instead of tokens, and be NaN on a shard without a label.
-    """
-    return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")

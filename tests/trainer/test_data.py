@@ -9,38 +9,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ringattn
 from ringattn.errors import InputError
-from ringattn.trainer.data import IGNORED, Corpus, join_documents, read_corpus
+from ringattn.trainer.data import Corpus, join_documents, read_corpus
 
 documents = st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=8)
 
 
 @given(documents)
-def test_labels_are_the_next_token_of_the_same_document(pieces: list[bytes]) -> None:
+def test_files_are_the_documents_of_a_pack(pieces: list[bytes]) -> None:
     pack = join_documents(pieces)
-    expected = [label for piece in pieces for label in (*piece[1:], IGNORED)]
-    assert pack.labels.tolist() == expected
-    assert pack.tokens.tolist() == list(b"".join(pieces))
-    assert pack.targets == sum(label != IGNORED for label in expected)
+    assert pack.tokens.tolist() == [list(b"".join(pieces))]
+    assert pack.count == sum(len(piece) - 1 for piece in pieces)
 
 
 @given(documents, st.integers(1, 100), st.integers(0, 5))
 def test_a_pack_is_full_and_made_of_stretches_of_files(pieces: list[bytes], length: int, index: int) -> None:
     pack = Corpus(tuple(pieces), seed=3).pack(index, length)
-    assert sum(pack.lengths) == len(pack.tokens) == length
-    for stretch in pack.tokens.split(pack.lengths):
+    assert pack.documents is not None and sum(pack.documents) == pack.tokens.shape[1] == length
+    for stretch in pack.tokens[0].split(pack.documents):
         assert any(bytes(stretch.tolist()) in piece for piece in pieces)
 
 
 @given(documents, st.integers(2, 60))
 def test_a_token_sees_its_own_document_only(pieces: list[bytes], length: int) -> None:
     pack = Corpus(tuple(pieces), seed=0).pack(0, length)
-    positions = torch.arange(length)
-    owner = torch.repeat_interleave(torch.arange(len(pack.lengths)), torch.tensor(pack.lengths))
+    positions, lengths = torch.arange(length), pack.documents or ()
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     expected = (owner[:, None] == owner) & (positions[:, None] >= positions)
     assert torch.equal(pack.mask.dense(positions, positions), expected)
-    starts = torch.tensor([0, *pack.lengths]).cumsum(0)[owner]
+    starts = torch.tensor([0, *lengths]).cumsum(0)[owner]
     assert torch.equal(pack.mask.local_positions(positions), positions - starts)
 
 
@@ -50,21 +47,8 @@ def test_packs_repeat_by_number_and_differ_from_step_to_step(texts: Path) -> Non
     packs = [first.pack(i, 64) for i in range(20)]
     for i in reversed(range(20)):
         assert torch.equal(again.pack(i, 64).tokens, packs[i].tokens)
-    assert len({bytes(pack.tokens.tolist()) for pack in packs}) == 20
+    assert len({bytes(pack.tokens[0].tolist()) for pack in packs}) == 20
     assert any(not torch.equal(Corpus(files, seed=2).pack(i, 64).tokens, packs[i].tokens) for i in range(20))
-
-
-@pytest.mark.parametrize("ring", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_shards_put_together_are_the_pack(texts: Path, ring: int, layout: str) -> None:
-    pack = Corpus(read_corpus(texts)[0], seed=0).pack(0, 61)
-    tokens, labels = torch.full_like(pack.tokens, -1), torch.full_like(pack.labels, -1)
-    for rank in range(ring):
-        sharding = ringattn.Sharding(61, ringattn.Mesh.virtual(ring=ring, rank=rank), layout=layout)
-        tokens[sharding.positions] = sharding.split(pack.tokens, dim=0)
-        labels[sharding.positions] = sharding.split(pack.labels, dim=0)
-    assert torch.equal(tokens, pack.tokens)
-    assert torch.equal(labels, pack.labels)
 
 
 def test_held_out_files_are_held_out_whatever_the_order(texts: Path) -> None:

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from ringattn.trainer.data import IGNORED
-from ringattn.trainer.model import Decoder, Shape, loss_sum, rope, rotate
+from ringattn.trainer.model import Decoder, Shape, rope, rotate
 from ringattn.trainer.sampling import choose, generate
 
 SHAPE = Shape(layers=2, width=16, heads=4, kv_heads=2)
@@ -50,20 +49,10 @@ def test_weights_are_the_seed_s_alone() -> None:
 def test_a_shard_without_tokens_gives_zero_and_zero_gradients() -> None:
     model = Decoder(SHAPE, seed=0)
     none = torch.empty(1, 0, dtype=torch.int64)
-    loss = loss_sum(model(none, none[0], lambda q, k, v: q + 0 * (k.sum() + v.sum())), none)
+    loss = model(none, none[0], lambda q, k, v: q + 0 * (k.sum() + v.sum())).sum()
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-def test_loss_is_the_sum_over_labels_in_float32() -> None:
-    logits, labels = torch.randn(1, 6, 256).bfloat16(), torch.tensor([[3, IGNORED, 5, 255, IGNORED, 0]])
-    keep = labels[0] != IGNORED
-    expected = -logits.float()[0].log_softmax(-1)[keep, labels[0][keep]].sum()
-    loss = loss_sum(logits, labels)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected)
-    assert float(loss_sum(logits, torch.full_like(labels, IGNORED))) == 0
 
 
 def test_sampling_repeats_by_seed() -> None:
