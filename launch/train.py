@@ -31,10 +31,9 @@ from ringattn.trainer.meter import Meter
 from ringattn.trainer.model import Decoder, Shape
 from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
-from ringattn.trainer.reduce import sum_gradients, sum_over_ranks
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
-from ringattn.training import Batch, Sample, accumulate, token_loss
+from ringattn.training import Batch, Sample, accumulate, clip_grad_norm, sum_gradients, token_loss, total
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 
@@ -94,18 +93,18 @@ def gradients(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: 
         loss.backward()
         share += loss.detach()
     # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
-    return sum_gradients(model, share, mesh)
+    sum_gradients(model, mesh)
+    return total(share, mesh)
 
 
 @torch.no_grad()
 def evaluate(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> float:
     """The mean loss over all labels, the same on every rank."""
     device = next(model.parameters()).device
-    total = torch.zeros(1, device=device)
+    share = torch.zeros((), device=device)
     for batch in sharded(packs, mesh, config, device):
-        total += shard_loss(model, batch, config)
-    sum_over_ranks(total, mesh)
-    return float(total)
+        share += shard_loss(model, batch, config)
+    return float(total(share, mesh))
 
 
 def sharded(packs: list[Sample], mesh: ringattn.Mesh, config: Config, device: torch.device) -> list[Batch]:
@@ -142,8 +141,7 @@ def train(
         for step in range(1, config.steps + 1):
             meter.restart()
             loss = gradients(model, batch_of(corpus, step, config), mesh, config)
-            # After the sum every rank has the whole gradient: its norm needs no communication, and is not a part.
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = clip_grad_norm(model, config.clip)
             rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
             scheduler.step()
@@ -174,7 +172,7 @@ def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Cor
     Adam would hide a wrong scale of the gradients: it divides by their size. Plain SGD shows it.
     """
     sharded = sgd_steps(config, mesh, device, corpus)
-    failed = torch.zeros(1, device=device)
+    failed = torch.zeros((), device=device)
     if mesh.rank == 0:
         torch.set_num_threads(cores())  # the other ranks only wait
         alone = sgd_steps(config, ringattn.init(transport="local"), device, corpus)
@@ -188,8 +186,7 @@ def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Cor
             f"parameters {max(difference.parameters.values()):.1e}"
         )
         failed += difference.largest > TOLERANCE
-    sum_over_ranks(failed, mesh)  # one verdict, and nobody leaves while rank 0 is at work
-    return int(failed.item())
+    return int(total(failed, mesh))  # one verdict, and nobody leaves while rank 0 is at work
 
 
 def sgd_steps(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus) -> Trace:

@@ -2,6 +2,7 @@
 
 from ringattn.training.activations import save_attention, tiled
 from ringattn.training.batch import Batch, accumulate
+from ringattn.training.gradients import clip_grad_norm, gradient_factor, scale_gradients, sum_gradients, total
 from ringattn.training.loader import Loader
 from ringattn.training.loss import linear_cross_entropy, token_loss
 from ringattn.training.sample import IGNORED, Sample
@@ -12,8 +13,13 @@ __all__ = [
     "Loader",
     "Sample",
     "accumulate",
+    "clip_grad_norm",
+    "gradient_factor",
     "linear_cross_entropy",
     "save_attention",
+    "scale_gradients",
+    "sum_gradients",
     "tiled",
     "token_loss",
+    "total",
 ]

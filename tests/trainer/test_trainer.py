@@ -13,7 +13,7 @@ from ringattn.trainer.config import Config, Positions
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
 from ringattn.trainer.model import Decoder
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
-from ringattn.trainer.reduce import sum_over_ranks
+from ringattn.training import scale_gradients, sum_gradients
 
 CPU = torch.device("cpu")
 
@@ -105,16 +105,10 @@ def test_bfloat16_is_close(trainer: ModuleType, tiny: Config) -> None:
         assert 0 < difference.loss < 1e-2 and max(difference.gradients.values()) < 0.1
 
 
-def averages(model: torch.nn.Module, loss: torch.Tensor, mesh: ringattn.Mesh) -> torch.Tensor:
+def averages(model: torch.nn.Module, mesh: ringattn.Mesh) -> None:
     """The classical mistake: gradients averaged over ranks."""
-    for p in model.parameters():
-        assert p.grad is not None
-        flat = p.grad.flatten()
-        sum_over_ranks(flat, mesh)
-        p.grad.copy_(flat.view_as(p.grad) / mesh.size)
-    total = loss.reshape(1)
-    sum_over_ranks(total, mesh)
-    return total[0]
+    sum_gradients(model, mesh)
+    scale_gradients(model, mesh.size)
 
 
 def test_the_check_sees_a_wrong_gradient_scale(
@@ -140,22 +134,6 @@ def test_a_relative_difference_hides_nothing() -> None:
     assert relative(torch.tensor([1e-30]), torch.zeros(1)) == float("inf")
     assert relative(torch.zeros(3), torch.zeros(3)) == 0
     assert relative(torch.tensor([1.001e-20]), torch.tensor([1e-20])) == pytest.approx(1e-3, rel=1e-3)
-
-
-@pytest.mark.parametrize("ring", [1, 2, 3, 5])
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
-def test_a_sum_over_ranks_is_in_rank_order(ring: int, count: int) -> None:
-    values = torch.randn(ring, count)
-
-    def add(mesh: ringattn.Mesh) -> torch.Tensor:
-        x = values[mesh.rank].clone()
-        sum_over_ranks(x, mesh)
-        return x
-
-    expected = torch.zeros(count)
-    for rank in range(ring):
-        expected += values[rank]
-    assert all(torch.equal(got, expected) for got in ringattn.simulate(add, ring=ring).results)
 
 
 def test_the_learning_rate_warms_up_and_cools_down(trainer: ModuleType) -> None:

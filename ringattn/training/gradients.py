@@ -1,0 +1,280 @@
+"""Gradients of a sharded batch: added up over all ranks, whatever a wrapper makes of them, and clipped by their norm.
+
+Each rank's loss is its share of one mean over all labels, so its gradients are shares too: they are *added* over data,
+ring and ulysses. Wrappers average: DDP and FSDP2 divide by the ranks of their mesh, DeepSpeed by a number that depends
+on its stage and on what it was told of the sequence; and some add up over replicas alone, which no scale can mend.
+`gradient_factor` measures which it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ringattn.checking import number
+from ringattn.errors import InputError, UnsupportedError
+from ringattn.mesh import Mesh
+from ringattn.transports.base import Transport
+
+BUCKET = 1 << 24  # numbers that travel at once: 64 MB
+PROBE = 2.0**-12  # so small that no wrapper clips it, and exact in every dtype
+TOLERANCE = 1e-2  # of factors, which may have been rounded to bfloat16
+
+
+def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Adds every rank's gradients to those of all others, in place: for a model without a wrapper.
+
+    Sums are made in float32 (float64 for float64), in the same order on every rank. A parameter without a gradient on
+    some ranks, as where a shard has no labels, gets the sum of the others'; one without any keeps none.
+
+    Raises:
+        UnsupportedError: a wrapper has cut the parameters, and adds up their gradients itself.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
+    if mesh.size == 1:
+        return
+    for bucket in _buckets(parameters):
+        _sum_bucket(bucket, mesh)
+
+
+def total(share: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of every rank's share, on every rank: the loss itself, for logging. Without a gradient."""
+    added = share.detach().clone().reshape(1)
+    sum_over_ranks(added, mesh)
+    return added.reshape(share.shape)
+
+
+def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> float:
+    """By what factor a wrapper's gradients differ from the sum over all ranks, measured.
+
+    Divide the loss by it, ``(token_loss(logits, batch) / factor).backward()``, and everything that sees gradients
+    afterwards, clipping and optimizers alike, sees the right ones.
+
+    Args:
+        step: ``step(probe, x)`` wraps ``probe``, a module of one parameter, exactly as the model will be wrapped, and
+            runs one backward pass: ``wrapped(x).backward()``, or ``engine.backward(engine(x))``. The wrapper must live
+            until then. All ranks call it. It may return the whole gradient, where the parameter does not have it.
+        mesh: the ranks.
+
+    Returns:
+        1 where gradients are added up, 1 / n where they are averaged over n ranks.
+
+    Raises:
+        UnsupportedError: on every rank, where gradients of some ranks do not arrive or arrive with another factor:
+            those are partial sums, and no factor makes them right. Says which arrive.
+
+    Example:
+        >>> import ringattn
+        >>> gradient_factor(lambda probe, x: probe(x).backward(), ringattn.init())
+        1.0
+    """
+    probe = _Probe(mesh.size)
+    device = torch.device("cpu") if mesh.transport is None else mesh.transport.control_device
+    probe.to(device)
+    x = torch.zeros(mesh.size, device=device)
+    x[mesh.rank] = PROBE  # so that entry r of the gradient says how rank r's share has arrived
+    returned = step(probe, x)
+    found = (returned if isinstance(returned, Tensor) else _whole_gradient(probe)).detach().double().cpu() / PROBE
+    if found.shape != (mesh.size,):
+        raise InputError(f"step must leave the probe's gradient, [{mesh.size}]; got {list(found.shape)}.")
+    first = found[:1].clone() if mesh.rank == 0 else torch.zeros(1, dtype=torch.float64)
+    sum_over_ranks(first, mesh, device)
+    factor = float(first)
+    right = bool((found - factor).abs().max() <= TOLERANCE * abs(factor)) and factor != 0
+    agreeing = torch.tensor([float(right)])
+    sum_over_ranks(agreeing, mesh, device)
+    if agreeing.item() != mesh.size:
+        raise UnsupportedError(_partial_sums(found, mesh))
+    return _rounded(factor, mesh)
+
+
+def scale_gradients(parameters: nn.Module | Iterable[Tensor], factor: float) -> None:
+    """Divides the gradients by the factor of `gradient_factor`, in place, where the loss was not.
+
+    Raises:
+        UnsupportedError: ZeRO holds the gradients: the loss is divided instead.
+    """
+    divisor = number(factor, "factor", above=0)
+    listed = _listed(parameters)
+    _refuse_zero(listed, "Divide the loss by the factor before engine.backward.")
+    if divisor != 1:
+        for parameter in listed:
+            if parameter.grad is not None:
+                parameter.grad.div_(divisor)
+
+
+def clip_grad_norm(parameters: nn.Module | Iterable[Tensor], max_norm: float, *, factor: float = 1.0) -> Tensor:
+    """Scales the gradients so that their norm is at most ``max_norm``; returns what it was, the same on all ranks.
+
+    For plain parameters after `sum_gradients`, for DDP, and for the DTensors of FSDP2, of which every rank has a part.
+
+    Args:
+        factor: of `gradient_factor`, where the gradients still have it: they are divided by it first.
+
+    Raises:
+        UnsupportedError: ZeRO holds the gradients, and clips them itself (``gradient_clipping`` in its config).
+    """
+    most = number(max_norm, "max_norm", above=0)
+    listed = [p for p in _listed(parameters) if p.grad is not None]
+    _refuse_zero(listed, "Set gradient_clipping in its config and divide the loss by the factor.")
+    scale_gradients(listed, factor)
+    gradients = [p.grad for p in listed if p.grad is not None]
+    norms = [_norm(list(group)) for group in _by_mesh(gradients).values()]
+    norm = torch.stack(norms).square().sum().sqrt() if norms else torch.zeros(())
+    coefficient = (most / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(coefficient.to(gradient.device))
+    return norm
+
+
+def sum_over_ranks(x: Tensor, mesh: Mesh, device: torch.device | None = None) -> None:
+    """Replaces x, one flat tensor, by the sum over all ranks of the mesh, the same bits on each of them.
+
+    Args:
+        device: where it travels, if not where it is.
+    """
+    moved = x if device is None else x.to(device)
+    if mesh.sequence_size > 1:
+        _all_reduce(moved, mesh.connected())
+    if mesh.data > 1:
+        torch.distributed.all_reduce(moved, group=mesh.data_group)
+    if moved is not x:
+        x.copy_(moved)
+
+
+class _Probe(nn.Module):
+    """A parameter of one entry for each rank, and a loss that is linear in it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def _whole_gradient(probe: nn.Module) -> Tensor:
+    """The whole gradient of the probe's parameter, whoever holds it."""
+    (parameter,) = probe.parameters()
+    if _of_zero(parameter):
+        from deepspeed.utils import safe_get_full_grad
+
+        found = safe_get_full_grad(parameter)
+    else:
+        found = parameter.grad
+    if found is None:
+        raise InputError("step left no gradient in the probe; it must wrap it and run one backward pass.")
+    return found.full_tensor() if hasattr(found, "full_tensor") else found  # type: ignore[no-any-return]
+
+
+def _partial_sums(found: Tensor, mesh: Mesh) -> str:
+    """Which gradients reach this rank, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(found.tolist()):
+        ranks.setdefault(f"{value:.3g}", []).append(rank)
+    said = "; ".join(
+        f"{'not at all' if value in ('0', '-0') else f'times {value}'} those of rank {', '.join(map(str, those))}"
+        for value, those in ranks.items()
+    )
+    return (
+        f"The wrapper does not add up the gradients of all {mesh.size} ranks of {mesh.axes}. Rank {mesh.rank} gets "
+        f"{said}: these are partial sums, and training on them is wrong. Wrap over all ranks of the mesh, as "
+        f"fully_shard(model, mesh=mesh.device_mesh(flat=True)) and DistributedDataParallel(model) do, or start "
+        f"DeepSpeed with ringattn.integrations.deepspeed."
+    )
+
+
+def _rounded(factor: float, mesh: Mesh) -> float:
+    """The fraction that was meant, where rounding has blurred it."""
+    meant = {1.0 / n for n in (1, mesh.data, mesh.sequence_size, mesh.size)}
+    nearest = min(meant, key=lambda value: abs(value - factor))
+    return nearest if abs(nearest - factor) <= TOLERANCE * nearest else factor
+
+
+def _listed(parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    return list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+
+
+def _of_zero(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO has the parameter's gradient."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _refuse_zero(parameters: Iterable[Tensor], instead: str) -> None:
+    if any(_of_zero(parameter) for parameter in parameters):
+        raise UnsupportedError(f"DeepSpeed's ZeRO holds these gradients in parts of its own. {instead}")
+
+
+def _refuse_sharded(parameters: Iterable[Tensor], what: str, instead: str) -> None:
+    if any(_of_zero(parameter) or hasattr(parameter, "full_tensor") for parameter in parameters):
+        raise UnsupportedError(f"{what}; these are parts, which FSDP2 or ZeRO adds up itself: {instead}.")
+
+
+def _by_mesh(gradients: Iterable[Tensor]) -> dict[object, list[Tensor]]:
+    """Gradients that one norm can be taken of: plain ones, or those sharded over the same mesh."""
+    groups: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
+    return groups
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype and device whose gradients travel together."""
+    kind = functools.partial(_kind_of)
+    for _, alike in itertools.groupby(sorted(parameters, key=kind), key=kind):
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in alike:
+            if bucket and size + parameter.numel() > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(parameter)
+            size += parameter.numel()
+        yield bucket
+
+
+def _kind_of(parameter: nn.Parameter) -> str:
+    return f"{parameter.dtype} {parameter.device}"
+
+
+def _sum_bucket(bucket: list[nn.Parameter], mesh: Mesh) -> None:
+    """One message of all gradients, and of whether there are any: whether others have some is not known before."""
+    wide = torch.promote_types(bucket[0].dtype, torch.float32)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    there = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=bucket[0].device)
+    flat = torch.cat([*(part.flatten().to(wide) for part in parts), there])
+    sum_over_ranks(flat, mesh)
+    *sums, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
+    for parameter, added, count in zip(bucket, sums, there.tolist(), strict=True):
+        if count:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(added.view_as(parameter))
+
+
+def _all_reduce(x: Tensor, transport: Transport) -> None:
+    """Reduce-scatter, then all-gather: each rank adds up its part of x, in rank order, and hands it to the others.
+
+    2 (P - 1) / P of x is sent by each of P ranks, the least there is. It runs on any transport, simulator included.
+    """
+    me, parts = transport.rank, x.tensor_split(transport.size)
+    peers = [rank for rank in range(transport.size) if rank != me]
+    received = {peer: torch.empty_like(parts[me]) for peer in peers}
+    theirs = [(peer, parts[peer]) for peer in peers]
+    transport.exchange(theirs, list(received.items()), label="gradients, reduce-scatter").wait()
+    received[me] = parts[me].clone()
+    parts[me].zero_()
+    for rank in range(transport.size):
+        parts[me].add_(received[rank])
+    mine = [(peer, parts[me]) for peer in peers]
+    transport.exchange(mine, theirs, label="gradients, all-gather").wait()
