@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from ringattn.checking import choice, instance, sequence
 from ringattn.errors import RingAttentionError
 from ringattn.functional import attention
-from ringattn.layouts import Layout
-from ringattn.masks import Causal, Documents, Mask
+from ringattn.layouts import Balanced, Layout
+from ringattn.masks import Mask
 from ringattn.mesh import Mesh
 from ringattn.sharding import Sharding
-from ringattn.training.sample import Lengths, Sample
+from ringattn.training.sample import Lengths, Sample, within_documents
 from ringattn.training.sharing import Outline, compared, counted, dealt, outlined
 
 Positions = Literal["document", "global"]
@@ -31,7 +31,7 @@ class Batch:
         labels: ``[B, S_local]`` int64, what is to be predicted at each of them, or -100. They were shifted in the full
             sequence, where the label of a shard's last token is still known, and never across documents.
         positions: ``[S_local]`` int64, the place of each in its document, or in the sequence: for RoPE.
-        mask: who attends to whom, over the whole sequence.
+        masks: who attends to whom, of every kind of layer.
         sharding: who holds which tokens.
         documents: the lengths of the documents, or None.
         count: labels of the batch on all ranks, replicas included: what `token_loss` divides by. `accumulate` makes it
@@ -46,7 +46,7 @@ class Batch:
         *,
         documents: Lengths | None = None,
         labels: Tensor | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         layout: Layout | str = "auto",
         scatter: bool = False,
         positions: Positions = "document",
@@ -62,7 +62,8 @@ class Batch:
                 each row: the rows are then laid end to end, as one long sequence.
             labels: ``[B, S]``, each at its token's own place (they are shifted here), -100 where there is none; None
                 for the tokens themselves.
-            mask: who attends to whom; None for causal. Documents are added to it.
+            mask: who attends to whom; None for causal. Documents are added to it. Of models whose layers differ, a list
+                of their masks: all of them run on the one sharding, which balances their sum.
             layout: who holds what: a layout, its name, or ``auto``, which balances by the mask.
             scatter: every rank of a sequence passes rows of its own, of any number and length. Together they are one
                 long sequence in which each row is a document, or several; each rank is sent what it holds of it, and
@@ -85,7 +86,7 @@ class Batch:
         make = functools.partial(Sample.of, documents=documents, labels=labels, mask=mask, shift=shift, joined=scatter)
         sample, error = _tried(lambda: tokens if isinstance(tokens, Sample) else make(tokens))
         deal = self._scattered if scatter else self._replicated
-        local = deal(sample, error, layout, Causal() if mask is None else mask)
+        local = deal(sample, error, layout)
         if prepared is not None:
             self.sharding.adopt(prepared)
         device = mesh.connected().control_device
@@ -96,29 +97,32 @@ class Batch:
         self.positions = local_positions.to(device)
 
     def _replicated(
-        self, sample: Sample | None, error: Exception | None, layout: Layout | str, _: Mask
+        self, sample: Sample | None, error: Exception | None, layout: Layout | str
     ) -> tuple[Tensor, Tensor]:
         """Every rank of the sequence has the whole sample, and takes its part."""
         error = compared(self.mesh, sample, error)
         self.count = counted(self.mesh, sample.count if sample else 0, error)
         assert sample is not None  # or there was an error
-        self.documents, self.mask = sample.documents, sample.mask
-        self.sharding = Sharding(sample.tokens.shape[1], self.mesh, layout, self.mask)
+        self.documents, self.masks = sample.documents, sample.masks
+        self.sharding = sharded(sample.tokens.shape[1], self.mesh, layout, self.masks)
         return self.sharding.split(sample.tokens, 1), self.sharding.split(sample.labels, 1)
 
-    def _scattered(
-        self, sample: Sample | None, error: Exception | None, layout: Layout | str, mask: Mask
-    ) -> tuple[Tensor, Tensor]:
+    def _scattered(self, sample: Sample | None, error: Exception | None, layout: Layout | str) -> tuple[Tensor, Tensor]:
         """Each rank of the sequence has a sample of its own; the ranks send each other their parts."""
-        outline = outlined(self.mesh, sample, str(mask), error)
+        outline = outlined(self.mesh, sample, error)
         failure = None if isinstance(outline, Outline) else outline
         self.count = counted(self.mesh, outline.count if isinstance(outline, Outline) else 0, failure)
         assert isinstance(outline, Outline) and sample is not None  # or there was an error
         self.documents = tuple(itertools.chain.from_iterable(outline.documents))
-        self.mask = Documents(self.documents) & mask
-        self.sharding = Sharding(sum(self.documents), self.mesh, layout, self.mask)
+        self.masks = within_documents(sample.kinds, self.documents)
+        self.sharding = sharded(sum(self.documents), self.mesh, layout, self.masks)
         tokens, labels = dealt(self.sharding, outline, sample)
         return tokens[None], labels[None]
+
+    @property
+    def mask(self) -> Mask:
+        """Who attends to whom, over the whole sequence."""
+        return self.masks[0]
 
     @functools.cached_property
     def attend(self) -> Callable[..., Any]:
@@ -129,6 +133,12 @@ class Batch:
         """Itself, its tensors moved to the device."""
         self.tokens, self.labels, self.positions = (x.to(device) for x in (self.tokens, self.labels, self.positions))
         return self
+
+
+def sharded(length: int, mesh: Mesh, layout: Layout | str, masks: tuple[Mask, ...]) -> Sharding:
+    """The sharding of a batch: ``auto`` balances the sum of all layers' masks."""
+    several = layout == "auto" and len({*masks}) > 1
+    return Sharding(length, mesh, Balanced(masks) if several else layout, masks[0])
 
 
 def accumulate(batches: Iterable[Batch]) -> list[Batch]:
@@ -150,7 +160,7 @@ def accumulate(batches: Iterable[Batch]) -> list[Batch]:
 
 def refuse(mesh: Mesh, error: Exception, *, scatter: bool = False) -> NoReturn:
     """Raises the error when the other ranks have been told, which are about to make a batch."""
-    failure = outlined(mesh, None, "", error) if scatter else compared(mesh, None, error)
+    failure = outlined(mesh, None, error) if scatter else compared(mesh, None, error)
     counted(mesh, 0, failure if isinstance(failure, Exception) else error)
     raise error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,7 @@ from ringattn.masks import Mask
 from ringattn.mesh import Mesh
 from ringattn.plans.planning import verified_plan
 from ringattn.schedules import Schedule
-from ringattn.sharding import Sharding
-from ringattn.training.batch import Batch, Positions, refuse
+from ringattn.training.batch import Batch, Positions, refuse, sharded
 from ringattn.training.sample import Sample
 from ringattn.training.sharing import all_have
 
@@ -59,7 +58,7 @@ class Loader:
         *,
         seed: int = 0,
         prepare: Callable[[Any], Mapping[str, Any]] | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         layout: Layout | str = "auto",
         schedule: Schedule | str = "auto",
         scatter: bool = False,
@@ -194,8 +193,9 @@ class _Make:
         if self.plan is None:
             return sample, None
         mesh, layout, schedule = self.plan
-        sharding = Sharding(sample.tokens.shape[1], mesh, layout, sample.mask)
-        verified_plan(sample.mask, sharding, schedule)
+        sharding = sharded(sample.tokens.shape[1], mesh, layout, sample.masks)
+        for mask in {*sample.masks}:
+            verified_plan(mask, sharding, schedule)
         return sample, sharding.prepared
 
 

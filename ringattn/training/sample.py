@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -29,13 +30,13 @@ class Sample:
         tokens: ``[B, S]`` int64.
         labels: ``[B, S]`` int64, what is to be predicted at each token, or -100.
         documents: the lengths of the documents, which sum to S; None for one.
-        mask: who attends to whom.
+        kinds: who attends to whom, of every kind of layer, but for the documents.
     """
 
     tokens: Tensor
     labels: Tensor
     documents: tuple[int, ...] | None
-    mask: Mask
+    kinds: tuple[Mask, ...]
 
     @classmethod
     def of(
@@ -44,7 +45,7 @@ class Sample:
         *,
         documents: Lengths | None = None,
         labels: Tensor | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         shift: bool = True,
         joined: bool = False,
     ) -> Sample:
@@ -60,13 +61,21 @@ class Sample:
         labels = tokens if labels is None else _rows(labels, "labels")
         if labels.shape != tokens.shape:
             raise InputError(f"labels must be shaped as the tokens, {list(tokens.shape)}; got {list(labels.shape)}.")
-        mask = Causal() if mask is None else instance(mask, Mask, "mask", "a ringattn mask, such as ringattn.Causal()")
+        kinds = _checked_masks(mask)
         lengths, end_to_end = _documents(documents, tokens.shape[0], tokens.shape[1], joined)
         if end_to_end:
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-        if lengths is not None:
-            mask = Documents(lengths) & mask
-        return cls(tokens, _shifted(labels, lengths) if shift else labels, lengths, mask)
+        return cls(tokens, _shifted(labels, lengths) if shift else labels, lengths, kinds)
+
+    @functools.cached_property
+    def masks(self) -> tuple[Mask, ...]:
+        """Who attends to whom, of every kind of layer."""
+        return self.kinds if self.documents is None else within_documents(self.kinds, self.documents)
+
+    @property
+    def mask(self) -> Mask:
+        """That of the first kind of layer."""
+        return self.masks[0]
 
     @property
     def count(self) -> int:
@@ -81,8 +90,20 @@ class Sample:
             "shape": str(list(self.tokens.shape)),
             "tokens": _hash(self.tokens.numpy().tobytes()),
             "labels": _hash(self.labels.numpy().tobytes()),
-            "mask": _hash(self.mask.signature(length, length).encode()),
+            "mask": _hash(" ".join(mask.signature(length, length) for mask in self.masks).encode()),
         }
+
+
+def _checked_masks(mask: object) -> tuple[Mask, ...]:
+    """The masks of every kind of layer; causal where there is none."""
+    given = mask if isinstance(mask, (list, tuple)) and mask else (Causal() if mask is None else mask,)
+    return tuple(instance(each, Mask, "mask", "a ringattn mask, such as ringattn.Causal()") for each in given)
+
+
+def within_documents(masks: tuple[Mask, ...], lengths: tuple[int, ...]) -> tuple[Mask, ...]:
+    """The same masks, but that no token sees another document."""
+    found = {mask: Documents(lengths) & mask for mask in {*masks}}  # layers of one kind have one mask
+    return tuple(found[mask] for mask in masks)
 
 
 def _hash(data: bytes) -> str:

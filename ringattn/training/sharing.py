@@ -53,10 +53,11 @@ def compared(mesh: Mesh, sample: Sample | None, error: Exception | None) -> Exce
     )
 
 
-def outlined(mesh: Mesh, sample: Sample | None, mask: str, error: Exception | None) -> Outline | Exception:
+def outlined(mesh: Mesh, sample: Sample | None, error: Exception | None) -> Outline | Exception:
     """The samples of all ranks of the sequence in outline, or what is wrong with them."""
     documents = list(sample.documents or ()) if sample else []
     count = sample.count if sample else 0
+    mask = ", ".join(map(str, dict.fromkeys(sample.kinds))) if sample else ""
     said = _said(mesh, {"mask": mask, "documents": str(len(documents)), "count": str(count)}, error)
     if isinstance(said, Exception):
         return said

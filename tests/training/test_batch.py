@@ -86,6 +86,20 @@ def test_options_of_a_batch() -> None:
     assert Batch(torch.zeros(1, 0, dtype=torch.int32), mesh).count == 0
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+def test_layers_of_several_kinds_share_a_sharding_that_balances_their_sum(scatter: bool) -> None:
+    kinds = [ringattn.Causal(), ringattn.Window(3), ringattn.Window(3)]
+
+    def made(mesh: ringattn.Mesh) -> Batch:
+        return Batch(torch.arange(40)[None], mesh, mask=kinds, documents=[15, 25], scatter=scatter)
+
+    for batch in ringattn.simulate(made, ring=2).results:
+        documents = ringattn.Documents([15, 25] * (2 if scatter else 1))
+        assert [str(mask) for mask in batch.masks] == [str(documents & kind) for kind in kinds]
+        assert batch.mask is batch.masks[0] and batch.masks[1] is batch.masks[2]
+        assert str(batch.sharding.layout) == str(ringattn.Balanced(batch.masks))
+
+
 def test_attend_is_attention_over_the_batch() -> None:
     q = torch.randn(1, 2, 9, 4)
 
