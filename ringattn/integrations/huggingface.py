@@ -1,0 +1,267 @@
+"""Hugging Face models over sharded sequences: five lines, and the model stays theirs.
+
+    from ringattn.integrations.huggingface import attach
+
+    mesh = ringattn.init()
+    attached = attach(model, mesh)
+    loss = model(**attached.batch(input_ids=ids, labels=ids)).loss      # this rank's share of the mean over all labels
+    loss.backward()                                                     # gradients are added up over the ranks
+
+Everything else is as before: without such a batch, in evaluation and `generate`, the model's own attention runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.checking import instance, shown
+from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
+from ringattn.integrations.architectures import SHIFTED, Reach, balance, check_router, reaches
+from ringattn.kernels import Kernel
+from ringattn.layouts import Balanced, Layout
+from ringattn.mesh import Mesh
+from ringattn.schedules.base import Schedule
+from ringattn.training import Batch
+from ringattn.training.batch import refuse
+
+try:
+    from transformers import PreTrainedModel
+
+    from ringattn.integrations import hooks
+except ImportError as error:
+    raise MissingDependencyError(
+        f"ringattn.integrations.huggingface needs transformers ({error}): pip install 'ringattn[transformers]'."
+    ) from error
+
+
+class Attached:
+    """A model whose attention looks over all ranks wherever it is given a batch made here; see `attach`.
+
+    Attributes:
+        model: the model that was attached to.
+        mesh: the ranks.
+        reaches: whom the tokens of each layer attend to.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mesh: Mesh,
+        *,
+        layout: Layout | str = "auto",
+        schedule: Schedule | str = "auto",
+        kernel: Kernel | str = "auto",
+    ) -> None:
+        """Use `attach`."""
+        self.model = _inside(model)
+        self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
+        self.reaches = reaches(self.model.config)
+        check_router(self.model.config)
+        self._shifted = _loss(self.model)
+        self._layout, self._schedule, self._kernel = layout, schedule, kernel
+        self._random = torch.Generator().manual_seed(torch.initial_seed())
+        self._original = str(self.model.config._attn_implementation)
+        if self._original.startswith(hooks.PREFIX):
+            raise InputError(
+                "ringattn is already attached to this model, or to one that shares its config: detach it first, or "
+                "give each model a config of its own (copy.deepcopy(config))."
+            )
+        self._name = hooks.installed(self._original)
+        self.model.config._attn_implementation = self._name
+
+    def detach(self) -> None:
+        """Gives the model its own attention back. Batches made here are then refused by it."""
+        if self.model.config._attn_implementation == self._name:
+            self.model.config._attn_implementation = self._original
+
+    def batch(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        document_lengths: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of the model's forward for this rank's part of full sequences. Every rank calls it alike.
+
+        With labels the output's ``loss`` is this rank's share of the mean over all labels of the batch, on all ranks:
+        the loss is the sum of the shares, and its gradient that of the ranks' gradients (`ringattn.training`).
+
+        Args:
+            input_ids: ``[B, S]``, the full sequences, the same on all ranks of a sequence.
+            labels: ``[B, S]``, as transformers takes them: each at its token's own place, -100 for none.
+            document_lengths: of the documents that each row is packed of; a list for each row, and the rows are laid
+                end to end.
+            position_ids: ``[B, S]`` or ``[1, S]``, of the full sequences: where they begin again at 0, a document
+                begins. Instead of ``document_lengths``.
+            attention_mask: ``[B, S]``, all ones: samples are packed, not padded.
+
+        Raises:
+            InputError: an argument is wrong.
+            UnsupportedError: padding, or a mask that is none of the model's own.
+            AgreementError: the ranks of one sequence have different samples.
+        """
+        try:
+            self._check(labels is not None, attention_mask)
+            if position_ids is not None:
+                document_lengths = _documents_of(input_ids, document_lengths, position_ids)
+        except RingAttentionError as error:
+            refuse(self.mesh, error)
+        return self._arguments(self._batch(input_ids, labels, document_lengths), labels is not None)
+
+    def _check(self, labelled: bool, attention_mask: Tensor | None) -> None:
+        """What can be wrong before there is a batch."""
+        if self.model.config._attn_implementation != self._name:
+            raise InputError("ringattn is not attached to this model any more: attach(model, mesh) again.")
+        check_router(self.model.config)
+        if labelled and self._shifted is None:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has no loss that is a sum over tokens. Leave labels out."
+            )
+        _check_padding(attention_mask)
+
+    def _batch(self, input_ids: Tensor, labels: Tensor | None, documents: Any) -> Batch:
+        """The shards, balanced over the masks of all layers, none of them empty."""
+        first, *others = dict.fromkeys(self.reaches)
+        layout = self._layout
+        if layout == "auto" and (others or first != Reach()):
+            layout = self._balanced(input_ids, documents)
+        batch = Batch(
+            input_ids,
+            self.mesh,
+            documents=documents,
+            labels=labels,
+            mask=Reach(causal=first.causal).mask(0, None),
+            layout=layout,
+            shift=bool(self._shifted),
+        )
+        if min(batch.sharding.counts) == 0:
+            raise UnsupportedError(
+                f"{batch.sharding.length} tokens on {self.mesh.sequence_size} ranks leave some without any, which "
+                f"transformers' layers cannot take: pack more, or use fewer ranks."
+            )
+        return batch
+
+    def _balanced(self, input_ids: Tensor, documents: Any) -> Layout | str:
+        """For the sum of all layers' masks; what is wrong with the arguments is said when the batch is made."""
+        rows = documents is not None and any(isinstance(each, Sequence) for each in documents)
+        flat = tuple(itertools.chain.from_iterable(documents) if rows else documents or ())
+        try:
+            length = sum(flat) if rows else input_ids.shape[1]
+            return Balanced([reach.mask(length, flat or None) for reach in balance(self.reaches)])
+        except (AttributeError, IndexError, InputError, TypeError):
+            return "auto"
+
+    def _arguments(self, batch: Batch, labelled: bool) -> dict[str, Any]:
+        """What the model's forward is given."""
+        seed = int(torch.randint(1 << 61, (), generator=self._random)) ^ self.mesh.coordinates["data"]
+        length = batch.sharding.length
+        layers = {
+            reach: hooks.LayerMask(
+                reach, reach.mask(length, batch.documents), batch.sharding, self._schedule, self._kernel, seed
+            )
+            for reach in dict.fromkeys(self.reaches)
+        }
+        given: dict[str, Any] = {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions[None].expand(batch.tokens.shape[0], -1),
+            "attention_mask": hooks.ShardedMask(layers, (batch.tokens.shape[0], batch.tokens.shape[1])),
+        }
+        if self.reaches[0].causal:
+            given["use_cache"] = False
+        if labelled:
+            given["labels"] = batch.labels
+            given["num_items_in_batch"] = torch.tensor(max(batch.count, 1), device=batch.labels.device)
+            if self._shifted:
+                given["shift_labels"] = batch.labels
+        return given
+
+
+def attach(
+    model: torch.nn.Module,
+    mesh: Mesh,
+    *,
+    layout: Layout | str = "auto",
+    schedule: Schedule | str = "auto",
+    kernel: Kernel | str = "auto",
+) -> Attached:
+    """Lets a model of transformers attend over all ranks of a mesh, for batches of `Attached.batch`.
+
+    Only the model's config changes, in the name of the attention implementation, which is not saved with it.
+
+    Args:
+        model: a model of a known architecture, or a wrapper around one (peft, DDP, FSDP2).
+        mesh: from `ringattn.init` or ``Mesh.from_device_mesh``.
+        layout: who holds which tokens; ``auto`` balances over the masks of all layers.
+        schedule, kernel: as in `ringattn.attention`.
+
+    Raises:
+        UnsupportedError: the architecture is not known, or its config asks for what cannot be sharded; says why.
+        InputError: an argument is wrong, or the model is attached already.
+    """
+    return Attached(model, mesh, layout=layout, schedule=schedule, kernel=kernel)
+
+
+def _inside(model: object) -> PreTrainedModel:
+    """The model of transformers, itself or within a wrapper."""
+    module = instance(model, torch.nn.Module, "model", "a model of transformers")
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise InputError(f"attach takes a model of transformers; got {shown(type(model).__name__)}.")
+
+
+def _loss(model: PreTrainedModel) -> bool | None:
+    """Whether the model's labels are those of the next token; None where it has no loss.
+
+    Raises:
+        UnsupportedError: its head looks at whole sequences.
+    """
+    kind = getattr(model, "loss_type", None)
+    if kind is None:
+        return None
+    if kind not in SHIFTED:
+        raise UnsupportedError(
+            f"{type(model).__name__} looks at whole sequences, of which a rank has a part. Attach to a model for "
+            f"{', '.join(SHIFTED)}, or to one without a head."
+        )
+    return SHIFTED[kind]
+
+
+def _check_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        what = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else shown(attention_mask)
+        raise UnsupportedError(
+            f"Masks are made by the model's layers and by document_lengths; got attention_mask={what}. Leave it out."
+        )
+    if not bool(attention_mask.all()):
+        raise UnsupportedError(
+            "The batch is padded: padding would be sharded like tokens. Lay the samples end to end without it, and "
+            "pass their lengths as document_lengths."
+        )
+
+
+def _documents_of(input_ids: Tensor, document_lengths: object, position_ids: Tensor) -> list[int]:
+    """The lengths of the documents of full position ids, which begin again at 0 in each."""
+    if document_lengths is not None:
+        raise InputError("Documents are told by document_lengths or by position_ids; got both.")
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1:] != input_ids.shape[1:]:
+        raise InputError(f"position_ids must be those of the full sequences, [1, {input_ids.shape[1]}].")
+    row = position_ids[0].cpu()
+    starts = torch.nonzero(row == 0).flatten()
+    lengths = torch.diff(starts, append=torch.tensor([len(row)]))
+    counted = torch.arange(len(row)) - torch.repeat_interleave(starts, lengths) if len(starts) and starts[0] == 0 else 0
+    if bool((position_ids.cpu() != row).any()) or not torch.equal(row, torch.as_tensor(counted).to(row).expand_as(row)):
+        raise InputError(
+            "position_ids must count 0, 1, 2, … in every document, alike in all rows. For rows that are packed "
+            "otherwise pass document_lengths, a list for each row."
+        )
+    return [int(length) for length in lengths]

@@ -1,0 +1,55 @@
+"""Tiny models of every architecture that ringattn attaches to, and what each gives in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {**MIXED, "use_sliding_window": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**MIXED, "use_sliding_window": True, "head_dim": 8}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 7}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {**MIXED, "head_dim": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3_text": ("Gemma3ForCausalLM", {**MIXED, "head_dim": 8, "query_pre_attn_scalar": 24}),
+    "gpt_oss": ("GptOssForCausalLM", {**MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "modernbert": ("ModernBertForMaskedLM", {"local_attention": 10, "global_attn_every_n_layers": 2}),
+}
+
+
+def build(name: str, **more: Any) -> PreTrainedModel:
+    """A tiny model of this architecture, the same on every rank."""
+    torch.manual_seed(0)
+    kind, options = CONFIGS[name]
+    cls = getattr(transformers, kind)
+    sizes = {k: v for k, v in SIZES.items() if name != "modernbert" or k != "num_key_value_heads"}
+    model: PreTrainedModel = cls(cls.config_class(**{**sizes, **options, **more}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def sample(length: int, rows: int = 1, seed: int = 1) -> Tensor:
+    """Token ids ``[rows, length]``."""
+    return torch.randint(2, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))

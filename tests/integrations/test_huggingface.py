@@ -1,0 +1,282 @@
+"""Hugging Face models on Gloo ranks against themselves in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+import ringattn
+from ringattn import Mesh
+from ringattn.errors import InputError, RingAttentionError, UnsupportedError
+from ringattn.integrations.huggingface import attach
+from ringattn.trainer.parity import relative
+from ringattn.training import sum_gradients, total
+from tests.integrations.huggingface_models import CONFIGS, build, sample
+from tests.workers import Workers
+
+LIMIT = 1e-5
+DOCUMENTS = (11, 1, 18, 7)
+
+
+def reference(name: str, ids: Tensor, documents: tuple[int, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits, loss and gradients of a model that sees one document at a time: nothing is packed, no mask is asked."""
+    model = build(name)
+    parts = ids.split(documents, 1)
+    logits = torch.cat([model(input_ids=part).logits for part in parts], 1)
+    shift = name != "modernbert"
+    labels = torch.cat([functional.pad(part[:, 1:], (0, 1), value=-100) if shift else part for part in parts], 1)
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    return logits.detach(), loss.detach(), gradients(model)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(mesh: Mesh, name: str, ids: Tensor, lengths: tuple[int, ...] | None) -> dict[str, Any]:
+    """Logits, loss and gradients of the sharded model, and what it generates before, attached and after."""
+    model = build(name)
+    generated = [_generated(model, ids)]
+    attached = attach(model, mesh)
+    batch = attached.batch(ids, labels=ids, document_lengths=lengths)
+    out = model(**batch)
+    out.loss.backward()
+    sum_gradients(model, mesh)
+    sharding = next(iter(batch["attention_mask"].layers.values())).sharding
+    generated.append(_generated(model, ids))
+    attached.detach()
+    generated.append(_generated(model, ids))
+    return {
+        "logits": sharding.join(out.logits.detach(), 1),
+        "loss": total(out.loss, mesh),
+        "gradients": gradients(model),
+        "generated": generated,
+        "implementation": model.config._attn_implementation,
+    }
+
+
+def _generated(model: Any, ids: Tensor) -> Tensor | None:
+    if not model.can_generate():
+        return None
+    found: Tensor = model.generate(ids[:, :6], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sharded_model_is_the_model(gloo: Workers, name: str, size: int, packed: bool) -> None:
+    ids = sample(sum(DOCUMENTS))
+    logits, loss, expected = reference(name, ids, DOCUMENTS if packed else (ids.shape[1],))
+    for got in gloo.run(size, step, name, ids, DOCUMENTS if packed else None):
+        assert relative(got["logits"], logits) <= LIMIT
+        assert relative(got["loss"], loss) <= LIMIT
+        assert got["gradients"].keys() == expected.keys()
+        assert max(relative(got["gradients"][key], expected[key]) for key in expected) <= LIMIT
+        before, during, after = got["generated"]
+        assert before is None or (torch.equal(before, during) and torch.equal(before, after))
+        assert not got["implementation"].startswith("ringattn")
+
+
+def probe(mesh: Mesh, name: str, ids: Tensor) -> Tensor:
+    """The largest change of logits outside the first document when a token of it changes, in bits of the logits."""
+    model: Any = build(name)
+    attached = attach(model, mesh)
+    found = []
+    for token in (3, 4):
+        ids[0, DOCUMENTS[0] // 2] = token
+        batch = attached.batch(ids, document_lengths=DOCUMENTS)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        found.append(next(iter(batch["attention_mask"].layers.values())).sharding.join(logits, 1))
+    changed: Tensor = found[0] != found[1]
+    return changed.any(-1)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_bit_of_a_document_moves_with_another(gloo: Workers, name: str) -> None:
+    for moved in gloo.run(3, probe, name, sample(sum(DOCUMENTS))):
+        assert moved[DOCUMENTS[0] // 2]
+        assert not moved[DOCUMENTS[0] :].any()
+
+
+def ways_to_say_documents(mesh: Mesh) -> list[tuple[Tensor, Tensor]]:
+    """Loss and tokens of the same two packed rows, told in three ways; each row's own documents are alike."""
+    model, ids = build("llama"), sample(24, rows=2)
+    attached = attach(model, mesh)
+    positions = torch.cat([torch.arange(n) for n in (5, 19)])[None]
+    told: list[dict[str, Any]] = [
+        {"document_lengths": [5, 19]},
+        {"position_ids": positions},
+        {"document_lengths": [[5, 19]] * 2},
+        {"document_lengths": [5, 19], "attention_mask": torch.ones_like(ids)},
+    ]
+    batches = [attached.batch(ids, labels=ids, **each) for each in told]
+    return [(total(model(**batch).loss, mesh), batch["input_ids"]) for batch in batches]
+
+
+def test_documents_are_told_by_lengths_or_positions(gloo: Workers) -> None:
+    for found in gloo.run(2, ways_to_say_documents):
+        losses, tokens = zip(*found, strict=True)
+        assert all(relative(loss, losses[0]) <= 1e-6 for loss in losses)
+        assert torch.equal(tokens[0], tokens[1]) and tokens[2].shape[0] == 1
+
+
+def two_meshes(mesh: Mesh) -> list[Tensor]:
+    """Losses of two models in one process, one over all ranks and one over this rank alone, their steps interleaved."""
+    ids = sample(30)
+    wide, alone = attach(build("mistral"), mesh), attach(build("gemma2"), Mesh.local())
+    losses = []
+    for _ in range(2):
+        for attached in (wide, alone):
+            batch = attached.batch(ids, labels=ids, document_lengths=[12, 18])
+            losses.append(total(attached.model(**batch).loss, attached.mesh))
+    wide.detach()
+    losses.append(total(alone.model(**alone.batch(ids, labels=ids, document_lengths=[12, 18])).loss, alone.mesh))
+    return losses
+
+
+def test_two_models_on_different_meshes(gloo: Workers) -> None:
+    ids = sample(30)
+    expected = [reference(name, ids, (12, 18))[1] for name in ("mistral", "gemma2")]
+    for losses in gloo.run(2, two_meshes):
+        assert all(
+            relative(loss, right) <= LIMIT for loss, right in zip(losses, [*expected * 2, expected[1]], strict=True)
+        )
+
+
+def test_a_model_that_shares_the_config_is_not_attached() -> None:
+    model, ids = build("llama"), sample(12)
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    expected = other(input_ids=ids, labels=ids).loss
+    attached = attach(model, Mesh.local())
+    assert torch.equal(other(input_ids=ids, labels=ids).loss, expected)
+    with pytest.raises(InputError, match="already attached"):
+        attach(other, Mesh.local())
+    attached.detach()
+    attach(other, Mesh.local()).detach()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_saved_models_do_not_know(tmp_path: Path, implementation: str) -> None:
+    model = build("llama", attn_implementation=implementation)
+    model.save_pretrained(tmp_path / "before")
+    attached = attach(model, Mesh.local())
+    model.save_pretrained(tmp_path / "attached")
+    before, saved = ((tmp_path / folder / "config.json").read_text() for folder in ("before", "attached"))
+    assert saved == before
+    loaded = type(model).from_pretrained(tmp_path / "attached")
+    assert not loaded.config._attn_implementation.startswith("ringattn")
+    attached.detach()
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_batch_for_an_attached_model_is_refused_by_others() -> None:
+    for implementation in ("eager", "sdpa"):
+        model = build("llama", attn_implementation=implementation)
+        attached = attach(model, Mesh.local())
+        batch = attached.batch(sample(12))
+        attached.detach()
+        with pytest.raises((AttributeError, TypeError), match="ShardedMask"):
+            model(**batch)
+        with pytest.raises(InputError, match="not attached"):
+            attached.batch(sample(12))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "dynamic": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "longest position"),
+    "longrope": (
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "factor": 2.0,
+                "rope_theta": 1e4,
+                "long_factor": [1.0] * 4,
+                "short_factor": [1.0] * 4,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        "longest position",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_configs_that_cannot_be_sharded(name: str) -> None:
+    options, why = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=why):
+        attach(build("llama", **options), Mesh.local())
+
+
+def test_models_that_cannot_be_sharded() -> None:
+    hf: Any = transformers
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    bart = hf.BartForConditionalGeneration(hf.BartConfig(**sizes, max_position_embeddings=32))
+    with pytest.raises(UnsupportedError, match=r"bart.*cross-attention"):
+        attach(bart, Mesh.local())
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    falcon = hf.FalconForCausalLM(hf.FalconConfig(**small, num_hidden_layers=1))
+    with pytest.raises(UnsupportedError, match=r"'falcon'.*nobody has tested"):
+        attach(falcon, Mesh.local())
+    classifier = hf.LlamaForSequenceClassification(build("llama").config)
+    with pytest.raises(UnsupportedError, match="whole sequences"):
+        attach(classifier, Mesh.local())
+    with pytest.raises(InputError, match="got 'Linear'"):
+        attach(torch.nn.Linear(1, 1), Mesh.local())
+    with pytest.raises(UnsupportedError, match="router"):
+        attach(build("gpt_oss", output_router_logits=True), Mesh.local())
+    with pytest.raises(UnsupportedError, match="use_bidirectional_attention"):
+        attach(build("gemma3_text", use_bidirectional_attention=True), Mesh.local())
+
+
+def test_batches_that_cannot_be_sharded() -> None:
+    attached, ids = attach(build("llama"), Mesh.local()), sample(12)
+    padded = torch.ones_like(ids)
+    padded[0, 8:] = 0
+    with pytest.raises(UnsupportedError, match="padded"):
+        attached.batch(ids, attention_mask=padded)
+    with pytest.raises(UnsupportedError, match=r"\[1, 1, 12, 12\]"):
+        attached.batch(ids, attention_mask=torch.ones(1, 1, 12, 12))
+    with pytest.raises(InputError, match="got both"):
+        attached.batch(ids, document_lengths=[12], position_ids=torch.arange(12)[None])
+    for wrong in (torch.arange(12)[None] + 1, torch.arange(12).flip(0)[None], torch.zeros(1, 12).long().cumsum(1) + 3):
+        with pytest.raises(InputError, match="must count"):
+            attached.batch(ids, position_ids=wrong)
+    with pytest.raises(UnsupportedError, match=r"colour=1.* Leave it out"):
+        attached.model(**attached.batch(ids), colour=1)
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        attached.model(**attached.batch(ids), output_attentions=True)
+    cache = attached.model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedError, match="cached keys"):
+        attached.model(**{**attached.batch(ids), "past_key_values": cache})
+
+
+def test_an_empty_shard_is_refused_on_every_rank() -> None:
+    def short(mesh: Mesh) -> str:
+        with pytest.raises(UnsupportedError) as refusal:
+            attach(build("llama"), mesh).batch(sample(2))
+        return str(refusal.value)
+
+    assert set(ringattn.simulate(short, ring=3).results) == {
+        "2 tokens on 3 ranks leave some without any, which transformers' layers cannot take: pack more, or use fewer "
+        "ranks."
+    }
+
+
+def test_what_one_rank_refuses_all_ranks_hear_of() -> None:
+    def padded(mesh: Mesh) -> None:
+        ids = sample(12)
+        mask = torch.ones_like(ids)
+        mask[0, 9:] = mesh.rank != 1
+        attach(build("llama"), mesh).batch(ids, attention_mask=mask)
+
+    with pytest.raises(RingAttentionError, match="padded"):
+        ringattn.simulate(padded, ring=3)
