@@ -18,6 +18,7 @@ import ringattn
 from ringattn import reference
 from ringattn.advice.comparison import schedules_for
 from ringattn.cli import options
+from ringattn.cli.verify_model import verify_model
 from ringattn.conformance import Case, Leaks, Results, attend, errors, leaks, limits, oracle
 from ringattn.conformance.judging import DENSE_LIMIT, NAMES
 from ringattn.errors import InputError, UnsupportedError
@@ -58,6 +59,11 @@ def verify(
     kernel: options.KernelName = "auto",
     dtype: options.DtypeName = "float32",
     seed: options.Seed = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A transformers model to check instead: config.json, a folder with one, or module:function."),
+    ] = None,
+    shrink: Annotated[bool, typer.Option(help="With --model: the same kinds of layers, but small.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Check attention on the ranks this is launched on: output and gradients against a float64 oracle, and leaks.
@@ -72,7 +78,15 @@ def verify(
       torchrun --nproc-per-node 4 --no-python ringattn verify
 
       torchrun --nproc-per-node 2 --no-python ringattn verify --mask "window:127&causal" --dtype bfloat16
+
+    With --model, a transformers model with random weights is compared with itself in one process: every attention
+    layer, logits, loss and every gradient, on packed documents of --length tokens; and no document may see another.
+
+      torchrun --nproc-per-node 2 --no-python ringattn verify --model my-model/config.json --shrink --length 257
     """
+    if model is not None:
+        verify_model(model, length, shrink=shrink, seed=seed, as_json=as_json)
+        return
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
     case = options.case_of(
