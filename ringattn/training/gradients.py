@@ -8,9 +8,11 @@ on its stage and on what it was told of the sequence; and some add up over repli
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from ringattn.transports.base import Transport
 BUCKET = 1 << 24  # numbers that travel at once: 64 MB
 PROBE = 2.0**-12  # so small that no wrapper clips it, and exact in every dtype
 TOLERANCE = 1e-2  # of factors, which may have been rounded to bfloat16
+EXACT = 1e-6  # of those that have not
 
 
 def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
@@ -59,6 +62,8 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
         step: ``step(probe, x)`` wraps ``probe``, a module of one parameter, exactly as the model will be wrapped, and
             runs one backward pass: ``wrapped(x).backward()``, or ``engine.backward(engine(x))``. The wrapper must live
             until then. All ranks call it. It may return the whole gradient, where the parameter does not have it.
+            With gradient accumulation it runs all passes of an optimizer step, all but one on ``x * 0``: the factor is
+            then that of one of them.
         mesh: the ranks.
 
     Returns:
@@ -66,7 +71,8 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
 
     Raises:
         UnsupportedError: on every rank, where gradients of some ranks do not arrive or arrive with another factor:
-            those are partial sums, and no factor makes them right. Says which arrive.
+            those are partial sums, and no factor makes them right. Says which arrive. Also where step fails on another
+            rank; on that one its own error is raised.
 
     Example:
         >>> import ringattn
@@ -78,10 +84,14 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
     probe.to(device)
     x = torch.zeros(mesh.size, device=device)
     x[mesh.rank] = PROBE  # so that entry r of the gradient says how rank r's share has arrived
-    returned = step(probe, x)
-    found = (returned if isinstance(returned, Tensor) else _whole_gradient(probe)).detach().double().cpu() / PROBE
-    if found.shape != (mesh.size,):
-        raise InputError(f"step must leave the probe's gradient, [{mesh.size}]; got {list(found.shape)}.")
+    try:
+        found = _whole_gradient(step(probe, x), probe, mesh)
+    except Exception:
+        with contextlib.suppress(Exception):  # the step's own error is the one to show
+            _failed_ranks(True, mesh, device)
+        raise
+    if failed := _failed_ranks(False, mesh, device):
+        raise UnsupportedError(f"step failed on rank {failed} of {mesh.size}; the error there says why.")
     first = found[:1].clone() if mesh.rank == 0 else torch.zeros(1, dtype=torch.float64)
     sum_over_ranks(first, mesh, device)
     factor = float(first)
@@ -158,18 +168,30 @@ class _Probe(nn.Module):
         return (self.weight * x).sum()
 
 
-def _whole_gradient(probe: nn.Module) -> Tensor:
-    """The whole gradient of the probe's parameter, whoever holds it."""
+def _whole_gradient(returned: object, probe: nn.Module, mesh: Mesh) -> Tensor:
+    """By what factor each rank's share is in the gradient of the probe's parameter, whoever holds it."""
     (parameter,) = probe.parameters()
-    if _of_zero(parameter):
+    found: Any = parameter.grad
+    if isinstance(returned, Tensor) and returned.dim():  # one without dimensions is the loss, as engines return it
+        found = returned
+    elif _of_zero(parameter):
         from deepspeed.utils import safe_get_full_grad
 
         found = safe_get_full_grad(parameter)
-    else:
-        found = parameter.grad
     if found is None:
         raise InputError("step left no gradient in the probe; it must wrap it and run one backward pass.")
-    return found.full_tensor() if hasattr(found, "full_tensor") else found  # type: ignore[no-any-return]
+    whole: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+    if whole.shape != (mesh.size,):
+        raise InputError(f"step must leave the probe's gradient, [{mesh.size}]; got {list(whole.shape)}.")
+    return whole.detach().double().cpu() / PROBE
+
+
+def _failed_ranks(failed: bool, mesh: Mesh, device: torch.device) -> str:
+    """The ranks that say so, which all hear: a rank that left without a word would be waited for."""
+    said = torch.zeros(mesh.size)
+    said[mesh.rank] = failed
+    sum_over_ranks(said, mesh, device)
+    return ", ".join(str(rank) for rank in said.nonzero().flatten().tolist())
 
 
 def _partial_sums(found: Tensor, mesh: Mesh) -> str:
@@ -191,6 +213,9 @@ def _partial_sums(found: Tensor, mesh: Mesh) -> str:
 
 def _rounded(factor: float, mesh: Mesh) -> float:
     """The fraction that was meant, where rounding has blurred it."""
+    n = max(round(1 / factor), 1)
+    if abs(factor * n - 1) <= EXACT:
+        return 1 / n
     meant = {1.0 / n for n in (1, mesh.data, mesh.sequence_size, mesh.size)}
     nearest = min(meant, key=lambda value: abs(value - factor))
     return nearest if abs(nearest - factor) <= TOLERANCE * nearest else factor

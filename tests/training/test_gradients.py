@@ -93,11 +93,11 @@ def wrapped_by(
     return of
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 3, 1.004 / 3, 0.4])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 1.004 / 3, 0.4, 1 / 12])
 def test_the_factor_of_a_wrapper_is_measured(scale: float) -> None:
     found = ringattn.simulate(lambda mesh: gradient_factor(wrapped_by(scale)(mesh), mesh), ring=3).results
-    assert found == [pytest.approx(scale if scale in (1.0, 0.4) else 1 / 3, rel=1e-6)] * 3
-    assert scale == 0.4 or set(found) <= {1.0, 1 / 3}
+    assert found == [pytest.approx(scale if scale in (1.0, 0.4, 1 / 12) else 1 / 3, rel=1e-6)] * 3
+    assert scale == 0.4 or set(found) <= {1.0, 1 / 3, 1 / 12}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,23 @@ def test_a_step_without_a_backward_pass_is_refused() -> None:
     with pytest.raises(InputError, match=r"gradient, \[1\]; got \[2\]"):
         gradient_factor(lambda probe, x: torch.zeros(2), ringattn.init())
     assert gradient_factor(lambda probe, x: x * 0.5, ringattn.init()) == 0.5
+    assert gradient_factor(lambda probe, x: [loss := probe(x), loss.backward()][0], ringattn.init()) == 1
+
+
+def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
+    def step(probe: nn.Module, x: Tensor) -> None:
+        if x[1] != 0:
+            raise ZeroDivisionError("planted")
+        probe(x).backward()
+
+    def told(mesh: ringattn.Mesh) -> None:
+        expected, said = (
+            (ZeroDivisionError, "planted") if mesh.rank == 1 else (UnsupportedError, "failed on rank 1 of 3")
+        )
+        with pytest.raises(expected, match=said):
+            gradient_factor(step, mesh)
+
+    ringattn.simulate(told, ring=3)
 
 
 def test_clipping_and_scaling_are_those_of_torch() -> None:
