@@ -56,6 +56,11 @@ class Reach:
             documents = tuple(_cut(documents or (length,), self.chunk))
         return mask if documents is None else Documents(documents) & mask
 
+    @property
+    def weight(self) -> Mask:
+        """A mask that weighs about as much, whatever the documents: for balancing."""
+        return self.mask(0, None) if self.chunk is None else Reach(window=self.chunk // 2).mask(0, None)
+
     def __str__(self) -> str:
         words = ["causal" if self.causal else "bidirectional"]
         words += [f"within {self.window} tokens"] if self.window is not None else []
@@ -149,6 +154,14 @@ def _listed(config: Any, known: dict[str, Reach]) -> list[Reach]:
     return [known[name] for name in config.layer_types]
 
 
+def _chunked(config: Any) -> list[Reach]:
+    if config.attn_temperature_tuning:
+        raise UnsupportedError(
+            "llama4_text with attn_temperature_tuning scales queries by their places within a shard; set it to False."
+        )
+    return _listed(config, {"full_attention": Reach(), "chunked_attention": Reach(chunk=config.attention_chunk_size)})
+
+
 _LAYERS = {
     "llama": _causal,
     "qwen2": _by_layer,
@@ -157,5 +170,6 @@ _LAYERS = {
     "gemma2": _by_layer,  # a soft cap
     "gemma3_text": _by_layer,  # rotary embeddings for each type of layer
     "gpt_oss": _by_layer,  # sinks, and experts that look at one token each
+    "llama4_text": _chunked,
     "modernbert": _encoder,
 }

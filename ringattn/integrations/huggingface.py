@@ -12,8 +12,7 @@ Everything else is as before: without such a batch, in evaluation and `generate`
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ringattn.checking import instance, shown
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
 from ringattn.integrations.architectures import SHIFTED, Reach, balance, check_router, reaches
 from ringattn.kernels import Kernel
-from ringattn.layouts import Balanced, Layout
+from ringattn.layouts import Layout
 from ringattn.mesh import Mesh
 from ringattn.schedules.base import Schedule
 from ringattn.training import Batch
@@ -87,6 +86,7 @@ class Attached:
         document_lengths: Sequence[int] | Sequence[Sequence[int]] | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        scatter: bool = False,
     ) -> dict[str, Any]:
         """The arguments of the model's forward for this rank's part of full sequences. Every rank calls it alike.
 
@@ -101,6 +101,8 @@ class Attached:
             position_ids: ``[B, S]`` or ``[1, S]``, of the full sequences: where they begin again at 0, a document
                 begins. Instead of ``document_lengths``.
             attention_mask: ``[B, S]``, all ones: samples are packed, not padded.
+            scatter: every rank of a sequence passes rows of its own, of any number and length: together they are one
+                long sequence in which each row is a document, or several.
 
         Raises:
             InputError: an argument is wrong.
@@ -112,8 +114,37 @@ class Attached:
             if position_ids is not None:
                 document_lengths = _documents_of(input_ids, document_lengths, position_ids)
         except RingAttentionError as error:
-            refuse(self.mesh, error)
-        return self._arguments(self._batch(input_ids, labels, document_lengths), labels is not None)
+            refuse(self.mesh, error, scatter=scatter)
+        return self._arguments(self._batch(input_ids, labels, document_lengths, scatter), labels is not None)
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A ``data_collator`` for transformers' Trainer and for loaders that Accelerate prepares.
+
+        Those give every rank samples of its own. Here the samples of all ranks of a sequence become the documents of
+        one long sequence, of which each rank gets its part: nothing is padded, and no document sees another.
+
+        Args:
+            features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length.
+
+        Raises:
+            InputError: a loader's worker calls it, where no other rank can be reached: use num_workers=0.
+        """
+        if torch.utils.data.get_worker_info() is not None:
+            raise InputError(
+                "The ranks of a sequence exchange their samples here, which a loader's worker cannot: use "
+                "num_workers=0, the dataloader_num_workers of TrainingArguments."
+            )
+        columns = {
+            name: torch.cat([torch.as_tensor(feature[name]) for feature in features])[None]
+            for name in ("input_ids", "labels", "attention_mask")
+            if name in features[0]
+        }
+        lengths = [len(feature["input_ids"]) for feature in features]
+        return self.batch(**columns, document_lengths=lengths, scatter=True)
+
+    def _by_type(self) -> dict[str, Reach]:
+        """Of every type of layer that the config lists."""
+        return dict(zip(self.model.config.layer_types, self.reaches, strict=True))
 
     def _check(self, labelled: bool, attention_mask: Tensor | None) -> None:
         """What can be wrong before there is a batch."""
@@ -126,19 +157,16 @@ class Attached:
             )
         _check_padding(attention_mask)
 
-    def _batch(self, input_ids: Tensor, labels: Tensor | None, documents: Any) -> Batch:
+    def _batch(self, input_ids: Tensor, labels: Tensor | None, documents: Any, scatter: bool) -> Batch:
         """The shards, balanced over the masks of all layers, none of them empty."""
-        first, *others = dict.fromkeys(self.reaches)
-        layout = self._layout
-        if layout == "auto" and (others or first != Reach()):
-            layout = self._balanced(input_ids, documents)
         batch = Batch(
             input_ids,
             self.mesh,
             documents=documents,
             labels=labels,
-            mask=Reach(causal=first.causal).mask(0, None),
-            layout=layout,
+            mask=[reach.weight for reach in balance(self.reaches)],
+            layout=self._layout,
+            scatter=scatter,
             shift=bool(self._shifted),
         )
         if min(batch.sharding.counts) == 0:
@@ -148,31 +176,22 @@ class Attached:
             )
         return batch
 
-    def _balanced(self, input_ids: Tensor, documents: Any) -> Layout | str:
-        """For the sum of all layers' masks; what is wrong with the arguments is said when the batch is made."""
-        rows = documents is not None and any(isinstance(each, Sequence) for each in documents)
-        flat = tuple(itertools.chain.from_iterable(documents) if rows else documents or ())
-        try:
-            length = sum(flat) if rows else input_ids.shape[1]
-            return Balanced([reach.mask(length, flat or None) for reach in balance(self.reaches)])
-        except (AttributeError, IndexError, InputError, TypeError):
-            return "auto"
-
     def _arguments(self, batch: Batch, labelled: bool) -> dict[str, Any]:
         """What the model's forward is given."""
         seed = int(torch.randint(1 << 61, (), generator=self._random)) ^ self.mesh.coordinates["data"]
-        length = batch.sharding.length
+        kinds = dict.fromkeys(self.reaches)
+        masks = {kind: kind.mask(batch.sharding.length, batch.documents) for kind in kinds}
         layers = {
-            reach: hooks.LayerMask(
-                reach, reach.mask(length, batch.documents), batch.sharding, self._schedule, self._kernel, seed
-            )
-            for reach in dict.fromkeys(self.reaches)
+            kind: hooks.LayerMask(kind, mask, batch.sharding, self._schedule, self._kernel, seed)
+            for kind, mask in masks.items()
         }
         given: dict[str, Any] = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions[None].expand(batch.tokens.shape[0], -1),
             "attention_mask": hooks.ShardedMask(layers, (batch.tokens.shape[0], batch.tokens.shape[1])),
         }
+        if self.model.config.model_type == "llama4_text":  # whose masks are made from a padding mask's values
+            given["attention_mask"] = {name: layers[kind] for name, kind in self._by_type().items()}
         if self.reaches[0].causal:
             given["use_cache"] = False
         if labelled:

@@ -33,6 +33,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_text": ("Gemma3ForCausalLM", {**MIXED, "head_dim": 8, "query_pre_attn_scalar": 24}),
     "gpt_oss": ("GptOssForCausalLM", {**MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {"num_local_experts": 2, "attention_chunk_size": 5, "no_rope_layer_interval": 2, "head_dim": 8}
+        | {"attn_temperature_tuning": False, "intermediate_size_mlp": 48},
+    ),
     "modernbert": ("ModernBertForMaskedLM", {"local_attention": 10, "global_attn_every_n_layers": 2}),
 }
 
