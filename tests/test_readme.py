@@ -23,7 +23,7 @@ from ringattn.naming import name_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+EXAMPLE, TRAINING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
 
 
 def test_the_example_runs_as_a_file(tmp_path: Path) -> None:
@@ -39,6 +39,13 @@ def test_the_example_runs_as_a_file(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 1, " in done.stdout and "kernel" in done.stdout
+
+
+def test_the_training_example_runs() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(TRAINING, "README.md", "exec"), {})  # noqa: S102 (our own text)
+    losses = re.findall(r"tensor\((.*?)\)", printed.getvalue())
+    assert len(losses) == 4 and all(float(loss) > 0 for loss in losses)
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, ranks: int) -> tuple[list[dict[str, Any]], str]:

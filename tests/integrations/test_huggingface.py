@@ -243,6 +243,7 @@ def test_models_that_cannot_be_sharded() -> None:
         attach(build("gemma3_text", use_bidirectional_attention=True), Mesh.local())
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by transformers, for cache
 def test_batches_that_cannot_be_sharded() -> None:
     attached, ids = attach(build("llama"), Mesh.local()), sample(12)
     padded = torch.ones_like(ids)
