@@ -12,13 +12,14 @@ Everything else is as before: without such a batch, in evaluation and `generate`
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringattn.checking import instance, shown
+from ringattn.checking import instance, integer, shown
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
 from ringattn.integrations.architectures import SHIFTED, Reach, balance, check_router, reaches
 from ringattn.kernels import Kernel
@@ -117,21 +118,23 @@ class Attached:
             refuse(self.mesh, error, scatter=scatter)
         return self._arguments(self._batch(input_ids, labels, document_lengths, scatter), labels is not None)
 
-    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def collate(self, features: Sequence[Mapping[str, Any]], *, scatter: bool = True) -> dict[str, Any]:
         """A ``data_collator`` for transformers' Trainer and for loaders that Accelerate prepares.
 
         Those give every rank samples of its own. Here the samples of all ranks of a sequence become the documents of
-        one long sequence, of which each rank gets its part: nothing is padded, and no document sees another.
+        one long sequence, of which each rank gets its part: nothing is padded, and no document sees another. Samples
+        that are long enough for all ranks come from `Repeated`, with ``scatter=False``.
 
         Args:
             features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length.
+            scatter: False where the ranks of a sequence have the same samples.
 
         Raises:
             InputError: a loader's worker calls it, where no other rank can be reached: use num_workers=0.
         """
         if torch.utils.data.get_worker_info() is not None:
             raise InputError(
-                "The ranks of a sequence exchange their samples here, which a loader's worker cannot: use "
+                "The ranks of a sequence meet where batches are made, which a loader's worker cannot: use "
                 "num_workers=0, the dataloader_num_workers of TrainingArguments."
             )
         columns = {
@@ -140,7 +143,7 @@ class Attached:
             if name in features[0]
         }
         lengths = [len(feature["input_ids"]) for feature in features]
-        return self.batch(**columns, document_lengths=lengths, scatter=True)
+        return self.batch(**columns, document_lengths=lengths, scatter=scatter)
 
     def _by_type(self) -> dict[str, Reach]:
         """Of every type of layer that the config lists."""
@@ -200,6 +203,43 @@ class Attached:
             if self._shifted:
                 given["shift_labels"] = batch.labels
         return given
+
+
+class Repeated(torch.utils.data.Dataset[Any]):
+    """A dataset from which the Trainer's ranks of one sequence get the same samples, replicas different ones.
+
+    The Trainer deals batches out to ranks in turn; here each comes up once for every rank of a sequence:
+
+        args = TrainingArguments(..., train_sampling_strategy="sequential")
+        collator = functools.partial(attached.collate, scatter=False)
+        Trainer(model, args, train_dataset=Repeated(dataset, mesh), data_collator=collator)
+    """
+
+    def __init__(self, dataset: Any, mesh: Mesh, *, batch_size: int = 1, seed: int | None = 0) -> None:
+        """Repeats the samples of a dataset.
+
+        Args:
+            dataset: anything with a length and an index.
+            mesh: the ranks.
+            batch_size: samples of a rank's batch, ``per_device_train_batch_size``; what is left over is left out.
+            seed: of the order, another in each epoch; None for the dataset's own.
+        """
+        self._dataset, self._size, self._ranks = dataset, integer(batch_size, "batch_size", least=1), mesh.sequence_size
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the order of an epoch; the Trainer calls it."""
+        self._order = list(range(len(self._dataset)))
+        if self._seed is not None:
+            random.Random(f"{self._seed} {epoch}").shuffle(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order) // self._size * self._size * self._ranks
+
+    def __getitem__(self, index: int) -> Any:
+        batch, nth = divmod(index, self._size)
+        return self._dataset[self._order[batch // self._ranks * self._size + nth]]
 
 
 def attach(
