@@ -86,7 +86,8 @@ def mask_of(*, mask_function: Callable[..., Any], attention_mask: Any = None, or
     if not isinstance(attention_mask, ShardedMask):
         make: Any = AttentionMaskInterface._global_mapping[original]
         return make(mask_function=mask_function, attention_mask=attention_mask, **arguments)
-    reach = reach_of(mask_function)
+    # Compiled code cannot look into closures; what the mask function is told besides them says the same.
+    reach = reach_told(**arguments) if torch.compiler.is_compiling() else reach_of(mask_function)
     if reach not in attention_mask.layers:
         raise UnsupportedError(
             f"The model asks for a mask that is {reach}; by its config its layers are "
@@ -129,6 +130,20 @@ def reach_of(mask_function: Callable[..., Any]) -> Reach:
         f"The model makes a mask by {mask_function.__qualname__}, which ringattn does not know: images, custom "
         f"overlays and padding cannot be sharded."
     )
+
+
+def reach_told(
+    *, local_size: int | None = None, use_vmap: bool = False, allow_is_causal_skip: bool = True, **others: Any
+) -> Reach:
+    """What a mask function of transformers is to allow, told by its other arguments.
+
+    Raises:
+        UnsupportedError: something is laid over the mask.
+    """
+    causal = "allow_is_bidirectional_skip" not in others
+    if use_vmap or (causal and not allow_is_causal_skip):
+        raise UnsupportedError("The model lays something over its causal mask, which cannot be sharded.")
+    return Reach(causal, None if local_size is None else local_size - causal)
 
 
 def attend(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 import ringattn
@@ -16,7 +17,7 @@ from ringattn import Mesh
 from ringattn.errors import InputError, RingAttentionError, UnsupportedError
 from ringattn.integrations.huggingface import attach
 from ringattn.trainer.parity import relative
-from ringattn.training import sum_gradients, total
+from ringattn.training import save_attention, sum_gradients, total
 from tests.integrations.huggingface_models import CONFIGS, build, sample
 from tests.workers import Workers
 
@@ -288,3 +289,65 @@ def test_what_one_rank_refuses_all_ranks_hear_of() -> None:
 
     with pytest.raises(RingAttentionError, match="padded"):
         ringattn.simulate(padded, ring=3)
+
+
+def checkpointed(mesh: Mesh, way: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients with attention dropout, by transformers' own switch for checkpointing."""
+    model: Any = build("llama", attention_dropout=0.2).train()
+    attached = attach(model, mesh)
+    if way != "none":
+        more = {"context_fn": save_attention()} if way == "attention saved" else {}
+        name = "activation_checkpointing_enable"  # in transformers before 5.23 under the other name
+        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False, **more})
+    ids = sample(40)
+    loss = model(**attached.batch(ids, labels=ids, document_lengths=[13, 27])).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def test_checkpointing_repeats_nothing_where_attention_is_saved() -> None:
+    done = {way: ringattn.simulate(checkpointed, way, ring=2) for way in ("none", "everything", "attention saved")}
+    for run in done.values():
+        for (loss, found), (right, expected) in zip(run.results, done["none"].results, strict=True):
+            assert torch.equal(loss, right)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sent = {way: [(each.messages, each.sent_bytes) for each in run.traffic] for way, run in done.items()}
+    assert sent["attention saved"] == sent["none"]
+    assert sent["everything"][0][0] > sent["none"][0][0]
+
+
+PACKS = ([40], [13, 27], [1, 39], [10, 10, 20], [5, 35], [39, 1], [20, 20], [7, 7, 7, 19])
+
+
+def compiled(mesh: Mesh, name: str) -> tuple[int, list[tuple[Tensor, Tensor]], float]:
+    """Graphs, losses eager and compiled, and the largest difference of gradients, over packed batches."""
+    torch.compiler.reset()
+    model: Any = build(name)
+    attached, counter = attach(model, mesh), CompileCounter()
+    graph = torch.compile(model, fullgraph=True, backend=counter)
+    losses, worst = [], 0.0
+    for seed, pack in enumerate(PACKS):
+        ids = sample(40, seed=seed)
+        batch = attached.batch(ids, labels=ids, document_lengths=pack)
+        found = []
+        for each in (model, graph):
+            model.zero_grad()
+            loss = each(**batch).loss
+            loss.backward()
+            found.append((total(loss, mesh), gradients(model)))
+        losses.append((found[0][0], found[1][0]))
+        worst = max(worst, *(relative(found[1][1][key], found[0][1][key]) for key in found[0][1]))
+    return counter.frame_count, losses, worst
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_graph_for_all_packs(name: str) -> None:
+    graphs, losses, worst = compiled(Mesh.local(), name)
+    assert graphs == 1 and worst <= 1e-6
+    assert all(torch.equal(eager, graph) for eager, graph in losses)
+
+
+def test_compiled_on_two_ranks(gloo: Workers) -> None:
+    for graphs, losses, worst in gloo.run(2, compiled, "llama"):
+        assert graphs == 1 and worst <= 1e-6
+        assert all(torch.equal(eager, graph) for eager, graph in losses)
