@@ -3,6 +3,7 @@
 from ringattn import conformance, reference
 from ringattn.errors import (
     AgreementError,
+    CheckpointError,
     DeadlockError,
     InFlightError,
     InputError,
@@ -39,6 +40,7 @@ __all__ = [
     "Balanced",
     "Blocks",
     "Causal",
+    "CheckpointError",
     "Contiguous",
     "DeadlockError",
     "Documents",

@@ -8,6 +8,7 @@ RingAttentionError
 ├── TransportError                     an exchange failed
 │   ├── DeadlockError                  no virtual rank can go on
 │   └── InFlightError                  a buffer was written while an exchange still needed it
+├── CheckpointError                    a checkpoint could not be written, or is not one that can be read
 └── MissingDependencyError (ImportError)   an optional dependency is not installed
 """
 
@@ -44,6 +45,13 @@ class DeadlockError(TransportError):
 
 class InFlightError(TransportError):
     """A buffer was written while an exchange was still reading from it or writing to it."""
+
+
+class CheckpointError(RingAttentionError):
+    """A checkpoint could not be written, or cannot be read: it is none, damaged, or of another model.
+
+    Raised on every rank that takes part.
+    """
 
 
 class MissingDependencyError(RingAttentionError, ImportError):
