@@ -16,7 +16,7 @@ from typing import Any
 from ringattn.errors import UnsupportedError
 from ringattn.masks import Causal, Documents, Full, Mask, Window
 
-SHIFTED = {"ForCausalLM": True, "ForMaskedLM": False, "ForTokenClassification": False}
+SHIFTED = {"ForCausalLM": True, "ForMaskedLM": False}
 """By transformers' names of losses, those that are sums over tokens: whether labels are those of the next token."""
 
 FREQUENCIES_OF_THE_LENGTH = ("dynamic", "longrope")

@@ -280,17 +280,17 @@ def _loss(model: PreTrainedModel) -> bool | None:
     """Whether the model's labels are those of the next token; None where it has no loss.
 
     Raises:
-        UnsupportedError: its head looks at whole sequences.
+        UnsupportedError: its head looks at whole sequences, or its loss is no sum over tokens.
     """
     kind = getattr(model, "loss_type", None)
     if kind is None:
         return None
     if kind not in SHIFTED:
         raise UnsupportedError(
-            f"{type(model).__name__} looks at whole sequences, of which a rank has a part. Attach to a model for "
-            f"{', '.join(SHIFTED)}, or to one without a head."
+            f"The head of {type(model).__name__} looks at whole sequences, or its loss is a mean over a shard. Attach "
+            f"to a model {' or '.join(SHIFTED)}, or to one without a head."
         )
-    return SHIFTED[kind]
+    return None if hasattr(model, "_loss_function") else SHIFTED[kind]  # of one's own, it may be anything
 
 
 def _check_padding(attention_mask: Tensor | None) -> None:

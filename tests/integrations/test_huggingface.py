@@ -233,9 +233,13 @@ def test_models_that_cannot_be_sharded() -> None:
     falcon = hf.FalconForCausalLM(hf.FalconConfig(**small, num_hidden_layers=1))
     with pytest.raises(UnsupportedError, match=r"'falcon'.*nobody has tested"):
         attach(falcon, Mesh.local())
-    classifier = hf.LlamaForSequenceClassification(build("llama").config)
-    with pytest.raises(UnsupportedError, match="whole sequences"):
-        attach(classifier, Mesh.local())
+    for kind in (hf.LlamaForSequenceClassification, hf.LlamaForTokenClassification):
+        with pytest.raises(UnsupportedError, match="whole sequences, or its loss is a mean"):
+            attach(kind(build("llama").config), Mesh.local())
+    model: Any = build("llama")
+    model.loss_function = lambda *_, **__: None
+    with pytest.raises(UnsupportedError, match="no loss that is a sum"):
+        attach(model, Mesh.local()).batch(sample(8), labels=sample(8))
     with pytest.raises(InputError, match="got 'Linear'"):
         attach(torch.nn.Linear(1, 1), Mesh.local())
     with pytest.raises(UnsupportedError, match="router"):
