@@ -15,13 +15,13 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import ringattn
 from ringattn.trainer.config import Config, launched, run_command
@@ -33,9 +33,11 @@ from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
-from ringattn.training import Batch, Sample, accumulate, clip_grad_norm, sum_gradients, token_loss, total
+from ringattn.trainer.wrapping import WRAPPERS, Plain
+from ringattn.training import Batch, Sample, accumulate, token_loss, total
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
+UNCLIPPED = 1e30
 
 
 def main(config: Config, arguments: Sequence[str]) -> int:
@@ -72,7 +74,7 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def shard_loss(model: Decoder, batch: Batch, config: Config) -> Tensor:
+def shard_loss(model: Callable[..., Tensor], batch: Batch, config: Config) -> Tensor:
     """This rank's share of the mean token loss; 0 where it has no labels or no tokens."""
     # (3) Attention looks over the whole sequence. All other layers work on the tokens they are given.
     attend = partial(batch.attend, schedule=config.schedule, kernel=config.kernel)
@@ -83,38 +85,36 @@ def shard_loss(model: Decoder, batch: Batch, config: Config) -> Tensor:
     return token_loss(logits, batch)
 
 
-def gradients(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> Tensor:
+def gradients(model: Plain, packs: list[Sample], config: Config) -> Tensor:
     """Leaves the gradient of the mean loss over all labels in the model; returns that loss, on every rank."""
-    model.zero_grad()
-    device = next(model.parameters()).device
-    share = torch.zeros((), device=device)
-    for batch in sharded(packs, mesh, config, device):
+    batches = sharded(packs, model.mesh, config)
+    share = torch.zeros((), device=batches[0].tokens.device)
+    for batch in batches:
         loss = shard_loss(model, batch, config)
-        loss.backward()
+        # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
+        # Wrappers average; `ringattn/trainer/wrapping.py` has what makes each of them right.
+        model.backward(loss, last=batch is batches[-1])
         share += loss.detach()
-    # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
-    sum_gradients(model, mesh)
-    return total(share, mesh)
+    return total(share, model.mesh)
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> float:
+def evaluate(model: Plain, packs: list[Sample], config: Config) -> float:
     """The mean loss over all labels, the same on every rank."""
-    device = next(model.parameters()).device
-    share = torch.zeros((), device=device)
-    for batch in sharded(packs, mesh, config, device):
+    batches = sharded(packs, model.mesh, config)
+    share = torch.zeros((), device=batches[0].tokens.device)
+    for batch in batches:
         share += shard_loss(model, batch, config)
-    return float(total(share, mesh))
+    return float(total(share, model.mesh))
 
 
-def sharded(packs: list[Sample], mesh: ringattn.Mesh, config: Config, device: torch.device) -> list[Batch]:
+def sharded(packs: list[Sample], mesh: ringattn.Mesh, config: Config) -> list[Batch]:
     """(2) This rank's part of tokens and labels. Labels are shifted in the full pack, and counted over all ranks.
 
     Ranks that share a sequence get the same packs, replicas different ones.
     """
     mine = packs[mesh.coordinates["data"] :: mesh.axes["data"]]
-    batches = (Batch(pack, mesh, layout=config.layout, positions=config.positions) for pack in mine)
-    return accumulate(batch.to(device) for batch in batches)
+    return accumulate(Batch(pack, mesh, layout=config.layout, positions=config.positions) for pack in mine)
 
 
 def batch_of(corpus: Corpus, step: int, config: Config) -> list[Sample]:
@@ -126,33 +126,43 @@ def train(
     config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus, held_out: Corpus
 ) -> RunFolder | None:
     """An ordinary training loop; every rank runs it in step with the others. Returns rank 0's run folder."""
-    model = Decoder(config.shape, config.seed).to(device)
-    optimizer = build_optimizer(model, config)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config=config))
-    held_out_packs = [held_out.pack(i, config.length) for i in range(config.eval_packs)]
-    untrained = evaluate(model, held_out_packs, mesh, config)  # now every rank has seen that the folder is free
+    model = wrapped(mesh, device, config, partial(build_optimizer, config=config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(model.optimizer, partial(learning_rate, config=config))
+    # Replicas take packs in turn, and all of them as many.
+    count = math.ceil(config.eval_packs / mesh.data) * mesh.data
+    held_out_packs = [held_out.pack(i, config.length) for i in range(count)]
+    untrained = evaluate(model, held_out_packs, config)  # now every rank has seen that the folder is free
     folder = RunFolder(config.folder, dataclasses.asdict(config)) if mesh.rank == 0 else None
     meter = Meter(mesh, device)
 
     with Recorder(folder, config.steps) as recorder:
-        size = sum(parameter.numel() for parameter in model.parameters())
+        size = sum(parameter.numel() for parameter in Decoder(config.shape, 0).parameters())
         recorder.say(f"{mesh.size} ranks on {device.type}, {config.length:,} tokens of context, {size:,} parameters")
-        recorder.held_out(0, untrained, model)
+        recorder.held_out(0, untrained, model.weights())
         for step in range(1, config.steps + 1):
             meter.restart()
-            loss = gradients(model, batch_of(corpus, step, config), mesh, config)
-            norm = clip_grad_norm(model, config.clip)
-            rate = float(scheduler.get_last_lr()[0])
-            optimizer.step()
+            loss = gradients(model, batch_of(corpus, step, config), config)
+            rate, norm = float(scheduler.get_last_lr()[0]), model.step()
             scheduler.step()
-            measured = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": rate}
+            measured = {"loss": float(loss), "gradient_norm": norm, "learning_rate": rate}
             recorder.step(step, config.batch * config.length, meter.lap(), **measured)
             if step % config.eval_every == 0 or step == config.steps:
-                recorder.held_out(step, evaluate(model, held_out_packs, mesh, config), model)
+                recorder.held_out(step, evaluate(model, held_out_packs, config), model.weights())
     return folder
 
 
-def build_optimizer(model: Decoder, config: Config) -> torch.optim.Optimizer:
+def wrapped(
+    mesh: ringattn.Mesh, device: torch.device, config: Config, optimize: Callable[[nn.Module], torch.optim.Optimizer]
+) -> Plain:
+    """The model with what --wrap puts around it."""
+    model = Decoder(config.shape, config.seed, config.checkpoint_activations).to(device)
+    if config.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    return WRAPPERS[config.wrap](model, mesh, config, optimize)
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=config.lr)
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -175,7 +185,7 @@ def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Cor
     failed = torch.zeros((), device=device)
     if mesh.rank == 0:
         torch.set_num_threads(cores())  # the other ranks only wait
-        alone = sgd_steps(config, ringattn.init(transport="local"), device, corpus)
+        alone = sgd_steps(dataclasses.replace(config, wrap="none"), ringattn.init(transport="local"), device, corpus)
         difference = compare(sharded, alone)
         verdict = "equal" if difference.largest <= TOLERANCE else "NOT EQUAL"
         print(difference.table())
@@ -190,14 +200,17 @@ def check(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Cor
 
 
 def sgd_steps(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus: Corpus) -> Trace:
-    """The first --check steps of plain SGD from the initial weights: the same code on any mesh."""
-    model, trace = Decoder(config.shape, config.seed).to(device), Trace()
-    optimizer = torch.optim.SGD(model.parameters(), lr=CHECK_RATE)
+    """The first --check steps of plain SGD from the initial weights, unclipped: the same code on any mesh."""
+    model, trace = wrapped(mesh, device, dataclasses.replace(config, clip=UNCLIPPED), sgd), Trace()
     for step in range(1, config.check + 1):
-        trace.add(gradients(model, batch_of(corpus, step, config), mesh, config), model)
-        optimizer.step()
-    trace.close(model)
+        trace.add(gradients(model, batch_of(corpus, step, config), config), model.gradients())
+        model.step()
+    trace.close(model.weights())
     return trace
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=CHECK_RATE)
 
 
 def sample(config: Config) -> int:

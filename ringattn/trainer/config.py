@@ -26,6 +26,7 @@ DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]
 Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "sgd"]
+Wrap = Literal["none", "ddp", "fsdp2", "deepspeed"]
 HELP = """Train a byte-level language model whose attention is sharded over ranks.
 
 \b
@@ -35,7 +36,8 @@ Examples:
   ringattn train --sample "def " --folder runs/small
   ringattn train --data texts/ --width 256 --optimizer sgd --lr 0.3
   ringattn train --steps 0 --check 3           four ranks and one, compared
-  torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2
+  ringattn train --wrap deepspeed --zero 3 --checkpoint-activations
+  torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2 --wrap fsdp2
 """
 EXTRAS = ("matplotlib", "safetensors")  # what a run folder is written with
 
@@ -69,6 +71,8 @@ class Config:
     layout: Annotated[str, _ranks(f"Who holds which tokens: auto, {_names(layouts.NAMED)}.")] = "auto"
     schedule: Annotated[str, _ranks(f"What moves when: auto, {_names(by_name(schedules.MEMBERS))}.")] = "auto"
     kernel: Annotated[str, _ranks(f"How attention is computed: auto, {_names(by_name(kernels.MEMBERS))}.")] = "auto"
+    wrap: Annotated[Wrap, _ranks("What is around the model.")] = "none"
+    zero: Annotated[int, _ranks("Stage of DeepSpeed's ZeRO.", min=0, max=3)] = 2
     dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"
 
     layers: Annotated[int, _model("Decoder blocks.", min=1)] = 2
@@ -81,11 +85,15 @@ class Config:
     lr: Annotated[float, _training("Peak learning rate; a cosine takes it to a tenth.", min=0)] = 0.006
     warmup: Annotated[int, _training("Steps of linear warm-up.", min=0)] = 10
     clip: Annotated[float, _training("Largest norm of the gradient.", min=0)] = 1.0
+    compile: Annotated[bool, _training("Compile the decoder blocks.")] = False
+    checkpoint_activations: Annotated[bool, _training("Recompute blocks in the backward pass, but no attention.")] = (
+        False
+    )
 
     folder: Annotated[Path | None, _record("Run folder; default: runs/ and the time.")] = None
     overwrite: Annotated[bool, _record("Replace a run that is in the folder already.")] = False
     eval_every: Annotated[int, _record("Steps from one held-out loss to the next.", min=1)] = 20
-    eval_packs: Annotated[int, _record("Sequences of the held-out loss.", min=1)] = 2
+    eval_packs: Annotated[int, _record("Sequences of the held-out loss, as many for each replica.", min=1)] = 2
     check: Annotated[int, _record("Then N SGD steps on all ranks and on one; exit 1 if unlike.", min=0)] = 0
 
     sample: Annotated[str | None, _sampling("Train nothing: print what follows this text by --folder.")] = None
@@ -142,6 +150,10 @@ class Config:
         _need(self.ranks in (None, world), f"The launcher started {world} ranks; got --ranks {self.ranks}.")
         _need(world % self.replicas == 0, f"--replicas {self.replicas} does not divide the {world} ranks.")
         _need(self.batch % self.replicas == 0, f"--replicas {self.replicas} does not divide --batch {self.batch}.")
+        alone = self.wrap != "none" and world == 1
+        _need(not alone, f"--wrap {self.wrap} is for several ranks; got one. Leave it out, or set --ranks.")
+        if self.wrap == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+            raise MissingDependencyError("--wrap deepspeed needs DeepSpeed: pip install 'ringattn[deepspeed]'")
         compared = self.check == 0 or self.dtype == "float32"
         _need(compared, f"--check compares float32; got --dtype {self.dtype}.")
 

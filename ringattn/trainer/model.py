@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ringattn.training import save_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, Hq, S, D], k and v [B, Hkv, S, D] -> [B, Hq, S, D]
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [S, D / 2]
@@ -44,11 +47,15 @@ class Shape:
 
 
 class Decoder(nn.Module):
-    """tokens [B, S] -> logits [B, S, 256]."""
+    """tokens [B, S] -> logits [B, S, 256].
 
-    def __init__(self, shape: Shape, seed: int) -> None:
+    Attributes:
+        recompute: whether the backward pass computes the blocks again, but for attention, whose outputs are kept.
+    """
+
+    def __init__(self, shape: Shape, seed: int, recompute: bool = False) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.recompute = shape, recompute
         self.embedding = nn.Embedding(VOCABULARY, shape.width)
         self.blocks = nn.ModuleList(DecoderBlock(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width)
@@ -75,7 +82,10 @@ class Decoder(nn.Module):
         rotation = rope(positions, self.shape.head_dim)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, rotation, attend)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, attend, use_reentrant=False, context_fn=save_attention())
+            else:
+                x = block(x, rotation, attend)
         logits: Tensor = self.head(self.norm(x))
         return logits
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 TOLERANCE = 1e-5  # relative, float32: what is left is the order in which sums are rounded
 
@@ -18,15 +19,14 @@ class Trace:
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, loss: Tensor, model: nn.Module) -> None:
-        """A step's loss and the gradients that are in the model now."""
+    def add(self, loss: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """A step's loss and gradients."""
         self.losses.append(loss.detach().clone())
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                self.gradients.setdefault(name, []).append(parameter.grad.clone())
+        for name, gradient in gradients.items():
+            self.gradients.setdefault(name, []).append(gradient.detach().clone())
 
-    def close(self, model: nn.Module) -> None:
-        self.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    def close(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor
 
 from ringattn.trainer.meter import Cost
 from ringattn.trainer.run_folder import RunFolder
@@ -56,12 +56,12 @@ class Recorder:
         if self._bar.disable and time.monotonic() > self._said + QUIET:
             self.say(f"step {step:>4}  {text}")
 
-    def held_out(self, step: int, loss: float, model: nn.Module) -> None:
+    def held_out(self, step: int, loss: float, weights: dict[str, Tensor]) -> None:
         """A held-out loss; the weights it belongs to are saved with it."""
         if self.folder is None:
             return
         self.folder.record(step=step, held_out_loss=loss)
-        self.folder.save(dict(model.state_dict()))
+        self.folder.save(weights)
         description: Any = self._bar.tasks[self._task].description
         self.say(f"step {step:>4}  held-out loss {loss:.3f}  {description}".rstrip())
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from ringattn.runtime.request import Request
 from ringattn.sharding import Sharding
 from ringattn.trainer.config import Config
 from ringattn.trainer.data import Corpus, read_corpus
-from ringattn.trainer.model import Decoder
 from scripts.benchmarks.teams import Team, Worker
 
 TRAINER = Path(__file__).parents[2] / "launch" / "train.py"
@@ -75,13 +74,12 @@ def train(_: Worker, length: int, steps: int) -> Steps:
 
     config = replace(Config(), length=length)
     mesh, corpus = ringattn.init(), Corpus(read_corpus(None)[0], 0)
-    model = Decoder(config.shape, config.seed)
-    optimizer = trainer.build_optimizer(model, config)
+    model = trainer.wrapped(mesh, torch.device("cpu"), config, partial(trainer.build_optimizer, config=config))
     done = Steps([], [], [], set())
     for step in range(steps):
         packs, before, start = trainer.batch_of(corpus, step, config), planning.seconds, time.perf_counter()
-        trainer.gradients(model, packs, mesh, config)
-        optimizer.step()
+        trainer.gradients(model, packs, config)
+        model.step()
         done.seconds.append(time.perf_counter() - start)
         done.planning.append(planning.seconds - before)
         done.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))

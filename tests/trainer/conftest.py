@@ -15,15 +15,21 @@ from ringattn.trainer.config import Config
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def trainer() -> Iterator[ModuleType]:
+def load_trainer() -> ModuleType:
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("trainer_under_test", ROOT / "launch" / "train.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Iterator[ModuleType]:
+    module = load_trainer()
     yield module
-    del sys.modules[spec.name]
+    del sys.modules[module.__name__]
 
 
 @pytest.fixture

@@ -44,6 +44,9 @@ BAD = {
     "--check 1 --dtype bfloat16": "--check",
     "--lenght 5": "--lenght",
     "surplus": "surplus",
+    "--wrap zero": "--wrap",
+    "--wrap ddp --ranks 1": "for several ranks",
+    "--zero 4": "--zero",
     "--sample x": "--folder",
     "--sample x --folder nowhere": "nowhere",
 }

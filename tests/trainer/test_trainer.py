@@ -11,9 +11,11 @@ import torch
 import ringattn
 from ringattn.trainer.config import Config, Positions
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
-from ringattn.trainer.model import Decoder
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
+from ringattn.trainer.wrapping import Plain
 from ringattn.training import scale_gradients, sum_gradients
+from tests.trainer.conftest import load_trainer
+from tests.workers import Workers
 
 CPU = torch.device("cpu")
 
@@ -27,6 +29,12 @@ def traces(trainer: ModuleType, config: Config, ring: int) -> list[Trace]:
         return trace
 
     return ringattn.simulate(steps, ring=ring).results
+
+
+def plain(trainer: ModuleType, config: Config, mesh: ringattn.Mesh) -> Plain:
+    """The model without a wrapper."""
+    model: Plain = trainer.wrapped(mesh, CPU, config, trainer.sgd)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +88,9 @@ def test_documents_of_one_token_have_a_loss_of_zero(trainer: ModuleType, tiny: C
     pack = join_documents([b"a"] * tiny.length)
 
     def step(mesh: ringattn.Mesh) -> tuple[float, float]:
-        model = Decoder(tiny.shape, 0)
-        loss = trainer.gradients(model, [pack], mesh, tiny)
-        return float(loss), sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
+        model = plain(trainer, tiny, mesh)
+        loss = trainer.gradients(model, [pack], tiny)
+        return float(loss), sum(float(gradient.norm()) for gradient in model.gradients().values())
 
     assert ringattn.simulate(step, ring=3).results == [(0.0, 0.0)] * 3
 
@@ -92,7 +100,7 @@ def test_the_held_out_loss_is_that_of_one_rank(trainer: ModuleType, tiny: Config
     packs = [corpus.pack(i, tiny.length) for i in range(2)]
 
     def loss(mesh: ringattn.Mesh) -> float:
-        return float(trainer.evaluate(Decoder(tiny.shape, 0), packs, mesh, tiny))
+        return float(trainer.evaluate(plain(trainer, tiny, mesh), packs, tiny))
 
     [alone] = ringattn.simulate(loss, ring=1).results
     assert all(abs(got - alone) <= TOLERANCE * alone for got in ringattn.simulate(loss, ring=3).results)
@@ -115,7 +123,7 @@ def test_the_check_sees_a_wrong_gradient_scale(
     trainer: ModuleType, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [alone] = traces(trainer, tiny, 1)
-    monkeypatch.setattr(trainer, "sum_gradients", averages)
+    monkeypatch.setattr("ringattn.trainer.wrapping.sum_gradients", averages)
     difference = compare(traces(trainer, tiny, 2)[0], alone)
     assert min(difference.gradients.values()) > 0.4
 
@@ -141,3 +149,40 @@ def test_the_learning_rate_warms_up_and_cools_down(trainer: ModuleType) -> None:
     rates = [trainer.learning_rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which Dynamo looks at, and hides
+@pytest.mark.parametrize("options", [{"compile": True}, {"checkpoint_activations": True}], ids=str)
+def test_compiled_and_recomputed_blocks_are_the_blocks(
+    trainer: ModuleType, tiny: Config, options: dict[str, bool]
+) -> None:
+    [alone] = traces(trainer, tiny, 1)
+    for trace in traces(trainer, dataclasses.replace(tiny, **options), 1 if "compile" in options else 3):  # type: ignore[arg-type]
+        assert compare(trace, alone).largest <= TOLERANCE
+
+
+def _wrapped(mesh: ringattn.Mesh, config: Config) -> list[tuple[Trace, float]]:
+    """SGD steps with every wrapper of torch, on two replicas of two ranks; the norm that the next step clips by."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = ringattn.Mesh.from_device_mesh(devices, ring="cp", data="dp")
+    trainer = load_trainer()
+    corpus, found = Corpus(read_corpus(config.data)[0], config.seed), []
+    for wrap in ("none", "ddp", "fsdp2"):
+        wrapped = dataclasses.replace(config, wrap=wrap)
+        trace = trainer.sgd_steps(wrapped, mesh, CPU, corpus)
+        model = trainer.wrapped(mesh, CPU, wrapped, trainer.sgd)
+        trainer.gradients(model, trainer.batch_of(corpus, 1, wrapped), wrapped)
+        found.append((trace, model.step()))
+    return found
+
+
+def test_wrappers_of_torch_train_alike(trainer: ModuleType, tiny: Config, gloo: Workers) -> None:
+    config = dataclasses.replace(tiny, batch=4, replicas=2)
+    [alone] = traces(trainer, config, 1)
+    for found in gloo.run(4, _wrapped, config):
+        for trace, norm in found:
+            difference = compare(trace, alone)
+            assert difference.largest <= TOLERANCE, difference.table()
+            assert norm == pytest.approx(found[0][1], rel=1e-5)
