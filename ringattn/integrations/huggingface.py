@@ -26,6 +26,7 @@ from ringattn.kernels import Kernel
 from ringattn.layouts import Layout
 from ringattn.mesh import Mesh
 from ringattn.schedules.base import Schedule
+from ringattn.sharding import Sharding
 from ringattn.training import Batch
 from ringattn.training.batch import refuse
 
@@ -92,7 +93,8 @@ class Attached:
         """The arguments of the model's forward for this rank's part of full sequences. Every rank calls it alike.
 
         With labels the output's ``loss`` is this rank's share of the mean over all labels of the batch, on all ranks:
-        the loss is the sum of the shares, and its gradient that of the ranks' gradients (`ringattn.training`).
+        the loss is the sum of the shares, and its gradient that of the ranks' gradients (`ringattn.training`). Of
+        several batches whose gradients are accumulated, give each the sum of their ``num_items_in_batch``.
 
         Args:
             input_ids: ``[B, S]``, the full sequences, the same on all ranks of a sequence.
@@ -265,6 +267,21 @@ def attach(
         InputError: an argument is wrong, or the model is attached already.
     """
     return Attached(model, mesh, layout=layout, schedule=schedule, kernel=kernel)
+
+
+def sharding_of(batch: Mapping[str, Any]) -> Sharding:
+    """Who holds which tokens of a batch of `Attached.batch`: ``sharding_of(batch).join(logits, 1)`` are those of all.
+
+    Raises:
+        InputError: the batch is another.
+    """
+    mask = batch.get("attention_mask")
+    layers = mask.layers if isinstance(mask, hooks.ShardedMask) else mask
+    if isinstance(layers, Mapping):
+        for layer in layers.values():
+            if isinstance(layer, hooks.LayerMask):
+                return layer.sharding
+    raise InputError(f"sharding_of takes what Attached.batch returns; got attention_mask={shown(mask)}.")
 
 
 def _inside(model: object) -> PreTrainedModel:

@@ -22,10 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
-from ringattn.integrations.huggingface import attach
+from ringattn.integrations.huggingface import attach, sharding_of
 from ringattn.mesh import Mesh
 from ringattn.naming import imported
-from ringattn.sharding import Sharding
 from ringattn.training import sum_gradients, total
 
 LIMIT = 1e-5  # relative, float32
@@ -169,7 +168,7 @@ def _sharded(model: PreTrainedModel, mesh: Mesh, tokens: Tensor, documents: list
     layers: dict[str, Tensor] = {}
     attached = attach(model, mesh)
     given = attached.batch(tokens, labels=tokens, document_lengths=documents)
-    sharding: Sharding = next(iter(given["attention_mask"].layers.values())).sharding
+    sharding = sharding_of(given)
     with _outputs_of_attention(model, layers.__setitem__):
         out = model(**given)
     out.loss.backward()

@@ -15,7 +15,7 @@ from torch.nn import functional
 import ringattn
 from ringattn import Mesh
 from ringattn.errors import InputError, RingAttentionError, UnsupportedError
-from ringattn.integrations.huggingface import attach
+from ringattn.integrations.huggingface import attach, sharding_of
 from ringattn.trainer.parity import relative
 from ringattn.training import save_attention, sum_gradients, total
 from tests.integrations.huggingface_models import CONFIGS, build, sample
@@ -39,12 +39,6 @@ def reference(name: str, ids: Tensor, documents: tuple[int, ...]) -> tuple[Tenso
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def sharding_of(batch: dict[str, Any]) -> ringattn.Sharding:
-    layers = getattr(batch["attention_mask"], "layers", batch["attention_mask"])
-    found: ringattn.Sharding = next(iter(layers.values())).sharding
-    return found
 
 
 def step(mesh: Mesh, name: str, ids: Tensor, lengths: tuple[int, ...] | None) -> dict[str, Any]:
@@ -134,6 +128,62 @@ def test_documents_are_told_by_lengths_or_positions(gloo: Workers) -> None:
         losses, tokens = zip(*found, strict=True)
         assert all(relative(loss, losses[0]) <= 1e-6 for loss in losses)
         assert torch.equal(tokens[0], tokens[1]) and tokens[2].shape[0] == 1
+
+
+def accumulated(mesh: Mesh) -> dict[str, Tensor]:
+    """Gradients of two batches of other lengths, one mean over the tokens of both."""
+    model, parts = build("llama"), sample(40).split([31, 9], 1)
+    attached = attach(model, mesh)
+    batches = [attached.batch(part, labels=part) for part in parts]
+    count = sum(batch["num_items_in_batch"] for batch in batches)
+    for batch in batches:
+        model(**{**batch, "num_items_in_batch": count}).loss.backward()
+    sum_gradients(model, mesh)
+    return gradients(model)
+
+
+def test_accumulated_batches_are_one_mean(gloo: Workers) -> None:
+    _, _, expected = reference("llama", sample(40), (31, 9))
+    for found in gloo.run(2, accumulated):
+        assert max(relative(found[key], expected[key]) for key in expected) <= LIMIT
+
+
+WAYS: list[dict[str, Any]] = [
+    {"layout": "contiguous", "schedule": "ring"},
+    {"layout": "striped", "schedule": "route"},
+    {"layout": "zigzag", "kernel": "reference"},
+    {"layout": ringattn.Explicit([[(0, 3), (9, 20)], [(3, 9)], [(20, 37)]])},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "llama4_text"])
+def test_any_layout_schedule_and_kernel(name: str, way: dict[str, Any]) -> None:
+    def run(mesh: Mesh) -> Tensor:
+        model: Any = build(name)
+        batch = attach(model, mesh, **way).batch(ids, document_lengths=DOCUMENTS)
+        return sharding_of(batch).join(model(**batch).logits.detach(), 1)
+
+    ids = sample(sum(DOCUMENTS))
+    logits, _, _ = reference(name, ids, DOCUMENTS)
+    for found in ringattn.simulate(run, ring=3).results:
+        assert relative(found, logits) <= LIMIT
+
+
+def rows(mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Logits and loss of two rows."""
+    model, ids = build("gemma3_text"), sample(29, rows=2)
+    batch = attach(model, mesh).batch(ids, labels=ids)
+    out: Any = model(**batch)
+    return sharding_of(batch).join(out.logits.detach(), 1), total(out.loss, mesh)
+
+
+def test_rows_are_sequences_of_their_own(gloo: Workers) -> None:
+    ids = sample(29, rows=2)
+    out = build("gemma3_text")(input_ids=ids, labels=ids)
+    for logits, loss in gloo.run(3, rows):
+        assert relative(logits, out.logits.detach()) <= LIMIT
+        assert relative(loss, out.loss.detach()) <= LIMIT
 
 
 def two_meshes(mesh: Mesh) -> list[Tensor]:
@@ -270,6 +320,11 @@ def test_batches_that_cannot_be_sharded() -> None:
     name = "cache" if hasattr(out, "cache") else "past_key_values"  # by transformers' version
     with pytest.raises(UnsupportedError, match="cached keys"):
         attached.model(**{**attached.batch(ids), name: out[name]})
+
+
+def test_sharding_of_takes_a_sharded_batch() -> None:
+    with pytest.raises(InputError, match="what Attached"):
+        sharding_of({"attention_mask": None})
 
 
 def test_an_empty_shard_is_refused_on_every_rank() -> None:
