@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
 
 from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
@@ -55,6 +57,7 @@ class Zero:
         """Everything by its name; every rank calls it, and gets its rows."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link()
         found: dict[str, Tensor] = dict(named_buffers(self.module).items())
         for name, parameter in self.parameters.items():
             found[name] = self._rows.of(_whole(parameter))
@@ -94,8 +97,6 @@ class Zero:
 
     def adopt(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Gives weights and states to the engine; takes them out of ``tensors`` one by one."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         states = saved_states(manifest)
         for flat, parameters in self._flats:
             self._prepare(flat, self._names[parameters[0]], tensors, manifest)
@@ -103,12 +104,12 @@ class Zero:
         for name, parameter in self.parameters.items():
             whole = _joined(tensors.pop(f"model/{name}"))
             if id(parameter) in self._flat_of:
-                safe_set_full_fp32_param(parameter, whole)
+                _set(parameter, whole)
             _set_working_copy(parameter, whole)
             for key in states.get(name, {}):
                 state = tensors.pop(f"optimizer/{name}/{key}")
                 if isinstance(state, DTensor):
-                    safe_set_full_optimizer_state(parameter, _joined(state), key)
+                    _set(parameter, _joined(state), key)
         if hasattr(self._zero, "update_lp_params"):
             self._zero.update_lp_params()
         set_options(self._zero, manifest.content["optimizer"])
@@ -123,7 +124,7 @@ class Zero:
         self._zero.optimizer.state[flat] = state
 
     def _link(self) -> None:
-        """ZeRO 1 and 2 note for each parameter where its states are, after the first step."""
+        """ZeRO 1 and 2 note where a parameter has its states, in the first step: later groups have none yet."""
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -187,6 +188,27 @@ def _whole(parameter: nn.Parameter) -> Tensor:
         return whole  # type: ignore[no-any-return]
     with zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def _set(parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+    """The weight that the optimizer works on, or one of its states."""
+    from deepspeed import utils
+
+    if hasattr(parameter, "_hp_mapping"):
+        part, name = whole, "full"
+    else:  # DeepSpeed's own cut goes beyond the end of a tensor that the ranks do not divide
+        part, name = _part(parameter, whole), "local"
+    if key is None:
+        getattr(utils, f"safe_set_{name}_fp32_param")(parameter, part)
+    else:
+        getattr(utils, f"safe_set_{name}_optimizer_state")(parameter, part, key)
+
+
+def _part(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a parameter of ZeRO-3, padded where its end is beyond the parameter's."""
+    each, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+    part = whole.flatten()[rank * each : (rank + 1) * each]
+    return functional.pad(part, (0, each - part.numel()))
 
 
 def _set_working_copy(parameter: nn.Parameter, whole: Tensor) -> None:
