@@ -24,11 +24,11 @@ import torch
 from typer.testing import CliRunner
 
 import ringattn
-from ringattn import conformance, layouts, masks, mechanisms, schedules
+from ringattn import conformance, layouts, masks, mechanisms, schedules, training
 from ringattn.cli import app
 from ringattn.kernels import Kernel
 
-CALLS = 3600  # of functions
+CALLS = 4400  # of functions
 COMMANDS = 400
 PATIENCE = 30.0  # seconds for one call, on a busy machine
 
@@ -252,6 +252,7 @@ def _calls() -> Iterator[Call]:
     yield from _calls_of_masks()
     yield from _calls_of_members()
     yield from _calls_of_the_oracle()
+    yield from _calls_of_training()
     yield Call(
         "conformance.check",
         conformance.check,
@@ -339,6 +340,78 @@ def _calls_of_the_oracle() -> Iterator[Call]:
     yield Call("reference.error", ringattn.reference.error, {"actual": ARRAY, "expected": ARRAY, "magnitude": ARRAY})
 
 
+def _calls_of_training() -> Iterator[Call]:
+    def rows(x: Any) -> bool:
+        whole = isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()
+        return whole and not x.is_complex() and x.dtype != torch.bool
+
+    tokens, mesh = torch.arange(24).view(2, 12) % 5, Kind((MESH,), lambda x: isinstance(x, ringattn.Mesh))
+    masks_of_layers = Kind((None, MASK, [ringattn.Causal(), ringattn.Window(3)]), MASKS.may_be)
+    sample = {
+        "tokens": Kind((tokens,), rows),
+        "documents": Kind((None, [5, 7], [[12], [3, 9]], torch.tensor([12])), LENGTHS.optional.may_be),
+        "labels": Kind((None, tokens), lambda x: x is None or rows(x)),
+        "mask": Kind((None, ringattn.Causal(), *masks_of_layers.right[2:]), lambda x: x is None or MASKS.may_be(x)),
+        "shift": FLAG,
+    }
+    layout = Kind(("auto", "zigzag", ringattn.Striped()), LAYOUTS.may_be)
+    more = {"mesh": mesh, "layout": layout, "scatter": FLAG, "positions": _word("document")}
+    yield Call("Batch", training.Batch, {**sample, **more})
+    yield Call("Sample.of", training.Sample.of, {**sample, "joined": FLAG})
+    batch = training.Batch(tokens, MESH)
+    batches = Kind(([batch],), lambda x: isinstance(x, (list, tuple)) and bool(x))
+    yield Call("accumulate", training.accumulate, {"batches": batches})
+    weights = {"label_smoothing": _real(0, 1, 0.0, 0.1), "z_loss": _real(0, 1e308, 0.0, 0.1)}
+    of_batch = {"batch": _of(training.Batch, batch)}
+    hidden, weight = torch.randn(2, 12, 4), torch.randn(5, 4)
+    yield Call(
+        "token_loss", training.token_loss, {"logits": _of(torch.Tensor, hidden @ weight.T), **of_batch, **weights}
+    )
+    head = {
+        "hidden": _of(torch.Tensor, hidden),
+        "weight": _of(torch.Tensor, weight),
+        "bias": Kind((None, torch.zeros(5)), lambda x: x is None or isinstance(x, torch.Tensor)),
+        "softcap": _real(0, 1e308, 0.0, 2.0),
+        "chunk": _integer(1, LAST, 100),
+    }
+    yield Call("linear_cross_entropy", training.linear_cross_entropy, {**head, **of_batch, **weights})
+    model = Kind((torch.nn.Linear(2, 2),), lambda x: isinstance(x, torch.nn.Module))
+    yield Call(
+        "tiled",
+        training.tiled,
+        {"module": Kind((torch.nn.Linear(2, 2),), model.may_be), "tokens": _integer(1, LAST, 3)},
+    )
+    yield Call("sum_gradients", training.sum_gradients, {"model": model, "mesh": mesh})
+    yield Call("total", training.total, {"share": TENSOR, "mesh": mesh})
+    yield Call("gradient_factor", training.gradient_factor, {"step": Kind((_backward,), callable), "mesh": mesh})
+    held = Kind((torch.nn.Linear(2, 2),), lambda x: isinstance(x, torch.nn.Module) or hasattr(x, "__iter__"))
+    yield Call("scale_gradients", training.scale_gradients, {"parameters": held, "factor": _real(1e-300, 1e308, 0.5)})
+    norm = {"max_norm": _real(1e-300, 1e308, 1.0), "factor": _real(1e-300, 1e308, 1.0)}
+    yield Call("clip_grad_norm", training.clip_grad_norm, {"parameters": held, **norm})
+    data: Any = list(tokens)
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    yield Call(
+        "Loader",
+        training.Loader,
+        {
+            "loader": _of(torch.utils.data.DataLoader, loader),
+            "mesh": mesh,
+            "seed": LENGTH,
+            "prepare": Kind((None,), lambda x: x is None or callable(x)),
+            "mask": sample["mask"],
+            "layout": layout,
+            "schedule": SCHEDULES,
+            "scatter": FLAG,
+            "positions": _word("document"),
+            "shift": FLAG,
+        },
+    )
+
+
+def _backward(probe: torch.nn.Module, x: torch.Tensor) -> None:
+    probe(x).backward()
+
+
 EVERY = list(_calls())
 
 
@@ -381,7 +454,7 @@ def _judged(call: Call, arguments: dict[str, Any]) -> str | None:
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        if any(callable(arguments.get(name)) for name in ("fn", "track")):
+        if any(callable(arguments.get(name)) for name in ("fn", "track", "step")):
             return None  # the user's own
         return f"{type(error).__name__}: {str(error)[:200]}"
     return f"took {', '.join(wrong)} without a word" if wrong else None

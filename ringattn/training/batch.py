@@ -10,8 +10,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from ringattn.checking import choice, instance, sequence
-from ringattn.errors import RingAttentionError
+from ringattn.checking import choice, flag, instance, shown
+from ringattn.errors import InputError, RingAttentionError
 from ringattn.functional import attention
 from ringattn.layouts import Balanced, Layout
 from ringattn.masks import Mask
@@ -81,10 +81,16 @@ class Batch:
         >>> batch.labels[0].tolist(), batch.count
         ([1, 2, 3, 4, -100, 6, 7, 8, 9, 10, 11, -100], 10)
         """
-        choice(positions, "positions", ("document", "global"))
+        flag(scatter, "scatter")
         self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
-        make = functools.partial(Sample.of, documents=documents, labels=labels, mask=mask, shift=shift, joined=scatter)
-        sample, error = _tried(lambda: tokens if isinstance(tokens, Sample) else make(tokens))
+
+        def made() -> Sample:
+            choice(positions, "positions", ("document", "global"))
+            if isinstance(tokens, Sample):
+                return tokens
+            return Sample.of(tokens, documents=documents, labels=labels, mask=mask, shift=shift, joined=scatter)
+
+        sample, error = _tried(made)
         deal = self._scattered if scatter else self._replicated
         local = deal(sample, error, layout)
         if prepared is not None:
@@ -151,7 +157,9 @@ def accumulate(batches: Iterable[Batch]) -> list[Batch]:
     >>> [batch.count for batch in accumulate(Batch(torch.arange(n)[None], mesh) for n in (3, 9))]
     [10, 10]
     """
-    listed = sequence(list(batches), Batch, "batches", "the batches of a step")
+    listed = list(batches) if isinstance(batches, Iterable) else []
+    if not listed or not all(isinstance(batch, Batch) for batch in listed):
+        raise InputError(f"accumulate takes the batches of a step, at least one; got {shown(batches)}.")
     total = sum(batch.count for batch in listed)
     for batch in listed:
         batch.count = total

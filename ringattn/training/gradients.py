@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.checking import number
+from ringattn.checking import instance, number, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.transports.base import Transport
@@ -37,7 +37,9 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
     Raises:
         UnsupportedError: a wrapper has cut the parameters, and adds up their gradients itself.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    _check_mesh(mesh)
+    module = instance(model, nn.Module, "model", "a torch.nn.Module")
+    parameters = [p for p in module.parameters() if p.requires_grad]
     _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
     if mesh.size == 1:
         return
@@ -47,7 +49,8 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
 
 def total(share: Tensor, mesh: Mesh) -> Tensor:
     """The sum of every rank's share, on every rank: the loss itself, for logging. Without a gradient."""
-    added = share.detach().clone().reshape(1)
+    _check_mesh(mesh)
+    added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().flatten().clone()
     sum_over_ranks(added, mesh)
     return added.reshape(share.shape)
 
@@ -79,6 +82,9 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
         >>> gradient_factor(lambda probe, x: probe(x).backward(), ringattn.init())
         1.0
     """
+    _check_mesh(mesh)
+    if not callable(step):
+        raise InputError(f"step must be a function of a module and a tensor; got {shown(step)}.")
     probe = _Probe(mesh.size)
     device = torch.device("cpu") if mesh.transport is None else mesh.transport.control_device
     probe.to(device)
@@ -221,8 +227,16 @@ def _rounded(factor: float, mesh: Mesh) -> float:
     return nearest if abs(nearest - factor) <= TOLERANCE * nearest else factor
 
 
+def _check_mesh(mesh: object) -> None:
+    instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns").connected()
+
+
 def _listed(parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
-    return list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(each, Tensor) for each in listed):
+        raise InputError(f"parameters must be a module, or tensors in a list; got {shown(parameters)}.")
+    return listed
 
 
 def _of_zero(parameter: Tensor) -> bool:

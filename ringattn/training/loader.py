@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
-from ringattn.checking import instance, integer, shown
+from ringattn.checking import choice, flag, instance, integer, shown
 from ringattn.errors import InputError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.mesh import Mesh
-from ringattn.plans.planning import verified_plan
+from ringattn.plans.planning import named_schedule, verified_plan
 from ringattn.schedules import Schedule
 from ringattn.training.batch import Batch, Positions, refuse, sharded
-from ringattn.training.sample import Sample
+from ringattn.training.sample import Sample, checked_masks
 from ringattn.training.sharing import all_have
 
 NAMES = {"tokens": "tokens", "input_ids": "tokens", "labels": "labels", "documents": "documents"}
@@ -84,6 +84,13 @@ class Loader:
         self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
         self.seed = integer(seed, "seed")
         self.loader = instance(loader, DataLoader, "loader", "a torch DataLoader")
+        flag(scatter, "scatter")
+        flag(shift, "shift")
+        choice(positions, "positions", ("document", "global"))
+        if prepare is not None and not callable(prepare):
+            raise InputError(f"prepare must be a function of a batch of the loader, or None; got {shown(prepare)}.")
+        sharded(0, mesh, layout, checked_masks(mask))  # which says whether there is such a layout
+        named_schedule(schedule)
         self.epoch = 0
         """Which is next, or under way."""
         self.consumed = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ringattn.checking import integer, number
+from ringattn.checking import integer, number, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.training import fused  # noqa: F401 (defines the op)
 from ringattn.training.sample import IGNORED
@@ -45,6 +45,7 @@ def token_loss(logits: Tensor, batch: Labelled, *, label_smoothing: float = 0.0,
     Raises:
         InputError: the logits are not of this batch, or a weight is out of its range.
     """
+    _check_tensors({"logits": logits}, batch)
     if logits.dim() != 3 or logits.shape[:2] != batch.labels.shape:
         raise InputError(f"logits must be {[*batch.labels.shape, 'V']}, as the batch; got {list(logits.shape)}.")
     _check_weights(label_smoothing, z_loss)
@@ -89,7 +90,8 @@ def linear_cross_entropy(
     _check_weights(label_smoothing, z_loss)
     number(softcap, "softcap", least=0)
     integer(chunk, "chunk", least=1)
-    _check_shapes(hidden, weight, batch)
+    _check_tensors({"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias}), batch)
+    _check_shapes(hidden, weight, bias, batch)
     labels = batch.labels.flatten().to(hidden.device)
     numbers = [float(softcap), float(label_smoothing), float(z_loss)]
     losses, _ = torch.ops.ringattn.linear_cross_entropy(hidden.flatten(0, 1), weight, bias, labels, numbers, chunk)
@@ -102,7 +104,15 @@ def _check_weights(label_smoothing: float, z_loss: float) -> None:
     number(z_loss, "z_loss", least=0)
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, batch: Labelled) -> None:
+def _check_tensors(tensors: dict[str, Tensor], batch: Labelled) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise InputError(f"{name} must be a tensor of floating-point numbers; got {shown(x)}.")
+    if not isinstance(getattr(batch, "labels", None), Tensor) or not isinstance(getattr(batch, "count", None), int):
+        raise InputError(f"batch must be a ringattn.training.Batch, or have its labels and count; got {shown(batch)}.")
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Labelled) -> None:
     if hasattr(weight, "full_tensor") or (hasattr(weight, "ds_id") and weight.dim() != 2):
         raise UnsupportedError(
             "The weight is a shard of itself: compute the loss inside the wrapped module's forward, where it is whole; "
@@ -114,4 +124,10 @@ def _check_shapes(hidden: Tensor, weight: Tensor, batch: Labelled) -> None:
         raise InputError(
             f"weight must be [V, {hidden.shape[2]}] in {hidden.dtype}, as hidden is; got {list(weight.shape)} in "
             f"{weight.dtype}."
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
+        raise InputError(f"bias must be [{len(weight)}], where hidden is; got {list(bias.shape)} on {bias.device}.")
+    if weight.device != hidden.device or not len(weight):
+        raise InputError(
+            f"weight must have words, and be where hidden is; got {list(weight.shape)} on {weight.device}."
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.checking import instance, integer, shown
+from ringattn.checking import flag, instance, integer, shown
 from ringattn.errors import InputError
 from ringattn.masks import Causal, Documents, Mask
 
@@ -57,11 +57,13 @@ class Sample:
         Raises:
             InputError: an argument is wrong.
         """
+        flag(shift, "shift")
+        flag(joined, "joined")
         tokens = _rows(tokens, "tokens")
         labels = tokens if labels is None else _rows(labels, "labels")
         if labels.shape != tokens.shape:
             raise InputError(f"labels must be shaped as the tokens, {list(tokens.shape)}; got {list(labels.shape)}.")
-        kinds = _checked_masks(mask)
+        kinds = checked_masks(mask)
         lengths, end_to_end = _documents(documents, tokens.shape[0], tokens.shape[1], joined)
         if end_to_end:
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
@@ -94,7 +96,7 @@ class Sample:
         }
 
 
-def _checked_masks(mask: object) -> tuple[Mask, ...]:
+def checked_masks(mask: object) -> tuple[Mask, ...]:
     """The masks of every kind of layer; causal where there is none."""
     given = mask if isinstance(mask, (list, tuple)) and mask else (Causal() if mask is None else mask,)
     return tuple(instance(each, Mask, "mask", "a ringattn mask, such as ringattn.Causal()") for each in given)
