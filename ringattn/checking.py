@@ -102,6 +102,14 @@ def sequence(value: object, kind: type[T], name: str, needed: str) -> list[T]:
     raise InputError(f"{name} must be {needed}, in a list, at least one; got {shown(value)}.")
 
 
+def listed(value: object) -> list[Any] | None:
+    """What iterating over it gives; None where it cannot be iterated over."""
+    try:
+        return list(value)  # type: ignore[call-overload, no-any-return]
+    except Exception:  # of whatever iterates
+        return None
+
+
 def pair(value: object, name: str, needed: str, *, least: int = 1) -> tuple[int, int]:
     """Two integers."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -346,12 +346,12 @@ def _calls_of_training() -> Iterator[Call]:
         return whole and not x.is_complex() and x.dtype != torch.bool
 
     tokens, mesh = torch.arange(24).view(2, 12) % 5, Kind((MESH,), lambda x: isinstance(x, ringattn.Mesh))
-    masks_of_layers = Kind((None, MASK, [ringattn.Causal(), ringattn.Window(3)]), MASKS.may_be)
+    layers = [ringattn.Causal(), ringattn.Window(3)]
     sample = {
         "tokens": Kind((tokens,), rows),
         "documents": Kind((None, [5, 7], [[12], [3, 9]], torch.tensor([12])), LENGTHS.optional.may_be),
         "labels": Kind((None, tokens), lambda x: x is None or rows(x)),
-        "mask": Kind((None, ringattn.Causal(), *masks_of_layers.right[2:]), lambda x: x is None or MASKS.may_be(x)),
+        "mask": Kind((None, ringattn.Causal(), layers), lambda x: x is None or x is layers or MASKS.may_be(x)),
         "shift": FLAG,
     }
     layout = Kind(("auto", "zigzag", ringattn.Striped()), LAYOUTS.may_be)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from ringattn.checking import choice, flag, instance, shown
+from ringattn.checking import choice, flag, instance, listed, shown
 from ringattn.errors import InputError, RingAttentionError
 from ringattn.functional import attention
 from ringattn.layouts import Balanced, Layout
@@ -106,7 +106,7 @@ class Batch:
         self, sample: Sample | None, error: Exception | None, layout: Layout | str
     ) -> tuple[Tensor, Tensor]:
         """Every rank of the sequence has the whole sample, and takes its part."""
-        error = compared(self.mesh, sample, error)
+        error = compared(self.mesh, sample, shown(layout), error)
         self.count = counted(self.mesh, sample.count if sample else 0, error)
         assert sample is not None  # or there was an error
         self.documents, self.masks = sample.documents, sample.masks
@@ -115,7 +115,7 @@ class Batch:
 
     def _scattered(self, sample: Sample | None, error: Exception | None, layout: Layout | str) -> tuple[Tensor, Tensor]:
         """Each rank of the sequence has a sample of its own; the ranks send each other their parts."""
-        outline = outlined(self.mesh, sample, error)
+        outline = outlined(self.mesh, sample, shown(layout), error)
         failure = None if isinstance(outline, Outline) else outline
         self.count = counted(self.mesh, outline.count if isinstance(outline, Outline) else 0, failure)
         assert isinstance(outline, Outline) and sample is not None  # or there was an error
@@ -143,7 +143,7 @@ class Batch:
 
 def sharded(length: int, mesh: Mesh, layout: Layout | str, masks: tuple[Mask, ...]) -> Sharding:
     """The sharding of a batch: ``auto`` balances the sum of all layers' masks."""
-    several = layout == "auto" and len({*masks}) > 1
+    several = isinstance(layout, str) and layout == "auto" and len({*masks}) > 1
     return Sharding(length, mesh, Balanced(masks) if several else layout, masks[0])
 
 
@@ -157,18 +157,18 @@ def accumulate(batches: Iterable[Batch]) -> list[Batch]:
     >>> [batch.count for batch in accumulate(Batch(torch.arange(n)[None], mesh) for n in (3, 9))]
     [10, 10]
     """
-    listed = list(batches) if isinstance(batches, Iterable) else []
-    if not listed or not all(isinstance(batch, Batch) for batch in listed):
+    together = listed(batches)
+    if not together or not all(isinstance(batch, Batch) for batch in together):
         raise InputError(f"accumulate takes the batches of a step, at least one; got {shown(batches)}.")
-    total = sum(batch.count for batch in listed)
-    for batch in listed:
+    total = sum(batch.count for batch in together)
+    for batch in together:
         batch.count = total
-    return listed
+    return together
 
 
 def refuse(mesh: Mesh, error: Exception, *, scatter: bool = False) -> NoReturn:
     """Raises the error when the other ranks have been told, which are about to make a batch."""
-    failure = outlined(mesh, None, error) if scatter else compared(mesh, None, error)
+    failure = outlined(mesh, None, "", error) if scatter else compared(mesh, None, "", error)
     counted(mesh, 0, failure if isinstance(failure, Exception) else error)
     raise error
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.checking import instance, number, shown
+from ringattn.checking import instance, listed, number, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.transports.base import Transport
@@ -116,10 +116,10 @@ def scale_gradients(parameters: nn.Module | Iterable[Tensor], factor: float) -> 
         UnsupportedError: ZeRO holds the gradients: the loss is divided instead.
     """
     divisor = number(factor, "factor", above=0)
-    listed = _listed(parameters)
-    _refuse_zero(listed, "Divide the loss by the factor before engine.backward.")
+    found = _tensors(parameters)
+    _refuse_zero(found, "Divide the loss by the factor before engine.backward.")
     if divisor != 1:
-        for parameter in listed:
+        for parameter in found:
             if parameter.grad is not None:
                 parameter.grad.div_(divisor)
 
@@ -136,10 +136,10 @@ def clip_grad_norm(parameters: nn.Module | Iterable[Tensor], max_norm: float, *,
         UnsupportedError: ZeRO holds the gradients, and clips them itself (``gradient_clipping`` in its config).
     """
     most = number(max_norm, "max_norm", above=0)
-    listed = [p for p in _listed(parameters) if p.grad is not None]
-    _refuse_zero(listed, "Set gradient_clipping in its config and divide the loss by the factor.")
-    scale_gradients(listed, factor)
-    gradients = [p.grad for p in listed if p.grad is not None]
+    found = [p for p in _tensors(parameters) if p.grad is not None]
+    _refuse_zero(found, "Set gradient_clipping in its config and divide the loss by the factor.")
+    scale_gradients(found, factor)
+    gradients = [p.grad for p in found if p.grad is not None]
     norms = [_norm(list(group)) for group in _by_mesh(gradients).values()]
     norm = torch.stack(norms).square().sum().sqrt() if norms else torch.zeros(())
     coefficient = (most / (norm + 1e-6)).clamp(max=1.0)
@@ -231,12 +231,11 @@ def _check_mesh(mesh: object) -> None:
     instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns").connected()
 
 
-def _listed(parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
-    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    listed = list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(each, Tensor) for each in listed):
+def _tensors(parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    found = listed(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    if found is None or not all(isinstance(each, Tensor) for each in found):
         raise InputError(f"parameters must be a module, or tensors in a list; got {shown(parameters)}.")
-    return listed
+    return found
 
 
 def _of_zero(parameter: Tensor) -> bool:

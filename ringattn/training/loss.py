@@ -48,14 +48,12 @@ def token_loss(logits: Tensor, batch: Labelled, *, label_smoothing: float = 0.0,
     _check_tensors({"logits": logits}, batch)
     if logits.dim() != 3 or logits.shape[:2] != batch.labels.shape:
         raise InputError(f"logits must be {[*batch.labels.shape, 'V']}, as the batch; got {list(logits.shape)}.")
-    _check_weights(label_smoothing, z_loss)
+    smoothing, z_weight = _weights(label_smoothing, z_loss)
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     labels = batch.labels.flatten().to(logits.device)
-    losses = functional.cross_entropy(
-        wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
-    )
-    if z_loss:
-        losses = losses + z_loss * wide[labels != IGNORED].logsumexp(1).square().sum()
+    losses = functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    if z_weight:
+        losses = losses + z_weight * wide[labels != IGNORED].logsumexp(1).square().sum()
     return losses / max(batch.count, 1)
 
 
@@ -87,21 +85,18 @@ def linear_cross_entropy(
         InputError: shapes do not fit, or a number is out of its range.
         UnsupportedError: the weight is only a shard of itself (FSDP2, ZeRO-3).
     """
-    _check_weights(label_smoothing, z_loss)
-    number(softcap, "softcap", least=0)
+    numbers = [number(softcap, "softcap", least=0), *_weights(label_smoothing, z_loss)]
     integer(chunk, "chunk", least=1)
     _check_tensors({"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias}), batch)
     _check_shapes(hidden, weight, bias, batch)
     labels = batch.labels.flatten().to(hidden.device)
-    numbers = [float(softcap), float(label_smoothing), float(z_loss)]
     losses, _ = torch.ops.ringattn.linear_cross_entropy(hidden.flatten(0, 1), weight, bias, labels, numbers, chunk)
     total: Tensor = losses
     return total / max(batch.count, 1)
 
 
-def _check_weights(label_smoothing: float, z_loss: float) -> None:
-    number(label_smoothing, "label_smoothing", least=0, most=1)
-    number(z_loss, "z_loss", least=0)
+def _weights(label_smoothing: float, z_loss: float) -> tuple[float, float]:
+    return number(label_smoothing, "label_smoothing", least=0, most=1), number(z_loss, "z_loss", least=0)
 
 
 def _check_tensors(tensors: dict[str, Tensor], batch: Labelled) -> None:

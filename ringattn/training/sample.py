@@ -122,7 +122,10 @@ def _rows(x: object, name: str) -> Tensor:
 
 def _documents(documents: Lengths | None, rows: int, length: int, joined: bool) -> tuple[tuple[int, ...] | None, bool]:
     """The lengths of the documents, none of them empty, and whether they are those of all rows laid end to end."""
-    given = documents.tolist() if isinstance(documents, Tensor) else documents
+    given: object = documents
+    if isinstance(documents, Tensor):
+        given = None if documents.is_meta else documents.tolist()
+        given = "a tensor without data" if given is None else given
     if given is None:
         return ((length,) * rows if joined and length else () if joined else None), joined
     if not isinstance(given, Sequence) or isinstance(given, str):

@@ -39,12 +39,12 @@ class Outline:
         return list(itertools.accumulate(map(sum, self.documents), initial=0))
 
 
-def compared(mesh: Mesh, sample: Sample | None, error: Exception | None) -> Exception | None:
+def compared(mesh: Mesh, sample: Sample | None, layout: str, error: Exception | None) -> Exception | None:
     """What is wrong with the samples of a sequence: this rank's own error, or how they differ."""
-    said = _said(mesh, sample.words if sample else {}, error)
+    said = _said(mesh, {**sample.words, "layout": shortened(layout)} if sample else {}, error)
     if isinstance(said, Exception):
         return said
-    different = differing(said, ("shape", "tokens", "labels", "mask"))
+    different = differing(said, ("shape", "tokens", "labels", "mask", "layout"))
     if not different:
         return None
     return AgreementError(
@@ -53,18 +53,18 @@ def compared(mesh: Mesh, sample: Sample | None, error: Exception | None) -> Exce
     )
 
 
-def outlined(mesh: Mesh, sample: Sample | None, error: Exception | None) -> Outline | Exception:
+def outlined(mesh: Mesh, sample: Sample | None, layout: str, error: Exception | None) -> Outline | Exception:
     """The samples of all ranks of the sequence in outline, or what is wrong with them."""
     documents = list(sample.documents or ()) if sample else []
     count = sample.count if sample else 0
     mask = ", ".join(map(str, dict.fromkeys(sample.kinds))) if sample else ""
-    said = _said(mesh, {"mask": mask, "documents": str(len(documents)), "count": str(count)}, error)
+    said = _said(
+        mesh, {"mask": mask, "layout": shortened(layout), "documents": str(len(documents)), "count": str(count)}, error
+    )
     if isinstance(said, Exception):
         return said
-    if different := differing(said, ("mask",)):
-        return AgreementError(
-            f"The ranks that share a sequence differ in {different}. Pass the same mask on all of them."
-        )
+    if different := differing(said, ("mask", "layout")):
+        return AgreementError(f"The ranks that share a sequence differ in {different}. Pass the same on all of them.")
     most = max(int(words["documents"]) for words in said)
     own = np.zeros(max(most, 1), np.int64)
     own[: len(documents)] = documents

@@ -121,6 +121,7 @@ def test_attend_is_attention_over_the_batch() -> None:
         ({"labels": torch.full((1, 12), IGNORED)}, "labels"),
         ({"documents": [6, 6]}, "mask"),
         ({"tokens": torch.arange(13)[None], "documents": [5, 8]}, "shape"),
+        ({"layout": "zigzag"}, "layout"),
     ],
 )
 def test_another_sample_on_one_rank_is_named_on_all(changed: dict[str, Any], named: str) -> None:
