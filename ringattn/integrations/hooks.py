@@ -8,7 +8,6 @@ attached to different meshes never meet, and recomputation of a checkpointed lay
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -39,16 +38,23 @@ ABOUT_THE_MODEL = (
 """Keyword arguments that transformers passes down to every layer, and that change nothing in an attention layer."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class LayerMask:
-    """What one kind of layer attends to in a sharded batch, and how."""
+    """What one kind of layer attends to in a sharded batch, and how.
 
-    reach: Reach
-    mask: Mask
-    sharding: Sharding
-    schedule: Schedule | str
-    kernel: Kernel | str
-    seed: int
+    No dataclass: FSDP2 takes those in a layer's arguments apart when it casts their tensors.
+    """
+
+    def __init__(
+        self,
+        reach: Reach,
+        mask: Mask,
+        sharding: Sharding,
+        schedule: Schedule | str,
+        kernel: Kernel | str,
+        seed: int,
+    ) -> None:
+        self.reach, self.mask, self.sharding = reach, mask, sharding
+        self.schedule, self.kernel, self.seed = schedule, kernel, seed
 
 
 class ShardedMask:
@@ -179,6 +185,9 @@ def attend(
         answer = run(module, query, key, value, attention_mask, dropout=dropout, **given, **options)
         return answer
     softcap, sinks = _checked(attention_mask.reach, **options)
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     seed = None if not dropout else attention_mask.seed + getattr(module, "layer_idx", 0)
     mechanism = Softmax(scale=scaling, softcap=softcap, sinks=sinks, dropout=dropout, seed=seed)
     out = attention(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ringattn.checking import instance, integer, shown
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
@@ -27,7 +28,7 @@ from ringattn.layouts import Layout
 from ringattn.mesh import Mesh
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
-from ringattn.training import Batch
+from ringattn.training import IGNORED, Batch
 from ringattn.training.batch import refuse
 
 try:
@@ -125,7 +126,9 @@ class Attached:
 
         Those give every rank samples of its own. Here the samples of all ranks of a sequence become the documents of
         one long sequence, of which each rank gets its part: nothing is padded, and no document sees another. Samples
-        that are long enough for all ranks come from `Repeated`, with ``scatter=False``.
+        that are long enough for all ranks come from `Repeated`, with ``scatter=False``. The Trainer counts labels over
+        all ranks and averages gradients as it should (``average_tokens_across_devices``, its default); its
+        ``label_smoothing_factor`` shifts labels within shards, and fails.
 
         Args:
             features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length.
@@ -200,7 +203,9 @@ class Attached:
         if self.reaches[0].causal:
             given["use_cache"] = False
         if labelled:
-            given["labels"] = batch.labels
+            # Whoever shifts labels again, as the Trainer's label smoothing, gets the right ones, but one more than it
+            # has logits, and fails; transformers' losses take shift_labels.
+            given["labels"] = functional.pad(batch.labels, (1, 0), value=IGNORED) if self._shifted else batch.labels
             given["num_items_in_batch"] = torch.tensor(max(batch.count, 1), device=batch.labels.device)
             if self._shifted:
                 given["shift_labels"] = batch.labels

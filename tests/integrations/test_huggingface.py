@@ -10,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from transformers.trainer_pt_utils import LabelSmoother
 
 import ringattn
 from ringattn import Mesh
@@ -28,13 +30,16 @@ DOCUMENTS = (11, 1, 18, 7)
 def reference(name: str, ids: Tensor, documents: tuple[int, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits, loss and gradients of a model that sees one document at a time: nothing is packed, no mask is asked."""
     model = build(name)
-    parts = ids.split(documents, 1)
-    logits = torch.cat([model(input_ids=part).logits for part in parts], 1)
-    shift = name != "modernbert"
-    labels = torch.cat([functional.pad(part[:, 1:], (0, 1), value=-100) if shift else part for part in parts], 1)
-    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    logits = torch.cat([model(input_ids=part).logits for part in ids.split(documents, 1)], 1)
+    loss = loss_of(logits, ids, documents, shift=name != "modernbert")
     loss.backward()
     return logits.detach(), loss.detach(), gradients(model)
+
+
+def loss_of(logits: Tensor, ids: Tensor, documents: tuple[int, ...], *, shift: bool = True) -> Tensor:
+    parts = ids.split(documents, 1)
+    labels = torch.cat([functional.pad(part[:, 1:], (0, 1), value=-100) if shift else part for part in parts], 1)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -320,6 +325,66 @@ def test_batches_that_cannot_be_sharded() -> None:
     name = "cache" if hasattr(out, "cache") else "past_key_values"  # by transformers' version
     with pytest.raises(UnsupportedError, match="cached keys"):
         attached.model(**{**attached.batch(ids), name: out[name]})
+
+
+def test_labels_cannot_be_shifted_again() -> None:
+    model: Any = build("llama")
+    batch = attach(model, Mesh.local()).batch(sample(12), labels=sample(12))
+    assert torch.equal(batch["labels"][:, 1:], batch["shift_labels"])
+    smoother: Any = LabelSmoother()
+    with pytest.raises(RuntimeError, match="Size does not match"):
+        smoother(model(**batch), batch["labels"], shift_labels=True, num_items_in_batch=batch["num_items_in_batch"])
+
+
+def wrapped(mesh: Mesh, dtype: torch.dtype | None) -> list[Tensor]:
+    """Losses of three steps of SGD under FSDP2, of which bfloat16 casts what each layer is given."""
+    model: Any = build("gemma2")
+    attached = attach(model, mesh)
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mp_policy=policy)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for seed in range(3):
+        ids = sample(40, seed=seed)
+        loss = model(**attached.batch(ids, labels=ids, document_lengths=[13, 27])).loss
+        (loss * mesh.size).backward()  # FSDP2 averages
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total(loss, mesh))
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(None, LIMIT), (torch.bfloat16, 3e-3)])
+def test_fsdp2(gloo: Workers, dtype: torch.dtype | None, limit: float) -> None:
+    model: Any = build("gemma2")
+    expected = []
+    for seed in range(3):
+        ids = sample(40, seed=seed)
+        logits = torch.cat([model(input_ids=part).logits for part in ids.split((13, 27), 1)], 1)
+        loss = loss_of(logits, ids, (13, 27))
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        expected.append(loss.detach())
+    for losses in gloo.run(4, wrapped, dtype):
+        assert all(relative(loss, right) <= limit for loss, right in zip(losses, expected, strict=True))
+
+
+def autocast(mesh: Mesh) -> Tensor:
+    model: Any = build("llama")
+    batch = attach(model, mesh).batch(sample(40), labels=sample(40))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    return total(loss, mesh)
+
+
+def test_autocast() -> None:
+    expected = build("llama")(input_ids=sample(40), labels=sample(40)).loss.detach()
+    for loss in ringattn.simulate(autocast, ring=2).results:
+        assert 0 < relative(loss, expected) <= 3e-3
 
 
 def test_sharding_of_takes_a_sharded_batch() -> None:
