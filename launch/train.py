@@ -34,10 +34,11 @@ from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
 from ringattn.trainer.wrapping import WRAPPERS, Plain
-from ringattn.training import Batch, Sample, accumulate, token_loss, total
+from ringattn.training import Batch, Sample, accumulate, checkpoint, token_loss, total
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 UNCLIPPED = 1e30
+KEPT = 2  # checkpoints
 
 
 def main(config: Config, arguments: Sequence[str]) -> int:
@@ -131,15 +132,17 @@ def train(
     # Replicas take packs in turn, and all of them as many.
     count = math.ceil(config.eval_packs / mesh.data) * mesh.data
     held_out_packs = [held_out.pack(i, config.length) for i in range(count)]
-    untrained = evaluate(model, held_out_packs, config)  # now every rank has seen that the folder is free
-    folder = RunFolder(config.folder, dataclasses.asdict(config)) if mesh.rank == 0 else None
+    start = resumed(model, scheduler, config)
+    held_out_loss = evaluate(model, held_out_packs, config)  # now every rank has seen that the folder is free
+    folder = RunFolder(config.folder, dataclasses.asdict(config), start) if mesh.rank == 0 else None
     meter = Meter(mesh, device)
 
     with Recorder(folder, config.steps) as recorder:
         size = sum(parameter.numel() for parameter in Decoder(config.shape, 0).parameters())
         recorder.say(f"{mesh.size} ranks on {device.type}, {config.length:,} tokens of context, {size:,} parameters")
-        recorder.held_out(0, untrained, model.weights())
-        for step in range(1, config.steps + 1):
+        if start == 0:
+            recorder.held_out(0, held_out_loss, model.weights())
+        for step in range(start + 1, config.steps + 1):
             meter.restart()
             loss = gradients(model, batch_of(corpus, step, config), config)
             rate, norm = float(scheduler.get_last_lr()[0]), model.step()
@@ -148,7 +151,20 @@ def train(
             recorder.step(step, config.batch * config.length, meter.lap(), **measured)
             if step % config.eval_every == 0 or step == config.steps:
                 recorder.held_out(step, evaluate(model, held_out_packs, config), model.weights())
+            if config.save_every and (step % config.save_every == 0 or step == config.steps):
+                state = scheduler.state_dict()
+                checkpoint.save(config.checkpoints, **model.saved, step=step, data=state, mesh=mesh, keep=KEPT)
     return folder
+
+
+def resumed(model: Plain, scheduler: torch.optim.lr_scheduler.LambdaLR, config: Config) -> int:
+    """Loads the checkpoint of --resume, of any number of ranks and wrapper; its step, or 0 to begin."""
+    source = config.source
+    if source is None or (config.resume == "auto" and checkpoint.last(source, model.mesh) is None):
+        return 0
+    state = checkpoint.load(source, **model.saved, mesh=model.mesh)
+    scheduler.load_state_dict(state.data)
+    return state.step
 
 
 def wrapped(

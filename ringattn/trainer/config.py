@@ -17,10 +17,10 @@ import typer
 
 import ringattn
 from ringattn import kernels, layouts, schedules
-from ringattn.errors import InputError, MissingDependencyError
+from ringattn.errors import CheckpointError, InputError, MissingDependencyError
 from ringattn.naming import by_name
 from ringattn.trainer.model import Shape
-from ringattn.trainer.run_folder import WEIGHTS, holds_a_run
+from ringattn.trainer.run_folder import CHECKPOINTS, WEIGHTS, holds_a_run
 
 DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]
@@ -37,6 +37,7 @@ Examples:
   ringattn train --data texts/ --width 256 --optimizer sgd --lr 0.3
   ringattn train --steps 0 --check 3           four ranks and one, compared
   ringattn train --wrap deepspeed --zero 3 --checkpoint-activations
+  ringattn train --folder runs/long --save-every 100 --resume auto
   torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2 --wrap fsdp2
 """
 EXTRAS = ("matplotlib", "safetensors")  # what a run folder is written with
@@ -94,6 +95,8 @@ class Config:
     overwrite: Annotated[bool, _record("Replace a run that is in the folder already.")] = False
     eval_every: Annotated[int, _record("Steps from one held-out loss to the next.", min=1)] = 20
     eval_packs: Annotated[int, _record("Sequences of the held-out loss, as many for each replica.", min=1)] = 2
+    save_every: Annotated[int, _record("Steps from one checkpoint to the next; 0 for none.", min=0)] = 0
+    resume: Annotated[str | None, _record("Go on from a checkpoint: auto for --folder's last, or a path.")] = None
     check: Annotated[int, _record("Then N SGD steps on all ranks and on one; exit 1 if unlike.", min=0)] = 0
 
     sample: Annotated[str | None, _sampling("Train nothing: print what follows this text by --folder.")] = None
@@ -104,6 +107,20 @@ class Config:
     @property
     def shape(self) -> Shape:
         return Shape(self.layers, self.width, self.heads, self.kv_heads)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        assert self.folder is not None  # validated
+        return self.folder / CHECKPOINTS
+
+    @property
+    def source(self) -> Path | None:
+        """The folder of the checkpoints to go on from."""
+        if self.resume in (None, "auto"):
+            return None if self.resume is None else self.checkpoints
+        inner = Path(self.resume) / CHECKPOINTS
+        return inner if inner.exists() else inner.parent
 
     @property
     def world(self) -> int:
@@ -122,8 +139,12 @@ class Config:
             if importlib.util.find_spec(name) is None:
                 raise MissingDependencyError(f"Training needs {name}: pip install 'ringattn[train]'")
         if self.folder is not None:
-            free = self.overwrite or not holds_a_run(self.folder)
-            _need(free, f"{self.folder} holds a run. Choose another --folder, or replace it with --overwrite.")
+            free = self.overwrite or self.resume == "auto" or not holds_a_run(self.folder)
+            _need(
+                free,
+                f"{self.folder} holds a run. Choose another --folder, go on with it by --resume auto, or replace it "
+                f"with --overwrite.",
+            )
             there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             _need(there.is_dir() and os.access(there, os.W_OK), f"{there} is no folder that can be written to.")
         self._rehearse()
@@ -154,6 +175,11 @@ class Config:
         _need(not alone, f"--wrap {self.wrap} is for several ranks; got one. Leave it out, or set --ranks.")
         if self.wrap == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
             raise MissingDependencyError("--wrap deepspeed needs DeepSpeed: pip install 'ringattn[deepspeed]'")
+        found_again = self.folder is not None or not (self.save_every or self.resume == "auto")
+        _need(found_again, "--save-every and --resume auto need a --folder, where checkpoints are found again.")
+        _need(not (self.overwrite and self.resume), "--overwrite begins anew, --resume goes on: choose one of them.")
+        there = self.source is None or self.resume == "auto" or self.source.exists()
+        _need(there, f"There is no checkpoint at {self.resume}; --resume wants auto or the folder of one.")
         compared = self.check == 0 or self.dtype == "float32"
         _need(compared, f"--check compares float32; got --dtype {self.dtype}.")
 
@@ -191,7 +217,7 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
         return int(typer.main.get_command(app).main(arguments, name, standalone_mode=False) or 0)
     except parse_error as error:
         message = error.format_message()
-    except (InputError, MissingDependencyError) as error:
+    except (CheckpointError, InputError, MissingDependencyError) as error:
         message = str(error)
     except typer.Abort:  # typer's word for Ctrl-C
         return 130

@@ -4,6 +4,7 @@
     metrics.jsonl        a line for each step and each held-out loss, written as it happens
     loss.png             both curves
     model.safetensors    the weights
+    checkpoints/         everything that it takes to go on, with --save-every
 
 Files are replaced whole, so that a run that is interrupted leaves the last complete ones.
 """
@@ -11,6 +12,7 @@ Files are replaced whole, so that a run that is interrupted leaves the last comp
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 CONFIG, METRICS, PICTURE, WEIGHTS = FILES = ("config.json", "metrics.jsonl", "loss.png", "model.safetensors")
+CHECKPOINTS = "checkpoints"
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -29,14 +32,31 @@ def holds_a_run(folder: Path) -> bool:
 class RunFolder:
     """Written by one rank."""
 
-    def __init__(self, path: Path | None, config: dict[str, Any]) -> None:
-        """path: None for a folder named after the time. A run that is there already is replaced."""
+    def __init__(self, path: Path | None, config: dict[str, Any], start: int = 0) -> None:
+        """Makes the folder.
+
+        Args:
+            path: None for a folder named after the time.
+            start: the step that the run goes on from. With 0 a run that is there already is replaced; else what it
+                measured after this step is.
+        """
         self.path = path or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+        if start == 0:
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        elif (self.path / METRICS).exists():
+            self._forget(start)
         with replacing(self.path / CONFIG) as new:
             new.write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+    def _forget(self, start: int) -> None:
+        """Leaves out what was measured after a step, and a line that was being written when the run was killed."""
+        lines = (self.path / METRICS).read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with replacing(self.path / METRICS) as new:
+            new.write_text("".join(whole))
 
     def record(self, **measured: float) -> None:
         """Appends a line of metrics; it is in the file when this returns."""

@@ -27,6 +27,7 @@ class Plain:
     Attributes:
         module: the model itself, whose parameters the optimizer has.
         optimizer: of these parameters.
+        saved: what a checkpoint is of.
     """
 
     factor = 1.0
@@ -34,6 +35,7 @@ class Plain:
     def __init__(self, model: Decoder, mesh: Mesh, config: Config, optimize: Optimize) -> None:
         self.module, self.mesh, self.clip = model, mesh, config.clip
         self.optimizer = optimize(model)
+        self.saved: dict[str, Any] = {"model": model, "optimizer": self.optimizer}
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The logits of this rank's tokens."""
@@ -67,8 +69,8 @@ class Ddp(Plain):
 
     def __init__(self, model: Decoder, mesh: Mesh, config: Config, optimize: Optimize) -> None:
         super().__init__(model, mesh, config, optimize)
-        self.factor = gradient_factor(lambda probe, x: _backward(_data_parallel(probe), x), mesh)
-        self._wrapped = _data_parallel(model)
+        self.factor = gradient_factor(lambda probe, x: _backward(_data_parallel(probe, mesh), x), mesh)
+        self._wrapped = _data_parallel(model, mesh)
 
     def __call__(self, *inputs: Any) -> Tensor:
         logits: Tensor = self._wrapped(*inputs)
@@ -111,6 +113,7 @@ class DeepSpeed(Plain):
             "zero_force_ds_cpu_optimizer": False,
         }
         self.engine, self.factor = initialize(model, mesh, settings, optimizer=self.optimizer)
+        self.saved = {"model": self.engine}
 
     def __call__(self, *inputs: Any) -> Tensor:
         logits: Tensor = self.engine(*inputs)
@@ -148,8 +151,8 @@ WRAPPERS: dict[str, type[Plain]] = {"none": Plain, "ddp": Ddp, "fsdp2": Fsdp2, "
 """By the name that --wrap takes."""
 
 
-def _data_parallel(module: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(module)
+def _data_parallel(module: nn.Module, mesh: Mesh) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module, process_group=mesh.device_mesh(flat=True).get_group())
 
 
 def _backward(wrapped: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -184,6 +184,12 @@ def load(
     return State(manifest.content["step"], manifest.content["data"], path)
 
 
+def last(folder: str | Path, mesh: Mesh) -> Path | None:
+    """The last checkpoint of a folder, as the first rank finds it; None where there is none. All ranks ask together."""
+    ranks, there = Ranks(mesh), complete(Path(folder))
+    return ranks.gathered(there[max(there)] if there else None)[0]
+
+
 def _contents(model: nn.Module, optimizer: Optimizer | None, mesh: Mesh) -> Contents | Zero:
     if not of_deepspeed(model):
         return Contents(model, optimizer)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ringattn.trainer.config import Config, run_command
@@ -47,6 +50,11 @@ BAD = {
     "--wrap zero": "--wrap",
     "--wrap ddp --ranks 1": "for several ranks",
     "--zero 4": "--zero",
+    "--save-every 5": "--folder",
+    "--save-every -1": "--save-every",
+    "--resume auto": "--folder",
+    "--resume nowhere": "no checkpoint at nowhere",
+    "--resume auto --folder x --overwrite": "--overwrite begins anew",
     "--sample x": "--folder",
     "--sample x --folder nowhere": "nowhere",
 }
@@ -171,6 +179,67 @@ def test_a_stopped_run_ends_in_one_line(texts: Path, tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "stopped\n"
+
+
+def measured(folder: Path) -> list[tuple[float, ...]]:
+    """Steps and what was computed in them, not what it cost."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "gradient_norm", "learning_rate", "held_out_loss")
+    return [tuple(line[name] for name in names if name in line) for line in lines]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(trainer: ModuleType, texts: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    line = ["--ranks", "1", "--data", str(texts), "--length", "40", "--steps", "6", "--eval-every", "3", *MODEL]
+    line += ["--save-every", "2"]
+    assert (
+        run_command(trainer.main, [*line, "--folder", str(whole), "--resume", "auto"]) == 0
+    )  # there is none: it begins
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    expected = measured(whole)
+    shutil.rmtree(whole / "checkpoints" / "step-00000006")
+    with (whole / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 7, "loss"')  # as the run was killed
+    assert run_command(trainer.main, [*line, "--folder", str(whole), "--resume", "auto"]) == 0
+    assert measured(whole) == expected
+    shutil.rmtree(whole / "checkpoints" / "step-00000006")
+    assert run_command(trainer.main, [*line, "--folder", str(parts), "--resume", str(whole)]) == 0
+    assert measured(parts) == [each for each in expected if each[0] > 4]
+    weights = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(
+    trainer: ModuleType, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--ranks", "1", "--data", str(texts), "--length", "40", "--steps", "1", *MODEL, "--save-every", "1"]
+    assert run_command(trainer.main, [*line, "--folder", str(tmp_path / "run")]) == 0
+    other = [*line, "--width", "8", "--folder", str(tmp_path / "other"), "--resume", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert run_command(trainer.main, other) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "is of another model" in err
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(trainer: ModuleType, texts: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    line = ["--ranks", "1", "--data", str(texts), "--length", "41", "--steps", "40", *MODEL]
+    line += ["--save-every", "2", "--resume", "auto", "--folder"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # as here: the same bits
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *line, str(killed)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        while not (killed / "checkpoints" / "step-00000004").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert len(measured(killed)) < 40
+    for folder in (killed, whole):
+        assert run_command(trainer.main, [*line, str(folder)]) == 0
+    assert measured(killed) == measured(whole)
 
 
 def test_where_there_is_no_bar_a_line_now_and_then(

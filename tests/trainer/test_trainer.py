@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
+import shutil
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 import ringattn
-from ringattn.trainer.config import Config, Positions
+from ringattn.trainer.config import Config, Positions, Wrap
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
 from ringattn.trainer.wrapping import Plain
@@ -17,6 +21,7 @@ from ringattn.training import scale_gradients, sum_gradients
 from tests.trainer.conftest import load_trainer
 from tests.workers import Workers
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -186,3 +191,42 @@ def test_wrappers_of_torch_train_alike(trainer: ModuleType, tiny: Config, gloo: 
             difference = compare(trace, alone)
             assert difference.largest <= TOLERANCE, difference.table()
             assert norm == pytest.approx(found[0][1], rel=1e-5)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def trained(mesh: ringattn.Mesh, config: Config) -> list[str]:
+    """A whole run on a Gloo rank; what rank 0 has measured, without costs."""
+    spec = importlib.util.spec_from_file_location("trainer_of_rank", ROOT / "launch" / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train_files, held_out_files = read_corpus(config.data)
+    module.train(config, mesh, CPU, Corpus(train_files, config.seed), Corpus(held_out_files, 0))
+    assert config.folder is not None
+    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "gradient_norm", "learning_rate", "held_out_loss")
+    return [str([line[name] for name in names if name in line]) for line in lines]
+
+
+@pytest.mark.parametrize("wrap", ["none", "ddp", "fsdp2"])
+def test_ranks_go_on_to_the_bit_from_a_checkpoint(gloo: Workers, tiny: Config, tmp_path: Path, wrap: Wrap) -> None:
+    config = dataclasses.replace(tiny, steps=4, save_every=2, eval_every=2, folder=tmp_path / "run", wrap=wrap)
+    expected, *_ = gloo.run(3, trained, config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    again, *_ = gloo.run(3, trained, dataclasses.replace(config, resume="auto"))
+    assert again == expected and len(again) == 4 + 3
+
+
+def test_another_number_of_ranks_and_wrapper_goes_on_with_the_same_losses(
+    gloo: Workers, tiny: Config, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, steps=6, save_every=3, folder=tmp_path / "run", wrap="fsdp2")
+    expected, *_ = gloo.run(4, trained, config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    other = dataclasses.replace(config, folder=tmp_path / "other", resume=str(tmp_path / "run"), wrap="ddp")
+    again, *_ = gloo.run(3, trained, other)
+    for got, wanted in zip(again, expected[-len(again) :], strict=True):
+        assert json.loads(got) == pytest.approx(json.loads(wanted), rel=1e-5)
+    assert len(again) == 3 + 1
