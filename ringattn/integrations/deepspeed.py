@@ -85,8 +85,8 @@ def initialize(
         UnsupportedError: a key or an option with which gradients are partial sums, or whatever else makes them so.
         MissingDependencyError: DeepSpeed is not installed.
     """
-    _check_world(instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns"))
-    settings = _settings(config, mesh, options)
+    settings = _settings(config, instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns"), options)
+    _check_world(mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_deprecations())
         with _without_logs():
