@@ -22,9 +22,11 @@ from torch.nn import functional
 
 from ringattn.checking import instance, integer, shown
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
+from ringattn.functional import explain
 from ringattn.integrations.architectures import SHIFTED, Reach, balance, check_router, reaches
 from ringattn.kernels import Kernel
 from ringattn.layouts import Layout
+from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
@@ -121,14 +123,37 @@ class Attached:
             refuse(self.mesh, error, scatter=scatter)
         return self._arguments(self._batch(input_ids, labels, document_lengths, scatter), labels is not None)
 
+    def explain(self, batch: Mapping[str, Any]) -> str:
+        """What each kind of layer will do with a batch, in words: this rank's plan, its layout and kernel, and why.
+
+        Sends nothing. Heads and soft cap are the config's; sinks are left out.
+        """
+        config, sharding = self.model.config, sharding_of(batch)
+        heads = (config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
+        rows, device = batch["input_ids"].shape[0], batch["input_ids"].device
+        q, k = (torch.empty(rows, n, sharding.count, dim, dtype=self.model.dtype, device=device) for n in heads)
+        how: dict[str, Any] = {
+            "sharding": sharding,
+            "mechanism": Softmax(softcap=getattr(config, "attn_logit_softcapping", None)),
+        }
+        texts = [
+            f"{self.reaches.count(layer.reach)} layers, {layer.reach}:\n"
+            + explain(q, k, k, layer.mask, schedule=layer.schedule, kernel=layer.kernel, **how)
+            for layer in _layers_of(batch)
+        ]
+        return "\n".join(texts)
+
     def collate(self, features: Sequence[Mapping[str, Any]], *, scatter: bool = True) -> dict[str, Any]:
         """A ``data_collator`` for transformers' Trainer and for loaders that Accelerate prepares.
 
         Those give every rank samples of its own. Here the samples of all ranks of a sequence become the documents of
         one long sequence, of which each rank gets its part: nothing is padded, and no document sees another. Samples
         that are long enough for all ranks come from `Repeated`, with ``scatter=False``. The Trainer counts labels over
-        all ranks and averages gradients as it should (``average_tokens_across_devices``, its default); its
-        ``label_smoothing_factor`` shifts labels within shards, and fails.
+        all ranks and averages gradients as it should (``average_tokens_across_devices``, its default), also with
+        FSDP2 and DeepSpeed; its ``label_smoothing_factor`` shifts labels within shards, and fails. An IterableDataset
+        needs ``accelerator_config={"dispatch_batches": False}``: one process would make the batches of all others.
+        With Accelerate alone, ``accelerator.backward(loss * accelerator.num_processes)``.
 
         Args:
             features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length.
@@ -280,13 +305,17 @@ def sharding_of(batch: Mapping[str, Any]) -> Sharding:
     Raises:
         InputError: the batch is another.
     """
+    return _layers_of(batch)[0].sharding
+
+
+def _layers_of(batch: Mapping[str, Any]) -> list[hooks.LayerMask]:
+    """The masks of a batch of `Attached.batch`, one for each kind of layer."""
     mask = batch.get("attention_mask")
     layers = mask.layers if isinstance(mask, hooks.ShardedMask) else mask
-    if isinstance(layers, Mapping):
-        for layer in layers.values():
-            if isinstance(layer, hooks.LayerMask):
-                return layer.sharding
-    raise InputError(f"sharding_of takes what Attached.batch returns; got attention_mask={shown(mask)}.")
+    found = list(layers.values()) if isinstance(layers, Mapping) else []
+    if not found or not all(isinstance(each, hooks.LayerMask) for each in found):
+        raise InputError(f"A batch must be what Attached.batch returns; got attention_mask={shown(mask)}.")
+    return found
 
 
 def _inside(model: object) -> PreTrainedModel:

@@ -327,6 +327,13 @@ def test_batches_that_cannot_be_sharded() -> None:
         attached.model(**{**attached.batch(ids), name: out[name]})
 
 
+def test_layers_are_explained() -> None:
+    attached = attach(build("gemma3_text"), Mesh.local())
+    words = attached.explain(attached.batch(sample(30), document_lengths=[10, 20]))
+    assert "2 layers, causal within 6 tokens:" in words and "2 layers, causal:" in words
+    assert "rank 0 of 1" in words and "documents:10,20&window:6&causal" in words
+
+
 def test_labels_cannot_be_shifted_again() -> None:
     model: Any = build("llama")
     batch = attach(model, Mesh.local()).batch(sample(12), labels=sample(12))

@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5
+CASES = ["the Trainer", "LoRA, accumulated", "the same sample", "Accelerate", "ZeRO-3, accumulated"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]
     return {case: (two[case], one[case]) for case in one}
 
 
-@pytest.mark.parametrize("case", ["the Trainer", "LoRA, accumulated", "the same sample", "Accelerate"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one(logs: dict[str, tuple[Any, Any]], case: str) -> None:
     got, expected = logs[case]
     assert len(got) == len(expected) >= 10

@@ -35,7 +35,7 @@ def dataset() -> list[dict[str, Tensor]]:
 
 
 def train(
-    mesh: ringattn.Mesh, *, lora: bool = False, accumulate: int = 1, repeated: bool = False
+    mesh: ringattn.Mesh, *, lora: bool = False, accumulate: int = 1, repeated: bool = False, zero: int | None = None
 ) -> list[dict[str, float]]:
     """What the stock Trainer logs."""
     model, data = _model(lora), dataset()
@@ -63,6 +63,8 @@ def train(
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if zero is not None and LAUNCHED:
+        arguments["deepspeed"] = _deepspeed(zero)
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(output_dir=folder, **arguments)
         trainer: Any = transformers.Trainer(model=model, args=args, **more)
@@ -70,6 +72,15 @@ def train(
         evaluated = trainer.evaluate()["eval_loss"]
     logs = [{key: log[key] for key in ("loss", "grad_norm")} for log in trainer.state.log_history if "loss" in log]
     return [*logs, {"evaluated": evaluated}]
+
+
+def _deepspeed(stage: int) -> dict[str, Any]:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and is of no use here
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {**dict.fromkeys(auto, "auto"), **own, "zero_optimization": {"stage": stage}}
 
 
 def _model(lora: bool) -> Any:
@@ -111,6 +122,7 @@ def main(file: str) -> None:
         "LoRA, accumulated": train(mesh, lora=True, accumulate=3),
         "the same sample": train(mesh, repeated=True),
         "Accelerate": accelerated(mesh),
+        "ZeRO-3, accumulated": train(mesh, accumulate=2, zero=3),
     }
     if mesh.rank == 0:
         torch.save(found, file)
