@@ -78,6 +78,14 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
             rank; on that one its own error is raised.
 
     Example:
+        Of FSDP2 with mixed precision, over all ranks; ``mesh=mesh.device_mesh()["data", "ring"]`` is HSDP::
+
+            def wrap(module):
+                precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                return fully_shard(module, mesh=mesh.device_mesh(flat=True), mp_policy=precision)
+
+            model, factor = wrap(model), gradient_factor(lambda probe, x: wrap(probe)(x).backward(), mesh)
+
         >>> import ringattn
         >>> gradient_factor(lambda probe, x: probe(x).backward(), ringattn.init())
         1.0
@@ -257,11 +265,16 @@ def _by_mesh(gradients: Iterable[Tensor]) -> dict[object, list[Tensor]]:
     """Gradients that one norm can be taken of: plain ones, or those sharded over the same mesh."""
     groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
+        kind = (getattr(gradient, "device_mesh", None), gradient.device, gradient.dtype)
+        groups.setdefault(kind, []).append(gradient)
     return groups
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
+    """In float32 at least: in bfloat16 a norm has three digits, and adds nothing once it is 256 times its summands."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    if wide != gradients[0].dtype:
+        gradients = [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

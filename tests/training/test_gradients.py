@@ -153,6 +153,11 @@ def test_clipping_and_scaling_are_those_of_torch() -> None:
         torch.testing.assert_close(clip_grad_norm(ours, norm, factor=0.125), expected)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+    narrow = nn.ParameterList([nn.Parameter(torch.zeros(999, dtype=torch.bfloat16)) for _ in range(400)])
+    for p in narrow:
+        p.grad = torch.randn_like(p)
+    exact = torch.cat([p.grad.double() for p in narrow if p.grad is not None]).norm()
+    assert float(clip_grad_norm(narrow, 1.0)) == pytest.approx(float(exact), rel=1e-6)
     scale_gradients(ours, 2)
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad / 2)  # type: ignore[operator]
     assert clip_grad_norm(nn.Linear(2, 2), 1.0) == 0
