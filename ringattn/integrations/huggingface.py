@@ -43,6 +43,10 @@ except ImportError as error:
     ) from error
 
 
+COLUMNS = ("attention_mask", "input_ids", "labels")
+"""Of samples, as long as their tokens."""
+
+
 class Attached:
     """A model whose attention looks over all ranks wherever it is given a batch made here; see `attach`.
 
@@ -156,24 +160,24 @@ class Attached:
         With Accelerate alone, ``accelerator.backward(loss * accelerator.num_processes)``.
 
         Args:
-            features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length.
+            features: samples with ``input_ids`` and, for a loss, ``labels``, lists or tensors of any length; a sample
+                that is packed itself has ``document_lengths``.
             scatter: False where the ranks of a sequence have the same samples.
 
         Raises:
-            InputError: a loader's worker calls it, where no other rank can be reached: use num_workers=0.
+            InputError: a column is not known, or samples do not have the same; or a loader's worker calls it, where no
+                other rank can be reached: use num_workers=0.
         """
         if torch.utils.data.get_worker_info() is not None:
             raise InputError(
                 "The ranks of a sequence meet where batches are made, which a loader's worker cannot: use "
                 "num_workers=0, the dataloader_num_workers of TrainingArguments."
             )
-        columns = {
-            name: torch.cat([torch.as_tensor(feature[name]) for feature in features])[None]
-            for name in ("input_ids", "labels", "attention_mask")
-            if name in features[0]
-        }
-        lengths = [len(feature["input_ids"]) for feature in features]
-        return self.batch(**columns, document_lengths=lengths, scatter=scatter)
+        try:
+            columns = _end_to_end(features)
+        except RingAttentionError as error:
+            refuse(self.mesh, error, scatter=scatter)
+        return self.batch(**columns, scatter=scatter)
 
     def _by_type(self) -> dict[str, Reach]:
         """Of every type of layer that the config lists."""
@@ -344,6 +348,27 @@ def _loss(model: PreTrainedModel) -> bool | None:
     return None if hasattr(model, "_loss_function") else SHIFTED[kind]  # of one's own, it may be anything
 
 
+def _end_to_end(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples as one row, of which each is a document, or those that it has."""
+    names = sorted(set().union(*features))
+    unknown = [name for name in names if name not in (*COLUMNS, "document_lengths")]
+    if unknown or not all(name in feature for feature in features for name in names if name in COLUMNS):
+        raise InputError(
+            f"Samples have {', '.join(COLUMNS)} or document_lengths, all of them the same; got {', '.join(names)}. "
+            f"Remove what the model does not need (remove_unused_columns of TrainingArguments)."
+        )
+    try:
+        columns: dict[str, Any] = {
+            name: torch.cat([torch.as_tensor(feature[name]).flatten() for feature in features])[None]
+            for name in names
+            if name in COLUMNS
+        }
+        own = [feature.get("document_lengths", [len(feature["input_ids"])]) for feature in features]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"Samples need input_ids, lists or tensors of integers: {error}.") from error
+    return {**columns, "document_lengths": [int(length) for lengths in own for length in lengths]}
+
+
 def _check_padding(attention_mask: Tensor | None) -> None:
     if attention_mask is None:
         return
@@ -363,8 +388,9 @@ def _documents_of(input_ids: Tensor, document_lengths: object, position_ids: Ten
     """The lengths of the documents of full position ids, which begin again at 0 in each."""
     if document_lengths is not None:
         raise InputError("Documents are told by document_lengths or by position_ids; got both.")
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1:] != input_ids.shape[1:]:
-        raise InputError(f"position_ids must be those of the full sequences, [1, {input_ids.shape[1]}].")
+    tokens = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else 0
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        raise InputError(f"position_ids must be those of the full sequences, [1, {tokens}]; got {shown(position_ids)}.")
     row = position_ids[0].cpu()
     starts = torch.nonzero(row == 0).flatten()
     lengths = torch.diff(starts, append=torch.tensor([len(row)]))

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import ringattn
 from ringattn import Mesh
 from ringattn.errors import InputError, RingAttentionError, UnsupportedError
-from ringattn.integrations.huggingface import attach, sharding_of
+from ringattn.integrations.huggingface import Repeated, attach, sharding_of
 from ringattn.trainer.parity import relative
 from ringattn.training import save_attention, sum_gradients, total
 from tests.integrations.huggingface_models import CONFIGS, build, sample
@@ -397,6 +397,58 @@ def test_autocast() -> None:
 def test_sharding_of_takes_a_sharded_batch() -> None:
     with pytest.raises(InputError, match="what Attached"):
         sharding_of({"attention_mask": None})
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_samples_that_cannot_be_collated(monkeypatch: pytest.MonkeyPatch, scatter: bool) -> None:
+    good = {"input_ids": [3, 4, 5], "labels": torch.tensor([3, 4, 5])}
+    wrong: list[dict[str, Any]] = [
+        {**good, "position_ids": [0, 1, 2]},
+        {"input_ids": [3, 4, 5]},
+        {**good, "input_ids": ["a", "b", "c"]},
+        {**good, "labels": [3]},
+        {**good, "document_lengths": [2, 2]},
+    ]
+
+    def collated(mesh: Mesh, sample: dict[str, Any]) -> None:
+        attach(build("llama"), mesh).collate([good, sample if mesh.rank else good], scatter=scatter)
+
+    for each in wrong:
+        with pytest.raises(RingAttentionError):
+            ringattn.simulate(collated, each, ring=2)
+    attached = attach(build("llama"), Mesh.local())
+    with pytest.raises(InputError, match="remove_unused_columns"):
+        attached.collate([wrong[0]])
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
+    with pytest.raises(InputError, match="num_workers=0"):
+        attached.collate([good])
+
+
+def test_samples_become_documents() -> None:
+    def collated(mesh: Mesh) -> Tensor:
+        samples: list[dict[str, Any]] = [
+            {"input_ids": [3, 4, 5, 6, 7], "document_lengths": [2, 3]},
+            {"input_ids": torch.tensor([8])},
+        ]
+        batch = attach(build("llama"), mesh).collate(samples[mesh.rank :])
+        sharding = sharding_of(batch)
+        return torch.stack([sharding.join(batch[name], 1)[0] for name in ("input_ids", "position_ids")])
+
+    for found in ringattn.simulate(collated, ring=2).results:
+        assert found.tolist() == [[3, 4, 5, 6, 7, 8, 8], [0, 1, 0, 1, 2, 0, 0]]
+
+
+def test_repeated_samples() -> None:
+    mesh, data = Mesh(ring=2, data=2), list(range(7))
+    repeated = Repeated(data, mesh, batch_size=2, seed=None)
+    batches = [[repeated[i * 2 + j] for j in range(2)] for i in range(len(repeated) // 2)]
+    assert batches == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]  # of ranks 0 to 3, and 0 and 1 again
+    shuffled = Repeated(data, mesh)
+    first = [shuffled[i] for i in range(len(shuffled))]
+    shuffled.set_epoch(1)
+    second = [shuffled[i] for i in range(len(shuffled))]
+    assert first != second and sorted(first) == sorted(second) == sorted(data * 2)
+    assert first[::2] == first[1::2]
 
 
 def test_an_empty_shard_is_refused_on_every_rank() -> None:
