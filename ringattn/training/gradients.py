@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.checking import instance, listed, number, shown
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.mesh import Mesh
+from ringattn.runtime.agreement import exchanged
 from ringattn.transports.base import Transport
 
 BUCKET = 1 << 24  # numbers that travel at once: 64 MB
@@ -36,6 +38,7 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
 
     Raises:
         UnsupportedError: a wrapper has cut the parameters, and adds up their gradients itself.
+        AgreementError: the ranks that share a sequence train different parameters.
     """
     _check_mesh(mesh)
     module = instance(model, nn.Module, "model", "a torch.nn.Module")
@@ -43,6 +46,7 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
     _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
     if mesh.size == 1:
         return
+    _compare(parameters, mesh.connected())
     for bucket in _buckets(parameters):
         _sum_bucket(bucket, mesh)
 
@@ -277,6 +281,20 @@ def _norm(gradients: list[Tensor]) -> Tensor:
         gradients = [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _compare(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
+    """Ranks that sent each other gradients of other sizes would end, or add up what does not belong together."""
+    if not transport.agrees:
+        return
+    shapes = repr([(tuple(p.shape), p.dtype) for p in parameters])
+    said = exchanged(transport, hashlib.blake2b(shapes.encode(), digest_size=8).digest(), "gradients")
+    different = [str(rank) for rank, each in enumerate(said) if each != said[0]]
+    if different:
+        raise AgreementError(
+            f"The ranks train different parameters: those of rank {', '.join(different)} have other shapes, or another "
+            f"number, than those of rank 0. Make the same model on all of them, and freeze the same parameters."
+        )
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

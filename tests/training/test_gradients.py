@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ringattn
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.training import clip_grad_norm, gradient_factor, scale_gradients, sum_gradients, total
 from ringattn.training.gradients import BUCKET, sum_over_ranks
 from tests.workers import Workers
@@ -63,6 +63,16 @@ def test_long_gradients_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> No
 
     for sums, messages in ringattn.simulate(summed, ring=2).results:
         assert sums == [[2.0] * n for n in (3, 2, 2, 9)] and messages == 3 * 2
+
+
+def test_ranks_that_train_other_parameters_all_hear_of_it() -> None:
+    def told(mesh: ringattn.Mesh) -> None:
+        model = nn.Linear(2, 2)
+        model.bias.requires_grad_(mesh.rank != 1)
+        with pytest.raises(AgreementError, match="those of rank 1 have other shapes"):
+            sum_gradients(model, mesh)
+
+    ringattn.simulate(told, ring=3)
 
 
 def test_a_share_is_summed_for_logging() -> None:
