@@ -150,10 +150,11 @@ class Config:
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """The library itself says whether it knows these names: all plans, and attention over two tokens here."""
+        """The library itself says whether it knows these names: this rank's plan, and attention over two tokens."""
         mask, length, head_dim = ringattn.Causal(), 2, self.shape.head_dim
         ring = self.world // self.replicas
-        ringattn.plan_all(mask, self.length, layout=self.layout, schedule=self.schedule, ring=ring)
+        mesh = ringattn.Mesh.virtual(ring=ring, rank=int(os.environ.get("RANK", "0")) % ring)
+        ringattn.plan(mask, ringattn.Sharding(self.length, mesh, self.layout, mask), self.schedule)
         sharding = ringattn.Sharding(length, ringattn.init(transport="local"), layout=self.layout, mask=mask)
         q, k, v = (
             torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, self.dtype))
