@@ -110,12 +110,13 @@ class Loader:
         """The rest of the epoch; after it the next one begins."""
         items = self._stream() if self._fetch is None else iter(self._fetch)
         while True:
-            try:
-                made = next(items, None)
-            except Exception as error:  # the other ranks are about to compare their samples with this one's
-                refuse(self.mesh, error, scatter=self._options["scatter"])
+            made = _next(items)
             if self._fetch is None and not all_have(self.mesh, made is not None):
+                if isinstance(made, Exception):
+                    raise made
                 break
+            if isinstance(made, Exception):  # the other ranks are about to compare their samples with this one's
+                refuse(self.mesh, made, scatter=self._options["scatter"])
             if made is None:
                 break
             self.consumed += self.share
@@ -247,8 +248,9 @@ class _Keys:
         for sampler in (batches, inner):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.owner.epoch)
-        if type(inner) is not RandomSampler:
-            return batches  # type: ignore[no-any-return]
+        if type(inner) is not RandomSampler or (inner is not batches and type(batches) is not BatchSampler):
+            own = {getattr(sampler, "generator", None) for sampler in (batches, inner)} - {None}
+            return _drawn(batches, [*own], self.owner.seed, self.owner.epoch)
         order = self._shuffled(inner)
         return order if inner is batches else BatchSampler(order, batches.batch_size, batches.drop_last)
 
@@ -287,17 +289,50 @@ def _seeds(*numbers: int) -> list[int]:
     return [int(word) for word in np.random.SeedSequence(numbers).generate_state(3)]
 
 
+def _next(items: Iterator[Any]) -> Any:
+    """The next item, None at the end; an error is returned, which the other ranks must hear of before it is raised."""
+    try:
+        return next(items, None)
+    except Exception as error:
+        return error
+
+
+def _drawn(items: Iterable[Any], own: Sequence[torch.Generator], *numbers: int) -> Iterator[Any]:
+    """What a sampler of the user's gives, whatever it draws from: the same on every rank, and when it is gone on with.
+
+    Args:
+        own: the generators that it draws from.
+        numbers: of the seed.
+    """
+    iterator: Iterator[Any] | None = None
+    for number in itertools.count():
+        with _drawing(*numbers, number, 1, own=own):  # not the seed of what datasets draw for this batch
+            iterator = iter(items) if iterator is None else iterator
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
 @contextmanager
-def _drawing(*numbers: int) -> Iterator[None]:
-    """Random numbers of torch, NumPy and Python from a seed made of these numbers; as they were before, afterwards."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (datasets draw from it)
+def _drawing(*numbers: int, own: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python from a seed made of these numbers; as they were before, afterwards.
+
+    Args:
+        own: generators of the user's, beside torch's default one.
+    """
+    generators = [torch.default_generator, *own]
+    states = [g.get_state() for g in generators], np.random.get_state(), random.getstate()  # noqa: NPY002
     first, second, third = _seeds(*numbers)
-    torch.default_generator.manual_seed(first)
-    np.random.seed(second)  # noqa: NPY002
+    for generator in generators:
+        generator.manual_seed(first)
+    np.random.seed(second)  # noqa: NPY002 (datasets draw from it)
     random.seed(third)
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
+        for generator, state in zip(generators, states[0], strict=True):
+            generator.set_state(state)
         np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])

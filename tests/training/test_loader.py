@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import ringattn
 from ringattn.errors import AgreementError, InputError
@@ -140,6 +149,38 @@ def test_a_sampler_of_the_users_own_is_followed() -> None:
         Loader(DataLoader(Numbered(6), sampler=distributed), one())
 
 
+class Pairs(BatchSampler):
+    """Batches of its own kind, over a shuffled order."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in self.sampler:
+            yield [index, index]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"sampler": SubsetRandomSampler(range(6)), "batch_size": 1},
+        lambda: {"sampler": SubsetRandomSampler(range(6), torch.Generator().manual_seed(1)), "batch_size": 1},
+        lambda: {"sampler": WeightedRandomSampler([1.0] * 6, 6, replacement=False), "batch_size": 1},
+        lambda: {"batch_sampler": Pairs(RandomSampler(range(6)), 2, False)},
+    ],
+)
+def test_samplers_that_draw_give_every_rank_one_order_and_are_gone_on_with(options: Any) -> None:
+    def loader() -> Loader:
+        return Loader(DataLoader(Numbered(6), **options()), one())
+
+    torch.manual_seed(1)
+    whole = loader()
+    first, second = seen(whole), seen(whole)
+    assert {batch[0][0] for batch in first} == {*range(6)} and first != second
+    torch.manual_seed(2)
+    broken_off = loader()
+    begun = [batch.tokens.tolist() for _, batch in zip(range(2), broken_off, strict=False)]
+    assert begun + seen(broken_off) == first
+    assert seen(broken_off) == second
+
+
 def test_a_stream_is_read_to_its_end_and_gone_on_with() -> None:
     loader = Loader(DataLoader(Stream(), batch_size=2), one())
     whole = [[row[0] for row in batch] for batch in seen(loader)]
@@ -160,6 +201,25 @@ def test_a_dataset_that_fails_on_one_rank_is_heard_by_the_others() -> None:
     first, second, third = ringattn.simulate(told, ring=3).results
     assert second == "the disk is gone"
     assert first == third == "Rank 1 refused its sample: OSError: the disk is gone"
+
+
+class BrokenStream(Stream):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.full((LENGTH,), 0)
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_a_stream_that_fails_on_one_rank_is_heard_by_the_others(scatter: bool) -> None:
+    def told(mesh: ringattn.Mesh) -> str:
+        loader = Loader(DataLoader((BrokenStream if mesh.rank == 1 else Stream)()), mesh, scatter=scatter)
+        with pytest.raises((OSError, AgreementError)) as caught:
+            list(loader)
+        return str(caught.value)
+
+    first, second = ringattn.simulate(told, ring=2).results
+    assert second == "the disk is gone"
+    assert first == "Rank 1 refused its sample: OSError: the disk is gone"
 
 
 def _replicas(mesh: ringattn.Mesh) -> Any:
