@@ -48,7 +48,7 @@ def tiled(module: nn.Module, tokens: int = TILE) -> nn.Module:
     keep their names.
 
     Args:
-        module: takes one tensor ``[B, S_local, width]`` and returns one of as many tokens.
+        module: takes one tensor ``[B, S_local, width]``, or ``[tokens, width]``, and returns one of as many tokens.
         tokens: of a tile, at most.
 
     Example:
@@ -61,9 +61,9 @@ def tiled(module: nn.Module, tokens: int = TILE) -> nn.Module:
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         whole = functools.partial(kind.forward, self)
-        if x.shape[1] <= size:
+        if x.shape[-2] <= size:
             return checkpoint(whole, x, use_reentrant=False)  # type: ignore[no-any-return]
-        return torch.cat([checkpoint(whole, tile, use_reentrant=False) for tile in x.split(size, dim=1)], dim=1)
+        return torch.cat([checkpoint(whole, tile, use_reentrant=False) for tile in x.split(size, dim=-2)], dim=-2)
 
     module.__class__ = type(f"Tiled{kind.__name__}", (kind,), {"forward": forward})
     return module

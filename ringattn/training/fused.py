@@ -12,12 +12,13 @@ With smoothing e and weight w of the z-loss the loss of a token with label y is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ringattn.errors import InputError
 from ringattn.training.sample import IGNORED
 
 _LIBRARY = torch.library.Library("ringattn", "FRAGMENT")
@@ -80,9 +81,24 @@ class _Head:
             yield some, (slope if capped is None else slope.mul_(capped)).to(self.hidden.dtype)
 
 
+def _in_given_dtypes(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op without autocast, which would have forward and backward compute other logits."""
+
+    def run(*inputs: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return op(*inputs)
+
+    return run
+
+
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The sum of the tokens' losses, and lse [kept tokens]."""
+    """The sum of the tokens' losses, and lse of all tokens, 0 where there is no label."""
     head, kept = _Head.over(*inputs)
+    if len(kept) and not 0 <= int(head.labels.min()) <= int(head.labels.max()) < len(head.weight):
+        raise InputError(
+            f"Labels must be words of the vocabulary, 0 to {len(head.weight) - 1}, or {IGNORED} for none; got "
+            f"{int(head.labels.min())} to {int(head.labels.max())}."
+        )
     lse = torch.full((len(kept),), -torch.inf, dtype=head.wide, device=kept.device)
     target, total = torch.zeros_like(lse), torch.zeros_like(lse)
     for some, logits in head.chunks():
@@ -130,8 +146,8 @@ def _fake_backward(_grad: Tensor, _lse: Tensor, *inputs: Any) -> tuple[Tensor, T
     return a, b, c
 
 
-_LIBRARY.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_cross_entropy_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cross_entropy", _in_given_dtypes(_forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cross_entropy_backward", _in_given_dtypes(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("ringattn::linear_cross_entropy", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("ringattn::linear_cross_entropy_backward", _fake_backward, lib=_LIBRARY)
 

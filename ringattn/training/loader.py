@@ -244,15 +244,16 @@ class _Keys:
         """The indices of every batch of the epoch: a list, or one where the user's loader does not collate."""
         loader = self.owner.loader
         batches: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        inner = getattr(batches, "sampler", batches)
+        inner: Any = getattr(batches, "sampler", batches)
         for sampler in (batches, inner):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.owner.epoch)
-        if type(inner) is not RandomSampler or (inner is not batches and type(batches) is not BatchSampler):
-            own = {getattr(sampler, "generator", None) for sampler in (batches, inner)} - {None}
-            return _drawn(batches, [*own], self.owner.seed, self.owner.epoch)
-        order = self._shuffled(inner)
-        return order if inner is batches else BatchSampler(order, batches.batch_size, batches.drop_last)
+        if type(inner) is not RandomSampler or type(batches) not in (RandomSampler, BatchSampler):
+            found = {getattr(sampler, "generator", None) for sampler in (batches, inner)}
+            own = [generator for generator in found if isinstance(generator, torch.Generator)]
+            return _drawn(batches, own, self.owner.seed, self.owner.epoch)
+        order: Any = self._shuffled(inner)
+        return BatchSampler(order, batches.batch_size, batches.drop_last) if type(batches) is BatchSampler else order
 
     def _shuffled(self, sampler: RandomSampler) -> list[int]:
         """The order of a RandomSampler, drawn from the seed and the epoch."""

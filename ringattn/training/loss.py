@@ -53,7 +53,8 @@ def token_loss(logits: Tensor, batch: Labelled, *, label_smoothing: float = 0.0,
     labels = batch.labels.flatten().to(logits.device)
     losses = functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
     if z_weight:
-        losses = losses + z_weight * wide[labels != IGNORED].logsumexp(1).square().sum()
+        lse = torch.where(labels != IGNORED, wide.logsumexp(1), 0)  # picking rows would not compile
+        losses = losses + z_weight * lse.square().sum()
     return losses / max(batch.count, 1)
 
 
@@ -75,7 +76,8 @@ def linear_cross_entropy(
     Tokens without a label are left out.
 
     Args:
-        hidden: ``[B, S_local, H]``, the last hidden states.
+        hidden: ``[B, S_local, H]``, the last hidden states. Where autocast is on, they, the weight and the bias are
+            converted to its dtype, as by a linear layer.
         weight: ``[V, H]``, of the language model's head, whole.
         bias: ``[V]``.
         softcap: logits are ``softcap * tanh(logits / softcap)``; 0 for none.
@@ -88,11 +90,20 @@ def linear_cross_entropy(
     numbers = [number(softcap, "softcap", least=0), *_weights(label_smoothing, z_loss)]
     integer(chunk, "chunk", least=1)
     _check_tensors({"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias}), batch)
+    hidden, weight = _as_linear(hidden), _as_linear(weight)
+    bias = None if bias is None else _as_linear(bias)
     _check_shapes(hidden, weight, bias, batch)
     labels = batch.labels.flatten().to(hidden.device)
     losses, _ = torch.ops.ringattn.linear_cross_entropy(hidden.flatten(0, 1), weight, bias, labels, numbers, chunk)
     total: Tensor = losses
     return total / max(batch.count, 1)
+
+
+def _as_linear(x: Tensor) -> Tensor:
+    """In the dtype in which a linear layer would take it."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _weights(label_smoothing: float, z_loss: float) -> tuple[float, float]:

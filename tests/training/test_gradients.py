@@ -173,6 +173,16 @@ def test_clipping_and_scaling_are_those_of_torch() -> None:
     assert clip_grad_norm(nn.Linear(2, 2), 1.0) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [6e4, 300.7, 1e-5])
+def test_a_norm_of_half_precision_has_the_range_and_digits_of_float32(dtype: torch.dtype, size: float) -> None:
+    parameter = nn.Parameter(torch.zeros(2, dtype=dtype))
+    parameter.grad = torch.tensor([size, 0], dtype=dtype)
+    before = parameter.grad.double().norm()
+    assert abs(clip_grad_norm([parameter], 1.0) / before - 1) < 1e-6
+    torch.testing.assert_close(parameter.grad.double().norm(), before.clamp(max=1), rtol=8e-3, atol=0)
+
+
 def test_what_zero_holds_is_refused_by_name() -> None:
     model = nn.Linear(2, 2)
     model.weight.grad = torch.zeros(2, 2)

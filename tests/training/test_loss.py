@@ -111,6 +111,42 @@ def test_the_fused_loss_is_an_op_that_compiles() -> None:
     assert torch.equal(compiled(row, weight, batch), linear_cross_entropy(row, weight, batch))
 
 
+@pytest.mark.parametrize("backward_too", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_fused_loss_is_that_of_a_linear_layer(backward_too: bool, weight_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 32, requires_grad=True)
+    weight = torch.randn(300, 32, dtype=weight_dtype, requires_grad=True)
+    batch = Labels(torch.randint(0, 300, (1, 40)), 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden[None], weight, batch, chunk=500)
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward_too):
+        found = torch.autograd.grad(loss, (hidden, weight))
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    exact = token_loss((rounded[0] @ rounded[1].T)[None], batch)
+    for ours, right, x in zip(found, torch.autograd.grad(exact, rounded), (hidden, weight), strict=True):
+        assert ours.dtype == x.dtype and relative(ours, right) < 1e-2
+
+
+@pytest.mark.parametrize("label", [-1, WORDS, WORDS + 1000])
+def test_labels_outside_the_vocabulary_are_refused(label: int) -> None:
+    batch = Labels(torch.tensor([[1, label, IGNORED]]), 2)
+    with pytest.raises(InputError, match="words of the vocabulary, 0 to 32"):
+        linear_cross_entropy(torch.ones(1, 3, WIDTH), torch.ones(WORDS, WIDTH), batch, chunk=20)
+
+
+def test_the_loss_of_logits_compiles() -> None:
+    torch.manual_seed(0)
+    logits, batch = torch.randn(1, 9, WORDS), Labels(torch.randint(0, WORDS, (1, 9)), 8)
+    batch.labels[0, 3] = IGNORED
+
+    def loss(x: Tensor) -> Tensor:
+        return token_loss(x, batch, label_smoothing=0.1, z_loss=0.2)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), loss(logits))
+
+
 class Largest(TorchDispatchMode):
     """The numbers of the largest tensor that an operation has made."""
 
