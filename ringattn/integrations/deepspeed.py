@@ -1,9 +1,9 @@
 """DeepSpeed on a mesh: its engine for ZeRO 0 to 3, with the factor of its gradients; and its `DistributedAttention`.
 
 To DeepSpeed, all ranks of the mesh are data-parallel ranks. It needs no mpu, no mesh and no word of the sequence:
-gradients of all ranks are averaged, optimizer states and weights cut over all of them. What else it offers adds up
-gradients of replicas alone at one stage or another (measured with 0.19.8): ``mesh_param`` at stage 1,
-``sequence_parallel_size`` with ``data_parallel_size`` at 0 to 2, an mpu with a group of sequences and replicas at 3.
+gradients of all ranks are averaged, optimizer states and weights cut over all of them. What it offers beside that adds
+up gradients of replicas alone at one stage or another (measured with 0.19.8, `scripts/bench wrappers`): ``mesh_param``,
+and the sizes of sequences and replicas in its config, at stages 0 to 2; an mpu with groups of both at 3.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _without_logs() -> Iterator[None]:
 def _without_deprecations() -> Iterator[None]:
     """Of DeepSpeed's own calls of PyTorch and others."""
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, UserWarning):
+        for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         yield
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -288,13 +289,22 @@ def partial_sums(worker: Worker) -> dict[str, str]:
     mesh: ringattn.Mesh = worker.kept["mesh"]
     if mesh.axes != {"data": 2, "ring": 2, "ulysses": 1}:
         return {}
+    zero(nn.Linear(1, 1), mesh, Case("", 2, 2, 1, "even"), stage=0)  # DeepSpeed has started, as it does with a mesh
     said = {}
     for name, step in configurations(mesh):
         try:
             said[name] = f"not refused: factor {gradient_factor(step, mesh):g}"
         except UnsupportedError as error:
-            said[name] = str(error).partition(" ranks of ")[2].partition(", and training")[0]
+            said[name] = str(error).partition(". ")[2].partition(": these are")[0]
+    forget()
     return said
+
+
+def forget() -> None:
+    """DeepSpeed keeps, in the process, what an engine was told of the sequence: none after it may find it."""
+    from deepspeed.utils import groups
+
+    groups.mpu, groups.mesh_device = None, None
 
 
 def configurations(mesh: ringattn.Mesh) -> Iterator[tuple[str, Callable[[nn.Module, Tensor], object]]]:
@@ -327,9 +337,8 @@ def with_deepspeed(stage: int, own: dict[str, Any], **options: Any) -> Callable[
 
     def step(probe: nn.Module, x: Tensor) -> None:
         import deepspeed
-        from deepspeed.utils import groups
 
-        groups.mpu, groups.mesh_device = None, None  # what the configuration before has left
+        forget()
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
@@ -399,7 +408,11 @@ def main() -> int:
     largest = max(data * ring for data, ring in options.mesh)
     with Team(largest) as team, tempfile.TemporaryDirectory(prefix="ringattn-wrappers-") as folder:
         team.call(quiet)
-        for data, ring in options.mesh:
+        if largest >= 4 and any(wrapper.startswith("ZeRO") for wrapper in options.wrapper):
+            team.call(regroup, 2, 2, tempfile.mkdtemp(dir=folder))
+            said = team.call(partial_sums)[0]
+        # The largest first: DeepSpeed counts modules in each process, and compares the counts of its ranks.
+        for data, ring in sorted(options.mesh, key=math.prod, reverse=True):
             team.call(regroup, data, ring, folder)
             for accumulation, shards in kinds:
                 expected = one_process(Case("", data, ring, accumulation, shards))
@@ -408,9 +421,6 @@ def main() -> int:
                     (found, *_) = team.call(train, case)
                     assert found is not None
                     results[case] = difference(found, expected)
-        if largest >= 4 and any(wrapper.startswith("ZeRO") for wrapper in options.wrapper):
-            team.call(regroup, 2, 2, tempfile.mkdtemp(dir=folder))
-            said = team.call(partial_sums)[0]
     print("\n".join(table(results, options.wrapper, options.mesh)))
     worst = max(results, key=lambda case: results[case].largest)
     print(

@@ -129,6 +129,23 @@ def test_partial_sums_of_whatever_cause_are_refused(gloo: Workers) -> None:
         assert "partial sums" in said
 
 
+def told_of_the_sequence(mesh: ringattn.Mesh) -> dict[str, str]:
+    worker = Worker(mesh.rank, mesh.size)
+    worker.kept["mesh"] = replicas(2)
+    return wrappers.partial_sums(worker)
+
+
+def test_what_deepspeed_is_told_of_a_sequence_gives_partial_sums(gloo: Workers) -> None:
+    """The table's list: where a later version sums all of them, the list, and what is refused, may be shorter."""
+    for said in gloo.run(4, told_of_the_sequence):
+        right = {name for name, text in said.items() if "not at all those of rank" not in text}
+        assert right == {
+            *(f"ZeRO {stage}, an mpu with sequence-data groups" for stage in range(3)),
+            "ZeRO 3, mesh_param=(2, 2)",
+            "ZeRO 3, sizes of sequences and replicas in its config",
+        }
+
+
 def by_hand(mesh: ringattn.Mesh) -> dict[str, float]:
     """The probe, around `deepspeed.initialize` itself."""
     found = {}
