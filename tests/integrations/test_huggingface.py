@@ -69,9 +69,12 @@ def step(mesh: Mesh, name: str, ids: Tensor, lengths: tuple[int, ...] | None) ->
 
 
 def _generated(model: Any, ids: Tensor) -> Tensor | None:
+    """Of two prompts, the shorter one padded on its left."""
     if not model.can_generate():
         return None
-    found: Tensor = model.generate(ids[:, :6], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    prompts, mask = ids[:, :12].reshape(2, 6).clone(), torch.ones(2, 6, dtype=torch.int64)
+    prompts[1, :2] = mask[1, :2] = 0
+    found: Tensor = model.generate(prompts, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
     return found
 
 
