@@ -163,13 +163,26 @@ def _chunked(config: Any) -> list[Reach]:
 
 
 _LAYERS = {
-    "llama": _causal,
-    "qwen2": _by_layer,
-    "qwen3": _by_layer,
-    "mistral": _one_window,
+    "cohere2": _by_layer,  # layers without positions
+    "deepseek_v3": _causal,  # values of another size than keys
+    "exaone4": _by_layer,
+    "gemma": _causal,
     "gemma2": _by_layer,  # a soft cap
     "gemma3_text": _by_layer,  # rotary embeddings for each type of layer
+    "glm4": _causal,
     "gpt_oss": _by_layer,  # sinks, and experts that look at one token each
+    "granite": _causal,
+    "llama": _causal,
     "llama4_text": _chunked,
+    "mistral": _one_window,
+    "mixtral": _one_window,
     "modernbert": _encoder,
+    "olmo2": _causal,
+    "olmo3": _by_layer,
+    "phi3": _one_window,
+    "qwen2": _by_layer,
+    "qwen3": _by_layer,
+    "qwen3_moe": _causal,
+    "smollm3": _by_layer,  # layers without positions
+    "starcoder2": _one_window,
 }

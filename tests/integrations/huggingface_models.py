@@ -41,11 +41,36 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("ModernBertForMaskedLM", {"local_attention": 10, "global_attn_every_n_layers": 2}),
 }
 
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("Cohere2ForCausalLM", MIXED),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    ),
+    "exaone4": ("Exaone4ForCausalLM", MIXED),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 8}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 8}),
+    "granite": ("GraniteForCausalLM", {"attention_multiplier": 0.5}),
+    "mixtral": ("MixtralForCausalLM", {"sliding_window": 7, "num_local_experts": 4}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo3": ("Olmo3ForCausalLM", MIXED),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 7}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {**MIXED, "use_sliding_window": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 7}),
+}
+"""Relatives of those, tested less."""
+
 
 def build(name: str, **more: Any) -> PreTrainedModel:
     """A tiny model of this architecture, the same on every rank."""
     torch.manual_seed(0)
-    kind, options = CONFIGS[name]
+    kind, options = (CONFIGS | MORE)[name]
     cls = getattr(transformers, kind)
     sizes = {k: v for k, v in SIZES.items() if name != "modernbert" or k != "num_key_value_heads"}
     model: PreTrainedModel = cls(cls.config_class(**{**sizes, **options, **more}))

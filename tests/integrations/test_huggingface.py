@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from transformers.trainer_pt_utils import LabelSmoother
 import ringattn
 from ringattn import Mesh
 from ringattn.errors import InputError, RingAttentionError, UnsupportedError
+from ringattn.integrations.architectures import reaches
 from ringattn.integrations.huggingface import Repeated, attach, sharding_of
 from ringattn.trainer.parity import relative
 from ringattn.training import save_attention, sum_gradients, total
-from tests.integrations.huggingface_models import CONFIGS, build, sample
+from tests.integrations.huggingface_models import CONFIGS, MORE, build, sample
 from tests.workers import Workers
 
 LIMIT = 1e-5
+EXPERTS = ("deepseek_v3", "mixtral", "qwen3_moe")  # those whose tokens are grouped; gpt_oss and Llama 4 ask all experts
 DOCUMENTS = (11, 1, 18, 7)
 
 
@@ -78,9 +81,10 @@ def _generated(model: Any, ids: Tensor) -> Tensor | None:
     return found
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", CONFIGS)
+EVERY = [(name, size, packed) for name in CONFIGS for size in (2, 3) for packed in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "size", "packed"), [*EVERY, *((name, 3, True) for name in MORE)])
 def test_a_sharded_model_is_the_model(gloo: Workers, name: str, size: int, packed: bool) -> None:
     ids = sample(sum(DOCUMENTS))
     logits, loss, expected = reference(name, ids, DOCUMENTS if packed else (ids.shape[1],))
@@ -94,9 +98,15 @@ def test_a_sharded_model_is_the_model(gloo: Workers, name: str, size: int, packe
         assert not got["implementation"].startswith("ringattn")
 
 
-def probe(mesh: Mesh, name: str, ids: Tensor) -> Tensor:
-    """The largest change of logits outside the first document when a token of it changes, in bits of the logits."""
+def probe(mesh: Mesh, name: str, ids: Tensor) -> tuple[bool, float]:
+    """Whether a token of the first document moves its own logits, and the most that it moves any of another document.
+
+    Experts get other tokens beside each document's own, and round otherwise: models that have some are asked in
+    float64, in which that is less than any leak.
+    """
     model: Any = build(name)
+    if name in EXPERTS:
+        model = model.double()
     attached = attach(model, mesh)
     found = []
     for token in (3, 4):
@@ -105,15 +115,22 @@ def probe(mesh: Mesh, name: str, ids: Tensor) -> Tensor:
         with torch.no_grad():
             logits = model(**batch).logits
         found.append(sharding_of(batch).join(logits, 1))
-    changed: Tensor = found[0] != found[1]
-    return changed.any(-1)[0]
+    moved = (found[0] - found[1]).abs().amax(-1)[0]
+    return bool(moved[DOCUMENTS[0] // 2] > 0), float(moved[DOCUMENTS[0] :].max())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_every_known_model_is_tested() -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        reaches(transformers.FalconConfig())
+    known = re.findall(r"attaches to (.*); got", str(refusal.value))[0].split(", ")
+    assert sorted(known) == sorted(CONFIGS | MORE)
+
+
+@pytest.mark.parametrize("name", CONFIGS | MORE)
 def test_no_bit_of_a_document_moves_with_another(gloo: Workers, name: str) -> None:
-    for moved in gloo.run(3, probe, name, sample(sum(DOCUMENTS))):
-        assert moved[DOCUMENTS[0] // 2]
-        assert not moved[DOCUMENTS[0] :].any()
+    for moved, leaked in gloo.run(3, probe, name, sample(sum(DOCUMENTS))):
+        assert moved
+        assert leaked <= (1e-13 if name in EXPERTS else 0)
 
 
 def ways_to_say_documents(mesh: Mesh) -> list[tuple[Tensor, Tensor]]:
