@@ -33,7 +33,7 @@ class Ranks:
         instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
         alone = mesh.size == 1 and isinstance(mesh.transport, Local)
         self.group: dist.ProcessGroup | None = None if alone else mesh.device_mesh(flat=True).get_group()
-        self.rank = mesh.rank
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
 
     def gathered(self, value: T) -> list[T]:
         """Every rank's value, by rank."""

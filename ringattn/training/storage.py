@@ -53,6 +53,7 @@ DTYPES = {
 CONTENT = {"step", "data", "optimizer", "random"}
 PARSING = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What looking for something in a text that may say anything can raise."""
+_HEAD_BYTES = 4096
 _STEP = re.compile(r"step-(\d{8,})")
 _RETIRED = re.compile(r"\.step-(\d{8,})\.old")
 
@@ -164,9 +165,17 @@ def complete(folder: Path) -> dict[int, Path]:
     """The checkpoints of a folder, by their step: those that have been written to the end."""
     if not folder.is_dir():
         return {}
-    names = [path for path in folder.iterdir() if (path / MANIFEST).is_file()]
+    names = [path for path in folder.iterdir() if _is_ours(path)]
     found = {int(match[1]): path for path in names if (match := _RETIRED.fullmatch(path.name))}
     return found | {int(match[1]): path for path in names if (match := _STEP.fullmatch(path.name))}
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with (path / MANIFEST).open("rb") as file:
+            return bool(json.loads(file.readline(_HEAD_BYTES))["format"] == FORMAT)
+    except PARSING:
+        return False
 
 
 class Writer(StorageWriter):
@@ -189,6 +198,10 @@ class Writer(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:
+            if self.path.exists() and not _is_ours(self.path):
+                raise CheckpointError(
+                    f"{self.path} is there, and is no checkpoint of ringattn. Save to another folder."
+                )
             shutil.rmtree(self._new, ignore_errors=True)  # of a save that was killed
             self._new.mkdir(parents=True)
 

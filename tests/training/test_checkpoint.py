@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -130,6 +131,42 @@ def test_what_one_wrapper_saves_every_other_loads_at_any_number_of_ranks(
             assert further == pytest.approx(losses, rel=1e-6)
 
 
+def tied() -> nn.Module:
+    model = Model()
+    model.second[1].weight = nn.Parameter(model.first.weight.detach().T.repeat(1, 2)[:, :7].clone())
+    model.again = model.second[1]
+    return model
+
+
+def two_replicas(_: ringattn.Mesh, folder: str, load: bool) -> tuple[dict[str, Tensor], float]:
+    """Two replicas of two ranks in HSDP, a module in two places; and a number that is the same within a replica."""
+    torch_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = ringattn.Mesh.from_device_mesh(torch_mesh, ring="cp", data="dp")
+    model = tied()
+    fully_shard(model, mesh=torch_mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.manual_seed(mesh.coordinates["data"] + 10 * load)
+    if load:
+        checkpoint.load(folder, model=model, optimizer=optimizer, mesh=mesh)
+    else:
+        trained(model, optimizer, range(2))
+        checkpoint.save(folder, model=model, optimizer=optimizer, step=2, mesh=mesh)
+    return snapshot(model, optimizer), float(torch.rand(()))
+
+
+def test_replicas_of_sharded_models(gloo: Workers, tmp_path: Path) -> None:
+    before = gloo.run(4, two_replicas, str(tmp_path), False)
+    after = gloo.run(4, two_replicas, str(tmp_path), True)
+    for (saved, drawn), (found, again) in zip(before, after, strict=True):
+        assert equal(saved, found) and drawn == again
+    numbers = [drawn for _, drawn in before]
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3]
+    size = sum(path.stat().st_size for path in (tmp_path / "step-00000002").glob("*.bin"))
+    random_bytes = 4 * (8 * 627 + 8 * 626 + 5056)
+    weights = sum(x.numel() * x.element_size() for name, x in before[0][0].items() if "again" not in name)
+    assert size < weights + 1.1 * random_bytes  # replicas are written once, and so is a module in two places
+
+
 def test_compiled_modules_have_the_names_of_their_own(tmp_path: Path) -> None:
     mesh = ringattn.Mesh.local()
     before, _ = saved(mesh, str(tmp_path), "plain")
@@ -175,6 +212,18 @@ def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
     (tmp_path / "step-00000007").rename(tmp_path / ".step-00000007.old")  # killed between two renames
     assert load_small(mesh, tmp_path) == 7
+
+
+def test_nothing_of_others_is_replaced_or_removed(tmp_path: Path) -> None:
+    mesh, theirs = ringattn.Mesh.local(), tmp_path / "step-00000002"
+    theirs.mkdir()
+    (theirs / MANIFEST).write_text('{"of": "something else"}')
+    for step in (1, 3, 4):
+        small(mesh, tmp_path, step, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    with pytest.raises(CheckpointError, match="step-00000002 is there, and is no checkpoint"):
+        small(mesh, tmp_path, 2)
+    assert theirs.exists()
 
 
 def in_the_background(mesh: ringattn.Mesh, folder: str) -> tuple[bool, int, str]:
@@ -299,7 +348,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
     manifest_cut: "its checksum is another",
     manifest_edited: "its checksum is another",
     file_lost: "No such file",
-    pickled: "is no checkpoint of ringattn",
+    pickled: "holds no checkpoint",
     of_later_version: "has version 99",
 }
 
@@ -320,6 +369,8 @@ def test_a_damaged_one_is_refused_in_one_line_on_every_rank(
     fault(tmp_path / "step-00000003")
     for said in gloo.run(2, refused, str(tmp_path)):
         assert FAULTS[fault] in said and "\n" not in said and len(said) < 400
+    if fault is pickled:
+        assert "is no checkpoint of ringattn" in refused(ringattn.Mesh.local(), str(tmp_path / "step-00000003"))
     assert "BOMB" not in os.environ
 
 
