@@ -106,3 +106,15 @@ def test_a_model_that_makes_nothing_is_no_model() -> None:
     with pytest.raises(InputError, match="must make a transformers model"):
         load_model("torch:Size")
     assert torch.Size() is not None
+
+
+def test_experts_round_and_do_not_leak() -> None:
+    """Tokens of other documents are asked of the same expert at once, and their last bits move."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    kind: Any = transformers.AutoConfig
+    model: Any = transformers.AutoModelForCausalLM
+    mixtral = model.from_config(kind.for_model("mixtral", **sizes, **heads)).eval()
+    for parity in ringattn.simulate(lambda mesh: compare(mixtral, mesh, DOCUMENTS), ring=2).results:
+        assert parity.passed, parity
