@@ -268,7 +268,7 @@ def regroup(worker: Worker, data: int, ring: int, folder: str) -> None:
     """The first ranks become a world of their own, with nothing left of the one before."""
     size = data * ring
     comm = sys.modules.get("deepspeed.comm.comm")
-    if comm is not None:
+    if comm is not None and comm.is_initialized():
         comm.destroy_process_group()  # which forgets DeepSpeed's own groups too, but not that it had started
         vars(comm)["cdb"] = None
     if dist.is_initialized():
