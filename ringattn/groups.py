@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store, _world
+
+from ringattn.checking import shown
+from ringattn.errors import InputError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,5 +78,28 @@ class Groups:
 
 
 def _group(ranks: torch.Tensor) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(ranks.tolist(), use_local_synchronization=True)
+    members: list[int] = ranks.tolist()
+    if len(members) > 1:
+        _compare_names(members)
+    group: dist.ProcessGroup = dist.new_group(members, use_local_synchronization=True)
     return group
+
+
+def _compare_names(members: list[int]) -> None:
+    """Raises where torch would wait for ever: it names a group by how many groups a rank is in already.
+
+    Every member leaves its number in the store; the last one to come lets all of them look.
+    """
+    store, size, held = _get_default_store(), len(members), len(_world.pg_names)
+    key = f"ringattn/groups/{hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()}"
+    key = f"{key}/{store.add(f'{key}/calls of {dist.get_rank()}', 1)}"
+    store.add(f"{key}/in {held}", 1)
+    if store.add(f"{key}/here", 1) == size:
+        store.set(f"{key}/all", "")
+    store.wait([f"{key}/all"])
+    if store.add(f"{key}/in {held}", 0) != size:
+        raise InputError(
+            f"Ranks {shown(members)} of torch.distributed cannot make a group: they are in different numbers of groups "
+            f"already (this one in {held}), by which torch names the next. Ask for mesh.device_mesh() and "
+            f"mesh.data_group right after the mesh is made, before groups that only some of its ranks are in."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ringattn import Mesh
 from ringattn.conformance import Case, attend, errors, joined, oracle, simulated
 from ringattn.conformance.drawing import SCHEDULES
 from ringattn.errors import InputError
+from ringattn.groups import Groups
 from ringattn.schedules.base import Schedule
 from tests.workers import Workers
 
@@ -222,6 +224,21 @@ def test_device_meshes_and_groups_of_replicas(gloo: Workers) -> None:
             [0, 1, 2, 3],
             [[[2 * cp], [2 * cp + 1]]],
         )
+
+
+def _in_another_number_of_groups(mesh: Mesh) -> str:
+    """These ranks are: the first is in the groups of two and three ranks too."""
+    ranks = torch.arange(4).view(4, 1, 1)
+    replicas = dataclasses.replace(
+        mesh, ring=1, data=4, transport=None, groups=Groups(ranks, mesh.device_mesh().get_group("data"))
+    )
+    with pytest.raises(InputError, match="different numbers of groups") as caught:
+        replicas.data_group  # noqa: B018 (makes it)
+    return str(caught.value)
+
+
+def test_groups_that_torch_would_wait_for_are_refused_on_every_rank(gloo: Workers) -> None:
+    assert len({re.sub(r"this one in \d+", "", said) for said in gloo.run(4, _in_another_number_of_groups)}) == 1
 
 
 def test_a_mesh_without_processes_has_no_groups() -> None:

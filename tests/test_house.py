@@ -68,7 +68,7 @@ MAY: dict[str, str] = {
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
     "transports.*": "errors transports.base",
-    "groups": "",
+    "groups": "checking errors",
     "mesh": "checking errors groups transports.base transports.local transports.torch_distributed",
     "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
     "runtime.agreement": "errors readable runtime.transforms transports.base",

@@ -288,7 +288,8 @@ def attach(
 ) -> Attached:
     """Lets a model of transformers attend over all ranks of a mesh, for batches of `Attached.batch`.
 
-    Only the model's config changes, in the name of the attention implementation, which is not saved with it.
+    Only the model's config changes, in the name of the attention implementation, which is not saved with it. A model
+    with attention dropout takes its seeds from torch's: the ranks of a sequence call this with one `torch.manual_seed`.
 
     Args:
         model: a model of a known architecture, or a wrapper around one (peft, DDP, FSDP2).

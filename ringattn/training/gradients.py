@@ -225,7 +225,7 @@ def _partial_sums(found: Tensor, mesh: Mesh) -> str:
         f"The wrapper does not add up the gradients of all {mesh.size} ranks of {mesh.axes}. Rank {mesh.rank} gets "
         f"{said}: these are partial sums, and training on them is wrong. Wrap over all ranks of the mesh, as "
         f"fully_shard(model, mesh=mesh.device_mesh(flat=True)) and DistributedDataParallel(model) do, or start "
-        f"DeepSpeed with ringattn.integrations.deepspeed."
+        f"DeepSpeed with ringattn.integrations.deepspeed; and keep the wrapper until the backward pass is done."
     )
 
 
