@@ -107,12 +107,12 @@ def run(ranks: int, given: argparse.Namespace, console: Console) -> list[float]:
     return losses
 
 
-def draw(curves: dict[str, list[float]], path: Path) -> None:
+def draw(curves: dict[str, list[float]], length: int, path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for (label, losses), style in zip(curves.items(), ("-", "--"), strict=True):
         axes.plot(range(1, len(losses) + 1), losses, style, label=label, linewidth=3 if style == "-" else 1.5)
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="A Llama trained on 8,192-byte samples, twice")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title=f"A Llama trained on {length:,}-byte samples, twice")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
@@ -121,7 +121,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192, help="bytes of a sample (default 8192)")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps (default 25)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
     parser.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 64 (default 256)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all ranks together")
@@ -131,7 +131,7 @@ def main() -> None:
     console = Console()
     sharded = run(REPLICAS * RING, given, console)
     alone = run(1, given, console)
-    draw({f"ZeRO-2, {REPLICAS} replicas of {RING} ranks": sharded, "one rank": alone}, given.draw)
+    draw({f"ZeRO-2, {REPLICAS} replicas of {RING} ranks": sharded, "one rank": alone}, given.length, given.draw)
     difference = max(abs(a - b) / b for a, b in zip(sharded, alone, strict=True))
     console.print(f"largest relative difference of the loss: {difference:.1e}; drawn in {given.draw}", highlight=False)
 
