@@ -8,7 +8,6 @@ The README shows what differs from the script that trains on one rank: five line
 """
 
 import argparse
-import os
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -44,7 +43,6 @@ def main(given: argparse.Namespace) -> None:
     attached = attach(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr)
     corpus = Corpus(read_corpus(None)[0], seed=0)  # the source of Python's standard library
-    rank = int(os.environ.get("RANK", "0"))
 
     for step in range(given.steps):
         ids = corpus.pack(step, given.length).tokens
@@ -55,10 +53,10 @@ def main(given: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         loss = total(loss, mesh)
-        if rank == 0:
+        if mesh.rank == 0:
             print(f"step {step + 1:4d}  loss {loss.item():.7f}", flush=True)
 
-    if given.save and rank == 0:
+    if given.save and mesh.rank == 0:
         model.save_pretrained(given.save)
 
 

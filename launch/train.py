@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ringattn
+from ringattn.rendezvous import Launch
 from ringattn.trainer.config import Config, launched, run_command
 from ringattn.trainer.data import Corpus, read_corpus
 from ringattn.trainer.launcher import cores, start_ranks
@@ -66,9 +67,9 @@ def main(config: Config, arguments: Sequence[str]) -> int:
 
 def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     """(1) The mesh: which ranks share a sequence, and how they talk. One process needs no launcher."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_gpu = torch.cuda.device_count() >= here
-    if not launched():
+    launch = Launch.found(os.environ)
+    on_gpu = torch.cuda.device_count() >= launch.local_world
+    if not launch.started:
         mesh = ringattn.init(transport="local")
     else:
         mesh = ringattn.init(ring=config.world // config.replicas, transport="nccl" if on_gpu else "gloo")

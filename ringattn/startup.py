@@ -12,8 +12,9 @@ import torch.distributed as dist
 from ringattn.checking import MAX_RANKS, integer, number, shown
 from ringattn.errors import InputError, TransportError
 from ringattn.groups import Groups
+from ringattn.meeting import Meeting
 from ringattn.mesh import Mesh
-from ringattn.rendezvous import Rendezvous
+from ringattn.rendezvous import Launch
 from ringattn.transports.torch_distributed import TorchDistributed
 
 TRANSPORTS = ("auto", "local", "gloo", "nccl")
@@ -31,7 +32,8 @@ def init(
 ) -> Mesh:
     """The mesh of this process. Every rank calls it; one process needs no launcher.
 
-    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). A default process group that is
+    Reads the environment of torchrun, deepspeed, mpirun, srun, Kubernetes or SkyPilot, as `ringattn.rendezvous` says;
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT win where they are set. A default process group that is
     already initialised is adopted, and never destroyed. The ranks that share a sequence get a group of their own, so
     that the exchanges never meet the caller's collectives.
 
@@ -53,15 +55,21 @@ def init(
     {'data': 1, 'ring': 1, 'ulysses': 1}
     """
     refusal = _refusal(ring, ulysses, transport, timeout, agreement)
-    launched = dist.is_initialized() or "WORLD_SIZE" in os.environ
-    if refusal is not None and not launched:
-        raise refusal
-    if transport == "local" or (transport == "auto" and not launched):
+    if transport == "local":
+        if refusal is not None:
+            raise refusal
         _divide(1, ring, ulysses)
         return Mesh.local()
-    ranks = Rendezvous.found(transport, datetime.timedelta(seconds=PATIENCE if refusal else timeout))
+    launch = Launch.found({} if dist.is_initialized() else os.environ)
+    launched = dist.is_initialized() or launch.started
+    if refusal is not None and not launched:
+        raise refusal
+    if transport == "auto" and not launched:
+        _divide(1, ring, ulysses)
+        return Mesh.local()
+    ranks = Meeting.found(launch, transport, datetime.timedelta(seconds=PATIENCE if refusal else timeout))
     given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement}
-    ranks.agree(given, refusal)
+    ranks = ranks.agree(given, refusal)
     if dist.is_initialized() and transport not in ("auto", dist.get_backend()):
         raise InputError(
             f"The default process group runs on {dist.get_backend()}; got transport={transport!r}. "
@@ -70,7 +78,7 @@ def init(
     return _connected(_divide(ranks.world, ring, ulysses), ranks, transport, None if agreement == "auto" else agreement)
 
 
-def _connected(sizes: dict[str, int], ranks: Rendezvous, transport: str, agreement: bool | None) -> Mesh:
+def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement: bool | None) -> Mesh:
     """The mesh of these axes, with a group for the ranks of each sequence. All ranks ask for the same."""
     together = sizes["ring"] * sizes["ulysses"]
     try:
@@ -87,10 +95,10 @@ def _connected(sizes: dict[str, int], ranks: Rendezvous, transport: str, agreeme
     return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement), groups=Groups(world, own))
 
 
-def _start_default_group(transport: str, ranks: Rendezvous) -> None:
+def _start_default_group(transport: str, ranks: Meeting) -> None:
     backend = ("nccl" if torch.cuda.is_available() else "gloo") if transport == "auto" else transport
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(ranks.local_rank)
     dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=ranks.limit)
 
 

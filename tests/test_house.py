@@ -94,8 +94,9 @@ MAY: dict[str, str] = {
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning sharding simulator",
     "saving": "layouts masks mesh sharding",
-    "rendezvous": "readable checking errors",
-    "startup": "checking errors groups mesh rendezvous transports.torch_distributed",
+    "rendezvous": "errors",
+    "meeting": "readable checking errors rendezvous",
+    "startup": "checking errors groups mesh meeting rendezvous transports.torch_distributed",
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }

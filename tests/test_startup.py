@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import socket
@@ -9,15 +10,18 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringattn
 from ringattn.errors import InputError
+from ringattn.meeting import Meeting
 from tests.workers import Workers
 
 api: Any = ringattn  # called with what its types forbid
@@ -184,3 +188,37 @@ def test_ranks_that_start_with_other_arguments_all_learn_who_and_which(ranks: Ca
         assert time.monotonic() - started < 20, attempt
         said = ranks({"ring": 1}, {"ring": 1}, {"ring": 1})
         assert said == [f"no error: {{'data': {len(said)}, 'ring': 1, 'ulysses': 1}}"] * len(said), (attempt, said)
+
+
+def _meet(store: Any, rank: int, world: int, ring: int, limit: float = 20.0) -> str:
+    """What a meeting over this store says to a rank."""
+    try:
+        met = Meeting(store, rank, world, datetime.timedelta(seconds=limit)).agree({"ring": ring}, None)
+        met.store.set("after", "it")
+    except ringattn.RingAttentionError as error:
+        return f"{type(error).__name__}: {error}"
+    return "met"
+
+
+def test_a_store_that_outlives_its_ranks_misleads_nobody() -> None:
+    """torchrun keeps one store over restarts: of a world of other size, of meetings that never came about."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def together(world: int, rings: list[int], late: int, limit: float = 20.0) -> list[str]:
+        clients = [TCPStore("127.0.0.1", store.port, wait_for_workers=False) for _ in rings]
+
+        def start(rank: int) -> str:
+            time.sleep(0.5 if rank == late else 0)
+            return _meet(clients[rank], rank, world, rings[rank], limit)
+
+        with ThreadPoolExecutor(len(rings)) as ranks:
+            return list(ranks.map(start, range(len(rings))))
+
+    for late in (0, 1):
+        assert together(3, [1, 1, 1], late) == ["met"] * 3
+        said = together(3, [1, 1], late, limit=1.0)  # a rank never comes
+        assert said == ["TransportError: Rank 2 did not start within 1 seconds."] * 2
+        store.set("ringattn/meeting", "ringattn/meeting/of-ranks-that-were-killed")
+        store.set("ringattn/meeting/of-ranks-that-were-killed/1", '{"ring": "7"}')
+        assert together(2, [1, 1], late) == ["met"] * 2
+        assert all(each.startswith("AgreementError") for each in together(2, [1, 2], late))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -159,7 +158,7 @@ def _everywhere(mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor]) -> Resul
 
 def _device() -> str:
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return f"cuda:{torch.cuda.current_device()}"
     return "cpu"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -19,6 +20,7 @@ import ringattn
 from ringattn import kernels, layouts, schedules
 from ringattn.errors import CheckpointError, InputError, MissingDependencyError
 from ringattn.naming import by_name
+from ringattn.rendezvous import Launch
 from ringattn.trainer.model import Shape
 from ringattn.trainer.run_folder import CHECKPOINTS, WEIGHTS, holds_a_run
 
@@ -125,7 +127,8 @@ class Config:
     @property
     def world(self) -> int:
         """Ranks of the run: the launcher's, or those we are to start."""
-        return int(os.environ["WORLD_SIZE"]) if launched() else self.ranks or DEFAULT_RANKS
+        launch = Launch.found(os.environ)
+        return launch.world if launch.started else self.ranks or DEFAULT_RANKS
 
     def validate(self) -> None:
         """Raises InputError at the first thing that cannot work, before any process or connection is made."""
@@ -153,7 +156,7 @@ class Config:
         """The library itself says whether it knows these names: this rank's plan, and attention over two tokens."""
         mask, length, head_dim = ringattn.Causal(), 2, self.shape.head_dim
         ring = self.world // self.replicas
-        mesh = ringattn.Mesh.virtual(ring=ring, rank=int(os.environ.get("RANK", "0")) % ring)
+        mesh = ringattn.Mesh.virtual(ring=ring, rank=Launch.found(os.environ).rank % ring)
         ringattn.plan(mask, ringattn.Sharding(self.length, mesh, self.layout, mask), self.schedule)
         sharding = ringattn.Sharding(length, ringattn.init(transport="local"), layout=self.layout, mask=mask)
         q, k, v = (
@@ -187,7 +190,15 @@ class Config:
 
 def launched() -> bool:
     """Whether torchrun or its like started this process."""
-    return "RANK" in os.environ
+    return Launch.found(os.environ).started
+
+
+def _speaker() -> str:
+    """Which rank says it, where there are several."""
+    with contextlib.suppress(InputError):  # what is wrong with the environment is being said
+        launch = Launch.found(os.environ)
+        return f"rank {launch.rank}: " if launch.started else ""
+    return ""
 
 
 def _need(holds: bool, message: str) -> None:
@@ -222,6 +233,5 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
         message = str(error)
     except typer.Abort:  # typer's word for Ctrl-C
         return 130
-    rank = f"rank {os.environ['RANK']}: " if launched() else ""
-    sys.stderr.write(f"{rank}error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{_speaker()}error: {' '.join(message.split())}\n")
     return 2

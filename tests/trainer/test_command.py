@@ -73,8 +73,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_every_rank_of_a_launcher_refuses_before_it_connects(
     trainer: ModuleType, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, text in {"RANK": rank, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, text)
     assert run_command(trainer.main, ["--data", "nowhere"]) == 2
     assert run_command(trainer.main, ["--ranks", "2"]) == 2
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [f"rank {rank}"] * 2

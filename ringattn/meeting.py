@@ -1,0 +1,171 @@
+"""How the ranks of a run meet, and learn whether they were started alike, before any group is made.
+
+Groups are made of what `ringattn.init` was asked for: ranks that ask for other ones would wait for each other, or end
+in an error of the store that names neither. So every rank puts its arguments into the store, rank 0 compares them, and
+all read what it found.
+
+torchrun's agents keep one store over all restarts of the ranks, so it may hold what ranks that are gone have said, in a
+world of another size. Each meeting therefore has a name, drawn by rank 0 and looked for again while others wait: what
+was said under an old name reaches nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ringattn.checking import shown
+from ringattn.errors import AgreementError, InputError, TransportError
+from ringattn.readable import differing
+from ringattn.rendezvous import Launch
+
+FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
+GLANCE = datetime.timedelta(seconds=0.2)  # between two looks at the name of the meeting
+NAME = "ringattn/meeting"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Where this rank meets the others.
+
+    Attributes:
+        limit: after which a wait for another rank is an error.
+        local_rank: among the ranks of this host, where the launcher said so.
+    """
+
+    store: Store
+    rank: int
+    world: int
+    limit: datetime.timedelta
+    local_rank: int = 0
+
+    @classmethod
+    def found(cls, launch: Launch, transport: str, limit: datetime.timedelta) -> Meeting:
+        """That of the default process group, or of the launcher.
+
+        Raises:
+            InputError: there is neither.
+            TransportError: the store cannot be reached.
+        """
+        if dist.is_initialized():
+            return cls(_get_default_store(), dist.get_rank(), dist.get_world_size(), limit)
+        if not launch.started:
+            raise InputError(
+                f"transport={transport!r} needs a launcher's environment; RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT "
+                f"is not set. Start with torchrun --nproc-per-node N, or use transport='local'."
+            )
+        if launch.address is None or launch.port is None:
+            raise InputError(
+                f"transport={transport!r} needs to know where rank 0 is, and {launch.launcher} does not say: give all "
+                f"ranks MASTER_ADDR and MASTER_PORT (mpirun -x NAME=VALUE, or -genv NAME VALUE), or use "
+                f"transport='mpi'."
+            )
+        store = _store(launch, launch.address, launch.port, limit)
+        return cls(store, launch.rank, launch.world, limit, launch.local_rank)
+
+    def agree(self, given: Mapping[str, object], refusal: InputError | None) -> Meeting:
+        """Compares this rank's arguments with those of all others; every rank calls it, in the same order.
+
+        Args:
+            refusal: why this rank will not start, if it will not. It is raised when the others have been told.
+
+        Returns:
+            this meeting with a store of its own, which holds nothing yet.
+
+        Raises:
+            AgreementError: on every rank, naming the ranks and the values that differ, or the rank that refuses.
+            TransportError: a rank did not come.
+        """
+        said = {name: shown(value) for name, value in given.items()}
+        if refusal is not None:
+            said = {"refusal": f"{type(refusal).__name__}: {refusal}"}
+        try:
+            name, verdict = self._judged(json.dumps(said)) if self.rank == 0 else self._heard(json.dumps(said))
+        except RuntimeError as error:
+            raise TransportError(f"Rank {self.rank} lost the others as they started: {error}") from error
+        if refusal is not None:
+            raise refusal
+        if verdict["missing"]:
+            raise TransportError(verdict["missing"])
+        if verdict["different"]:
+            raise AgreementError(verdict["different"])
+        return dataclasses.replace(self, store=PrefixStore(name, self.store))
+
+    def _judged(self, said: str) -> tuple[str, dict[str, str]]:
+        """Rank 0's part: what is wrong, told to all."""
+        key = f"{NAME}/{uuid.uuid4()}"
+        self.store.set(f"{key}/0", said)
+        self.store.set(NAME, key)
+        keys = [f"{key}/{rank}" for rank in range(self.world)]
+        verdict, absent = {"missing": "", "different": ""}, list[int]()
+        try:
+            self.store.wait(keys, self.limit)
+            verdict["different"] = _difference([json.loads(self.store.get(each)) for each in keys])
+        except dist.DistStoreError:
+            absent = [rank for rank, each in enumerate(keys) if not self.store.check([each])]
+            names = ", ".join(map(str, absent))
+            verdict["missing"] = f"Rank {names} did not start within {self.limit.total_seconds():g} seconds."
+        self.store.set(f"{key}/verdict", json.dumps(verdict))
+        if any(verdict.values()):
+            with contextlib.suppress(RuntimeError):
+                self.store.wait([f"{key}/read/{rank}" for rank in range(1, self.world) if rank not in absent], FAREWELL)
+        return key, verdict
+
+    def _heard(self, said: str) -> tuple[str, dict[str, str]]:
+        """The others' part: what rank 0 found."""
+        key = self._joined(said)
+        verdict: dict[str, str] = json.loads(self.store.get(f"{key}/verdict"))
+        self.store.set(f"{key}/read/{self.rank}", "")
+        return key, verdict
+
+    def _joined(self, said: str) -> str:
+        """Says it in the meeting that rank 0 holds; its name, when it has been judged."""
+        deadline, spoken = time.monotonic() + (self.limit + FAREWELL).total_seconds(), ""
+        self.store.wait([NAME], self.limit)
+        while time.monotonic() < deadline:
+            key = self.store.get(NAME).decode()
+            if key == spoken:
+                with contextlib.suppress(dist.DistStoreError):
+                    self.store.wait([f"{key}/verdict"], GLANCE)
+                    return key
+            elif self.store.check([f"{key}/verdict"]):  # without this rank: a meeting that is over
+                time.sleep(GLANCE.total_seconds() / 4)
+            else:
+                self.store.set(f"{key}/{self.rank}", said)
+                spoken = key
+        raise TransportError(f"Rank {self.rank} heard nothing of rank 0 within {self.limit.total_seconds():g} seconds.")
+
+
+def _store(launch: Launch, address: str, port: int, limit: datetime.timedelta) -> Store:
+    """The store of the launcher's agent, or the one that rank 0 keeps."""
+    server = launch.rank == 0 and not launch.agent
+    try:
+        return TCPStore(address, port, launch.world, server, limit, multi_tenant=server)
+    except RuntimeError as error:  # of torch's stores
+        raise TransportError(f"The ranks could not meet at {address}:{port}: {error}") from error
+
+
+def _difference(said: list[dict[str, Any]]) -> str:
+    """In which arguments the ranks differ, or which of them refuse, in words; empty where all are alike."""
+    refused = [
+        f"Rank {rank} refused to start: {each['refusal']}" for rank, each in enumerate(said) if "refusal" in each
+    ]
+    if refused:
+        return " ".join(refused)
+    different = differing(said, said[0])
+    if not different:
+        return ""
+    return (
+        f"The ranks called init with different arguments: they differ in {different}. "
+        f"Call it with the same ones on every rank."
+    )
