@@ -195,6 +195,12 @@ def difference(a: Regions, b: Regions) -> Regions:
     return a
 
 
+def transpose(rows: Regions) -> Regions:
+    """The same pairs with queries for keys."""
+    q0, q1, k0, k1, lo, hi = rows.T
+    return np.stack([k0, k1, q0, q1, -hi, -lo], axis=1)
+
+
 def rows_between(rows: Regions, start: int, stop: int) -> Regions:
     """The pairs whose query lies in ``[start, stop)``."""
     cut = rows.copy()

@@ -31,6 +31,7 @@ def attention(
     mechanism: Mechanism = ...,
     schedule: Schedule | str = ...,
     kernel: Kernel | str = ...,
+    deterministic: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -47,6 +48,7 @@ def attention(
     mechanism: Mechanism = ...,
     schedule: Schedule | str = ...,
     kernel: Kernel | str = ...,
+    deterministic: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -62,6 +64,7 @@ def attention(
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
     schedule: Schedule | str = "auto",
     kernel: Kernel | str = "auto",
+    deterministic: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention over a sequence that is sharded over ranks. Every rank calls it with its own part.
@@ -77,6 +80,11 @@ def attention(
         mechanism: what attends; Softmax by default.
         schedule: a schedule, its name, or ``auto``, which `ringattn.plan(...).explain()` explains.
         kernel: a kernel, its name, or ``auto``.
+        deterministic: the same bits, of the output and of the gradients, for any number of ranks, layout, schedule and
+            transport: on processors and builds of PyTorch that are alike, with as many threads. It computes whole tiles
+            by the reference kernel, holds at once all the keys that a rank's queries need and, backward, the queries
+            that its keys need, and sends those too; `explain` says how much. A schedule that sums up keys (scan),
+            another kernel, an additive bias, and learned parameters that need gradients are refused.
         return_lse: whether to return the log-sum-exp too, ``[B, Hq, S_local]`` in float32 (float64 for float64),
             -inf for a query that no key may reach. It is differentiable. With learned sinks it includes them, and is
             the sink where no key is. Only softmax has one.
@@ -89,7 +97,7 @@ def attention(
         UnsupportedError: the schedule or kernel asked for cannot do this; nothing was sent.
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
-    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel)
+    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic)
     out, aux = (_compiled if torch.compiler.is_compiling() else _eager)(request, q, k, v, return_lse)
     if return_lse:
         return out, aux[mechanism.extras.index("lse")].to(torch.promote_types(q.dtype, torch.float32))
@@ -118,10 +126,12 @@ def _compiled(
     numbers: list[float] = []
     text, schedule, kernel = (spelled(x, numbers) for x in (mechanism, request.schedule, request.kernel))
     wanted = wanted_gradients(q, k, v, *params)
-    tokens = [request.mask.token, request.sharding.token, request.kv.token]
+    tokens, deterministic = [request.mask.token, request.sharding.token, request.kv.token], request.deterministic
     drawn = mechanism.new_seed()
     seed = drawn if isinstance(drawn, torch.Tensor) else torch.full((), drawn, dtype=torch.int64, device="cpu")
-    ticket = torch.ops.ringattn.prepare(q, k, v, params, tokens, seed, numbers, text, schedule, kernel, wanted)
+    ticket = torch.ops.ringattn.prepare(
+        q, k, v, params, tokens, seed, numbers, text, schedule, kernel, deterministic, wanted
+    )
     return torch.ops.ringattn.attention(q, k, v, params, ticket, numbers, text, wanted)  # type: ignore[no-any-return]
 
 
@@ -136,11 +146,12 @@ def explain(
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
     schedule: Schedule | str = "auto",
     kernel: Kernel | str = "auto",
+    deterministic: bool = False,
 ) -> str:
     """What `attention` would do with the same arguments, in words: this rank's plan, its layout and kernel, and why.
 
     Sends nothing, and needs no transport.
     """
-    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel)
+    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic)
     request.check_kinds(q, k, v)
     return request.explain(q, k, v)

@@ -320,7 +320,7 @@ def test_opcheck(mechanism: Any) -> None:
     # tickets differ from run to run, which is what the op is for
     torch.library.opcheck(
         torch.ops.ringattn.prepare.default,
-        (*inputs, params, tokens, seed, numbers, text, "auto", "auto", call.wanted),
+        (*inputs, params, tokens, seed, numbers, text, "auto", "auto", False, call.wanted),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     torch.library.opcheck(torch.ops.ringattn.attention.default, (*inputs, params, ticket, numbers, text, call.wanted))

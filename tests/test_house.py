@@ -49,6 +49,7 @@ MAY: dict[str, str] = {
     "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
+    "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
     "readable plans.plan plans.shape plans.tiles naming schedules",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
@@ -75,12 +76,17 @@ MAY: dict[str, str] = {
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
     "runtime.call": "handles kernels.base mechanisms.base plans.plan transports.base runtime.agreement "
-    "runtime.messages",
+    "runtime.gathering runtime.messages",
+    "runtime.gathering": "mechanisms.base payloads.base payloads.keys plans.cost plans.grid plans.plan "
+    "runtime.messages transports.base",
+    "runtime.deterministic": "mechanisms.base plans.grid runtime.call runtime.gathering",
     "runtime.messages": "mechanisms.base payloads.base plans.plan plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
-    "readable plans.plan plans.planning runtime.agreement runtime.call runtime.spelling schedules.base",
-    "runtime.engine": "mechanisms.base payloads.base transports.base runtime.call runtime.messages",
-    "runtime.op": "handles runtime.call runtime.engine runtime.request runtime.spelling runtime.transforms",
+    "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
+    "kernels.reference schedules.base",
+    "runtime.engine": "mechanisms.base runtime.call",
+    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
+    "runtime.transforms",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "

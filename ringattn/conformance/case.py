@@ -32,6 +32,7 @@ class Case:
         scale: of the scores, where the mechanism has one; None leaves it as it is.
         use_lse: whether the log-sum-exp gets a gradient too.
         backward: whether gradients are computed.
+        deterministic: whether the call asks for the same bits on any ranks; learned tensors get no gradients then.
     """
 
     length: int
@@ -54,6 +55,7 @@ class Case:
     kv_length: int | None = None
     kv_layout: Layout | str = "contiguous"
     backward: bool = True
+    deterministic: bool = False
 
     @property
     def heads(self) -> int:

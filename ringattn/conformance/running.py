@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,16 +54,17 @@ def attend(
         name: (own.split(x, 1) if name in mechanism.sharded else x).detach().clone().to(device)
         for name, x in mechanism.params.items()
     }
-    leaves = {"q": q, "k": k, "v": v, **params}
+    leaves = {"q": q, "k": k, "v": v, **({} if case.deterministic else params)}
     for leaf in leaves.values():
         leaf.requires_grad_(case.backward)
     mechanism = dataclasses.replace(mechanism, **params) if params else mechanism
     found: Results = {}
-    call = {"sharding": own, "kv_sharding": kv, "mechanism": mechanism, "schedule": case.schedule}
+    call: dict[str, Any] = {"sharding": own, "kv_sharding": kv, "mechanism": mechanism}
+    call |= {"schedule": case.schedule, "kernel": case.kernel, "deterministic": case.deterministic}
     if "lse" in mechanism.extras:
-        found["out"], found["lse"] = attention(q, k, v, case.mask, kernel=case.kernel, return_lse=True, **call)  # type: ignore[call-overload]
+        found["out"], found["lse"] = attention(q, k, v, case.mask, return_lse=True, **call)
     else:
-        found["out"] = attention(q, k, v, case.mask, kernel=case.kernel, **call)  # type: ignore[call-overload]
+        found["out"] = attention(q, k, v, case.mask, **call)
     if case.backward:
         loss = (found["out"] * dout).sum()
         if case.use_lse:

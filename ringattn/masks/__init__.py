@@ -7,7 +7,7 @@ no more than the class: ``module:Name`` is its text.
 """
 
 from ringattn.masks.banded import Causal, Documents, Full, Prefix, SinkTokens, Window
-from ringattn.masks.base import And, Mask, Not, Or, Positions, checked
+from ringattn.masks.base import And, Mask, Not, Or, Positions, Transposed, checked
 from ringattn.masks.blockwise import Blocks, Predicate
 from ringattn.masks.spelling import MEMBERS, parse, spellings
 
@@ -25,6 +25,7 @@ __all__ = [
     "Predicate",
     "Prefix",
     "SinkTokens",
+    "Transposed",
     "Window",
     "checked",
     "parse",

@@ -327,6 +327,35 @@ class Not(Combination):
         return f"~({self.mask})" if isinstance(self.mask, (And, Or)) else f"~{self.mask}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Transposed(Mask):
+    """The same pairs with queries for keys: the mask of a pass in which queries travel to the keys."""
+
+    mask: Mask
+
+    @property
+    def has_partial(self) -> bool:  # type: ignore[override]
+        return self.mask.has_partial
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        queries, keys = self.mask.extents
+        return keys, queries
+
+    def regions(self, q_length: int, k_length: int) -> Regions:
+        return self.classify(q_length, k_length)[0]
+
+    def classify(self, q_length: int, k_length: int) -> tuple[Regions, Regions]:
+        certain, partial = self.mask.classify(k_length, q_length)
+        return bands.transpose(certain), bands.transpose(partial)
+
+    def allows(self, q: Positions, k: Positions) -> Allowed:
+        return np.transpose(self.mask.allows(np.transpose(k), np.transpose(q)))
+
+    def __str__(self) -> str:
+        return f"({self.mask}) transposed"
+
+
 def _combined(
     combine: Callable[[Regions, Regions], Regions], left: tuple[Regions, Regions], right: tuple[Regions, Regions]
 ) -> tuple[Regions, Regions]:

@@ -170,12 +170,16 @@ class Mechanism(ABC):
         sharded: the tensors of which each rank holds a part of its own.
         extras: names of what `finish` saves besides the output, such as ``lse``.
         words: what fields are called in messages, where their names do not say it.
+        by_rows: whether what a tile of one shape gives to a query or a key depends on its own row and on what it may
+            meet alone, to the bit, and a tile in which it meets nothing merges without a trace: what
+            ``attention(deterministic=True)`` needs.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[Mapping[str, str]] = {}
+    by_rows: ClassVar[bool] = False
 
     @property
     def params(self) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ class Hard(Mechanism):
 
     scale: float | None = None
     extras: ClassVar[tuple[str, ...]] = ("position",)
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scale is not None:

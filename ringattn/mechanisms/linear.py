@@ -27,6 +27,7 @@ class Linear(Summarising):
     """``phi(q) phi(k)^T v``, normalised over the allowed keys, with phi(x) = elu(x) + 1."""
 
     extras: ClassVar[tuple[str, ...]] = ("denominator",)
+    by_rows: ClassVar[bool] = True
 
     def empty(self, problem: Problem, length: int) -> State:
         denominator = problem.rows(problem.heads, length, 1).squeeze(-1)

@@ -75,6 +75,7 @@ class Softmax(Mechanism):
     tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias")
     sharded: ClassVar[tuple[str, ...]] = ("bias",)
     extras: ClassVar[tuple[str, ...]] = ("lse",)
+    by_rows: ClassVar[bool] = True
     words: ClassVar[Mapping[str, str]] = {
         "softcap": "soft cap",
         "alibi": "ALiBi",

@@ -31,7 +31,7 @@ class Keys(Payload):
 
     def pack(self, problem: Problem, own: Pair, parcels: Sequence[Parcel]) -> None:
         for parcel in parcels:
-            for source, target in zip(own, _halves(parcel.rows, problem), strict=True):
+            for source, target in zip(own, halves(parcel.rows, problem), strict=True):
                 at = 0
                 for start, stop in parcel.spans:
                     target[:, :, at : at + stop - start].copy_(source[:, :, start:stop])
@@ -40,7 +40,7 @@ class Keys(Payload):
     def attend(
         self, problem: Problem, kernel: Kernel, q: torch.Tensor, rows: torch.Tensor, tiles: Tiles, state: State | None
     ) -> State:
-        return kernel.forward(problem, q, *_halves(rows, problem), tiles, state)
+        return kernel.forward(problem, q, *halves(rows, problem), tiles, state)
 
     def attend_grad(
         self,
@@ -54,12 +54,12 @@ class Keys(Payload):
         drows: torch.Tensor,
         dparams: Params,
     ) -> None:
-        gradients = dq, *_halves(drows, problem)
-        kernel.backward(problem, q, *_halves(rows, problem), output_grad, tiles, gradients, dparams)
+        gradients = dq, *halves(drows, problem)
+        kernel.backward(problem, q, *halves(rows, problem), output_grad, tiles, gradients, dparams)
 
     def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
         for parcel in parcels:
-            for name, total, part in zip("kv", grads, _halves(parcel.rows, problem), strict=True):
+            for name, total, part in zip("kv", grads, halves(parcel.rows, problem), strict=True):
                 if not problem.wants(name):
                     continue
                 at = 0
@@ -68,7 +68,7 @@ class Keys(Payload):
                     at += stop - start
 
 
-def _halves(rows: torch.Tensor, problem: Problem) -> Pair:
+def halves(rows: torch.Tensor, problem: Problem) -> Pair:
     """The key half and the value half of rows, ``[B, Hkv, rows, D]`` and ``[B, Hkv, rows, Dv]``."""
     k, v = rows.permute(1, 2, 0, 3).split([problem.dim, problem.value_dim], dim=-1)
     return k, v

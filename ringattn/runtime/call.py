@@ -12,6 +12,7 @@ from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.plan import Plan
 from ringattn.runtime import agreement, messages
+from ringattn.runtime.gathering import Gathering
 from ringattn.runtime.messages import Passes
 from ringattn.transports.base import Transport
 
@@ -24,6 +25,8 @@ class Call:
         fields: what the ranks must agree on, for `agreement`.
         wanted: which of q, k, v and the params need gradients.
         spelling: the mechanism as compiled code holds it.
+        to_queries, to_keys: how keys and queries are gathered where the bits must not depend on the ranks; None where
+            they may, or no gradient of keys or values is wanted.
         handle: by which the ops find the call.
     """
 
@@ -34,6 +37,8 @@ class Call:
     fields: Mapping[str, str]
     wanted: tuple[bool, ...]
     spelling: tuple[list[float], str]
+    to_queries: Gathering | None = None
+    to_keys: Gathering | None = None
     handle: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The engine: interprets a plan, forward and backward. Nobody else calls kernels or moves a payload.
+"""The engine: interprets a plan, forward and backward. Nobody else, but the deterministic one, computes its tiles.
 
 Every step does the same three things: start the exchange, compute the tiles over what is already here, wait for the
 exchange. What travels is the plan's payload; in phase 0 the tiles are over this rank's own keys and values.
@@ -12,11 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ringattn.mechanisms.base import OutputGrad, Problem, State
-from ringattn.payloads.base import Pair
+from ringattn.mechanisms.base import OutputGrad, State
 from ringattn.runtime.call import Call
-from ringattn.runtime.messages import Move
-from ringattn.transports.base import Handle
 
 
 def forward(
@@ -33,7 +30,7 @@ def forward(
     kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
     for step, move in call.passes.forward:
-        under_way = _start(call, problem, (k, v), move)
+        under_way = move.start(call.transport, payload, problem, (k, v))
         if step.tiles:
             state = (
                 kernel.forward(problem, q, k, v, step.tiles, state)
@@ -67,7 +64,7 @@ def backward(
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
     output_grad = OutputGrad(saved, dout, grad_extras)
     for step, move in call.passes.backward:
-        under_way = _start(call, problem, (k, v), move)
+        under_way = move.start(call.transport, payload, problem, (k, v))
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)
         elif step.tiles:
@@ -79,12 +76,3 @@ def backward(
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals
-
-
-def _start(call: Call, problem: Problem, own: Pair, move: Move) -> Handle:
-    """Starts a step's exchange, after putting together what does not travel from where it lies."""
-    if move.packs:
-        call.plan.payload.pack(problem, own, move.packs)
-    for source, target in move.copies:
-        target.copy_(source)
-    return call.transport.exchange(move.sends, move.receives, label=move.label)

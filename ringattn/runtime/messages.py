@@ -12,10 +12,10 @@ import dataclasses
 import torch
 
 from ringattn.mechanisms.base import Problem
-from ringattn.payloads.base import Parcel
+from ringattn.payloads.base import Pair, Parcel, Payload
 from ringattn.plans.plan import Plan
 from ringattn.plans.steps import Exchange, Item, Step
-from ringattn.transports.base import Buffers, Message
+from ringattn.transports.base import Buffers, Handle, Message, Transport
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 """From and to, equal shapes."""
@@ -43,6 +43,14 @@ class Move:
     rows: torch.Tensor
     drows: torch.Tensor
 
+    def start(self, transport: Transport, payload: Payload, problem: Problem, own: Pair) -> Handle:
+        """Starts the exchange, after putting together what does not travel from where it lies."""
+        if self.packs:
+            payload.pack(problem, own, self.packs)
+        for source, target in self.copies:
+            target.copy_(source)
+        return transport.exchange(self.sends, self.receives, label=self.label)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Passes:
@@ -68,6 +76,12 @@ def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     )
 
 
+def gathering(plan: Plan, problem: Problem, buffers: Buffers, name: str) -> tuple[tuple[Step, Move], ...]:
+    """The exchanges of a plan's forward pass alone, which brings rows, as part of the pass of this name."""
+    rooms = _Rooms(plan, problem, buffers, gradients=False)
+    return tuple((step, rooms.move(step, name)) for step in plan.steps)
+
+
 def _without_gradients(step: Step) -> Step:
     sends, receives = ([x for x in items if not x.gradient] for items in (step.exchange.sends, step.exchange.receives))
     return Step(Exchange(step.exchange.phase, tuple(sends), tuple(receives)), step.phase, step.tiles)
@@ -76,19 +90,20 @@ def _without_gradients(step: Step) -> Step:
 class _Rooms:
     """A plan's rows in a rank's buffers."""
 
-    def __init__(self, plan: Plan, problem: Problem, buffers: Buffers) -> None:
+    def __init__(self, plan: Plan, problem: Problem, buffers: Buffers, gradients: bool = True) -> None:
         self._plan = plan
         travels = problem.accumulator if plan.payload.accumulated else problem.dtype
         returns = problem.dtype if plan.gradient_wire == "input" else problem.accumulator
         shape = (problem.batch, problem.kv_heads, plan.payload.size(problem))
-        rows = plan.buffer_rows
+        rows = plan.buffer_rows if gradients else dataclasses.replace(plan.buffer_rows, grad_staging=0, grad_arrivals=0)
 
         def take(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
             return buffers.take(name, (count, *shape), dtype, problem.device)
 
         self._received = [take(f"rows {turn}", count, travels) for turn, count in enumerate(rows.turns)]
         self._gradients = [
-            take(f"gradients {turn}", count, problem.accumulator) for turn, count in enumerate(rows.turns)
+            take(f"gradients {turn}", count if gradients else 0, problem.accumulator)
+            for turn, count in enumerate(rows.turns)
         ]
         self._staging = take("staging", rows.staging, travels)
         self._grad_staging = take("gradient staging", rows.grad_staging, returns)

@@ -19,12 +19,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from ringattn.handles import found
+from ringattn.runtime import deterministic as deterministic_engine
 from ringattn.runtime import engine
 from ringattn.runtime.call import Call
 from ringattn.runtime.request import Request, problem_of, wanted_gradients
@@ -38,7 +40,7 @@ Flags = Sequence[bool]
 _LIBRARY = torch.library.Library("ringattn", "DEF")
 _LIBRARY.define(
     "prepare(Tensor q, Tensor k, Tensor v, Tensor[] params, Tensor[] tokens, Tensor seed, float[] numbers, "
-    "str mechanism, str schedule, str kernel, bool[] wanted) -> Tensor"
+    "str mechanism, str schedule, str kernel, bool deterministic, bool[] wanted) -> Tensor"
 )
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] params, Tensor ticket, float[] numbers, str mechanism, "
@@ -92,13 +94,15 @@ def _prepare(
     mechanism: str,
     schedule: str,
     kernel: str,
+    deterministic: bool,
     wanted: Flags,
 ) -> torch.Tensor:
     names = ("mask", "sharding", "kv_sharding")
     mask, sharding, kv = (found(int(token), name) for token, name in zip(tokens, names, strict=True))
     asked = unspelled(mechanism, numbers, params)
     kv = None if kv is sharding else kv
-    request = Request(mask, sharding, kv, asked, unspelled(schedule, numbers), unspelled(kernel, numbers))
+    named = unspelled(schedule, numbers), unspelled(kernel, numbers)
+    request = Request(mask, sharding, kv, asked, *named, deterministic)
     try:
         return ticket_of(request.call((q, k, v, *params), tuple(wanted)), int(seed))
     except Exception as error:
@@ -121,7 +125,8 @@ def _attention(
     handle, number, seed = ticket.tolist()
     with _plain(q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
-        out, aux = engine.forward(found(handle, "plan"), q, k, v, params, seed, number)
+        call = found(handle, "plan")
+        out, aux = _engine(call).forward(call, q, k, v, params, seed, number)
     return out, list(aux)
 
 
@@ -156,8 +161,9 @@ def _attention_backward(
     dout = torch.zeros_like(saved[0]) if dout is None else dout
     with _plain(q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        dq, dk, dv, dparams = engine.backward(
-            found(handle, "plan"), q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
+        call = found(handle, "plan")
+        dq, dk, dv, dparams = _engine(call).backward(
+            call, q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
         )
     return list(itertools.compress((dq, dk, dv, *dparams), wanted))
 
@@ -169,6 +175,10 @@ def _attention_backward_fake(
     like = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
     wanted: Flags = others[-1]
     return list(itertools.compress((*like, *map(torch.empty_like, params)), wanted))
+
+
+def _engine(call: Call) -> ModuleType:
+    return engine if call.to_queries is None else deterministic_engine
 
 
 for name, implementation, fake in (

@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from ringattn.checking import DTYPES, shown
+from ringattn.checking import DTYPES, flag, shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.rates import Work
-from ringattn.masks import Mask, checked
+from ringattn.kernels.reference import Reference
+from ringattn.masks import Mask, Transposed, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import verified_plan
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.call import Call
+from ringattn.runtime.gathering import Gathering, OutputSide, to_keys, to_queries
 from ringattn.runtime.spelling import spelled
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
@@ -36,6 +38,7 @@ class Request:
 
     Attributes:
         kv_sharding: None where the keys are sharded as the queries are.
+        deterministic: whether the bits must not depend on the ranks.
     """
 
     mask: Mask
@@ -44,6 +47,7 @@ class Request:
     mechanism: Mechanism
     schedule: Schedule | str
     kernel: Kernel | str
+    deterministic: bool = False
 
     @property
     def kv(self) -> Sharding:
@@ -59,6 +63,7 @@ class Request:
             and isinstance(self.mechanism, Mechanism)
             and isinstance(self.schedule, (str, Schedule))
             and isinstance(self.kernel, (str, Kernel))
+            and isinstance(self.deterministic, bool)
             and _is_dense(q)
             and _is_dense(k)
             and _is_dense(v)
@@ -86,6 +91,7 @@ class Request:
             raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {shown(self.schedule)}.")
         if not isinstance(self.kernel, (str, Kernel)):
             raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
+        flag(self.deterministic, "deterministic")
         if not isinstance(return_lse, bool):
             raise InputError(f"return_lse is True or False; got {shown(return_lse)}.")
         if return_lse and "lse" not in self.mechanism.extras:
@@ -100,7 +106,7 @@ class Request:
         """
         kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout, self.kv_sharding.mesh)
         shapes = tuple(map(_SHAPE, tensors))
-        key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, wanted, shapes)
+        key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, self.deterministic, wanted, shapes)
         calls = self.sharding.calls
         call: Call | None = calls.get(key)
         if call is None:
@@ -126,8 +132,11 @@ class Request:
         planned = self._planned(problem)
         problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
         decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
+        said = f"{planned.explain()}\n  layout: {self.sharding.reason}"
+        if self.deterministic:
+            return "\n".join([said, *(x.explain() for x in self._gatherings(problem, planned) if x is not None)])
         taken, reason = chosen_kernel(self.kernel, problem, Work.from_plan(planned), decide=decide)
-        return f"{planned.explain()}\n  layout: {self.sharding.reason}\n  kernel {taken}: {reason}"
+        return f"{said}\n  kernel {taken}: {reason}"
 
     def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
         """Planned, verified, and everything else that can be known before the tensors."""
@@ -137,6 +146,9 @@ class Request:
             raise UnsupportedError(refusal)
         own = self._planned(problem)
         problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
+        if self.deterministic:
+            gatherings = self._gatherings(problem, own)
+            return Call(own, problem, Reference(), transport, fields, wanted, self._spelling(), *gatherings)
         decide = functools.partial(agreement.decide, transport, fields)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide)
         return Call(own, problem, kernel, transport, fields, wanted, self._spelling())
@@ -159,20 +171,57 @@ class Request:
             head_dims=(problem.dim, problem.value_dim),
             dtype=problem.dtype,
             batch=problem.batch,
-            mechanism=problem.mechanism,
+            mechanism=None if self.deterministic else problem.mechanism,
+        )
+
+    def _gatherings(self, problem: Problem, plan: Plan) -> tuple[Gathering, Gathering | None]:
+        """How keys come to the queries and, where their gradients are wanted, queries to the keys.
+
+        Raises:
+            UnsupportedError: the bits would depend on the ranks; says what is in the way.
+        """
+        mechanism = problem.mechanism
+        parts = [name for name in mechanism.params if problem.wants(name) or name in mechanism.sharded]
+        kernel, _ = chosen_kernel("reference" if self.kernel == "auto" else self.kernel, problem)
+        wrong = None
+        if not plan.payload.per_key:
+            wrong = f"{self.schedule} exchanges {plan.payload.unit}, cut by rank. Use ring, route or auto"
+        elif not mechanism.by_rows:
+            wrong = f"{type(mechanism).__name__} does not promise it (Mechanism.by_rows). Use Softmax, Hard or Linear"
+        elif parts:
+            wrong = f"each rank has its own part of {parts[0]} or of its gradient. Detach it, or leave it out"
+        elif kernel != Reference():
+            wrong = f"it takes one kernel by rule, the reference; got kernel={kernel}. Leave kernel out"
+        if wrong is not None:
+            raise UnsupportedError(f"deterministic=True gives the same bits on any ranks, but {wrong}.")
+        reverse = to_keys(self._reversed(problem), problem) if problem.wants("k", "v") else None
+        return to_queries(plan, problem), reverse
+
+    def _reversed(self, problem: Problem) -> Plan:
+        """The plan by which queries come to the keys."""
+        return verified_plan(
+            Transposed(self.mask),
+            self.kv,
+            self.schedule,
+            self.sharding,
+            heads=(problem.heads, problem.heads),
+            head_dims=(problem.dim, OutputSide.of(problem).size),
+            dtype=problem.dtype,
+            batch=problem.batch,
         )
 
     def _fields(self, problem: Problem, wanted: tuple[bool, ...]) -> dict[str, str]:
         """What the ranks must agree on, for `agreement`."""
         own, kv = self.sharding, self.kv
         heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
+        tiles = ", deterministic" if self.deterministic else ""
         return {
             "shapes": f"{problem.batch} x {heads} heads of {dims}, {own.length} queries, {kv.length} keys",
             "dtype": dtype_name(problem.dtype),
             "mask": self.mask.signature(own.length, kv.length),
             "layout": own.signature if kv == own else f"{own.signature}, keys {kv.signature}",
             "schedule": self.schedule if isinstance(self.schedule, str) else repr(self.schedule),
-            "kernel": self.kernel if isinstance(self.kernel, str) else repr(self.kernel),
+            "kernel": f"{self.kernel if isinstance(self.kernel, str) else repr(self.kernel)}{tiles}",
             "mechanism": self.mechanism.text,
             "gradients": " ".join(itertools.compress(("q", "k", "v", *self.mechanism.params), wanted)) or "none",
         }
