@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store, _world
-
-from ringattn.checking import shown
-from ringattn.errors import InputError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +43,7 @@ class Groups:
         world = dist.group.WORLD
         if world is not None and self.ranks.numel() == dist.get_world_size():
             return world
-        return self.sequence if self.ranks.shape[0] == 1 else _group(self.ranks.flatten())
+        return self.sequence if self.ranks.shape[0] == 1 else new_group(self.ranks.flatten().tolist())
 
     @functools.cached_property
     def device_mesh(self) -> DeviceMesh:
@@ -74,32 +72,38 @@ class Groups:
         """The group of the ranks that differ from this one on this axis alone."""
         here = (self.ranks == dist.get_rank()).nonzero()[0]
         index = [slice(None) if name == axis else int(place) for name, place in zip(AXES, here, strict=True)]
-        return _group(self.ranks[tuple(index)])
+        return new_group(self.ranks[tuple(index)].tolist())
 
 
-def _group(ranks: torch.Tensor) -> dist.ProcessGroup:
-    members: list[int] = ranks.tolist()
-    if len(members) > 1:
-        _compare_names(members)
-    group: dist.ProcessGroup = dist.new_group(members, use_local_synchronization=True)
-    return group
+def new_group(
+    members: Sequence[int], limit: datetime.timedelta | None = None, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A process group of these ranks of the world, in this order, made by them alone: they wait for no others.
 
-
-def _compare_names(members: list[int]) -> None:
-    """Raises where torch would wait for ever: it names a group by how many groups a rank is in already.
-
-    Every member leaves its number in the store; the last one to come lets all of them look.
+    torch names a group by how many groups a rank is in already, and waits for ever where members differ in that. This
+    one is named by its members, and by how many of the same they have made.
     """
-    store, size, held = _get_default_store(), len(members), len(_world.pg_names)
-    key = f"ringattn/groups/{hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()}"
-    key = f"{key}/{store.add(f'{key}/calls of {dist.get_rank()}', 1)}"
-    store.add(f"{key}/in {held}", 1)
-    if store.add(f"{key}/here", 1) == size:
-        store.set(f"{key}/all", "")
-    store.wait([f"{key}/all"])
-    if store.add(f"{key}/in {held}", 0) != size:
-        raise InputError(
-            f"Ranks {shown(members)} of torch.distributed cannot make a group: they are in different numbers of groups "
-            f"already (this one in {held}), by which torch names the next. Ask for mesh.device_mesh() and "
-            f"mesh.data_group right after the mesh is made, before groups that only some of its ranks are in."
-        )
+    from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
+
+    default, store, me = dist.distributed_c10d._get_default_group(), _get_default_store(), dist.get_rank()
+    name = f"ringattn/{hashlib.sha1(repr(list(members)).encode(), usedforsecurity=False).hexdigest()}"
+    group, _ = _new_process_group_helper(
+        len(members),
+        members.index(me),
+        list(members),
+        dist.Backend(backend or dist.get_backend()),
+        store,
+        dist.distributed_c10d.GroupName(f"{name}/{store.add(f'{name}/made by {me}', 1)}"),
+        timeout=limit or timeout_of(default),
+        device_id=default.bound_device_id,
+    )
+    _world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
+    made: dist.ProcessGroup = group
+    return made
+
+
+def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
+    """Within which a wait for another rank of the group ends."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    limit: datetime.timedelta = group._get_backend(device).options._timeout
+    return limit

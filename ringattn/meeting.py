@@ -26,9 +26,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ringattn.checking import shown
 from ringattn.errors import AgreementError, InputError, TransportError
-from ringattn.readable import differing
+from ringattn.readable import differing, shortened
 from ringattn.rendezvous import Launch
+from ringattn.runtime.agreement import exchanged
+from ringattn.transports.base import Transport
 
+BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
 GLANCE = datetime.timedelta(seconds=0.2)  # between two looks at the name of the meeting
 NAME = "ringattn/meeting"
@@ -144,6 +147,23 @@ class Meeting:
                 self.store.set(f"{key}/{self.rank}", said)
                 spoken = key
         raise TransportError(f"Rank {self.rank} heard nothing of rank 0 within {self.limit.total_seconds():g} seconds.")
+
+
+def agree_over(transport: Transport, given: Mapping[str, object], refusal: InputError | None) -> None:
+    """Compares this rank's arguments with those of all others over a transport, where there is no store.
+
+    Raises:
+        AgreementError: on every rank, naming the ranks and the values that differ, or the rank that refuses.
+    """
+    said = {name: shortened(shown(value)) for name, value in given.items()}
+    if refusal is not None:
+        said = {"refusal": shortened(f"{type(refusal).__name__}: {refusal}", BYTES // 2)}
+    own = json.dumps(said).encode().ljust(BYTES)
+    different = _difference([json.loads(text) for text in exchanged(transport, own, "init")])
+    if refusal is not None:
+        raise refusal
+    if different:
+        raise AgreementError(different)
 
 
 def _store(launch: Launch, address: str, port: int, limit: datetime.timedelta) -> Store:

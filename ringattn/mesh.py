@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+_APART = {"transport": None, "groups": None}  # what a pickled mesh leaves behind
+
+
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Ranks on the axes ``data``, ``ring`` and ``ulysses``, the last one running fastest.
@@ -31,7 +35,7 @@ class Mesh:
         ulysses: ranks on the ulysses axis.
         data: replicas; the world is ``data * ring * ulysses`` ranks.
         rank: this rank, in the world.
-        transport: exchanges between the ranks of this sequence; None on a mesh made for planning.
+        transport: between the ranks of this sequence; None on a mesh made for planning.
         groups: the process groups of `data_group` and `device_mesh`; None where they follow from the transport.
     """
 
@@ -88,7 +92,7 @@ class Mesh:
         ulysses: str | None = None,
         data: str | None = None,
         *,
-        agreement: bool | None = None,
+        agreement: bool = True,
     ) -> Mesh:
         """The mesh of a torch ``DeviceMesh``, given the names of its dimensions. One of one dimension needs none.
 
@@ -99,7 +103,7 @@ class Mesh:
         Args:
             ring, ulysses: the dimensions of the ranks that share a sequence.
             data: that of replicas.
-            agreement: as in `ringattn.init`; None for ``auto``.
+            agreement: as in `ringattn.init`.
 
         Raises:
             InputError: a name is missing, unknown or given twice.
@@ -113,8 +117,7 @@ class Mesh:
 
         whole = instance(device_mesh, DeviceMesh, "device_mesh", "a torch DeviceMesh, as init_device_mesh makes it")
         names = _dimensions(whole, ring, ulysses, data)
-        if agreement is not None:
-            flag(agreement, "agreement")
+        flag(agreement, "agreement")
         sizes = {axis: 1 if name is None else int(whole.size(_index(whole, name))) for axis, name in names.items()}
         if sizes["ulysses"] > 1:
             cls(sizes["ring"], sizes["ulysses"])  # which says what to use instead
@@ -153,6 +156,31 @@ class Mesh:
         data, rest = divmod(self.rank, self.sequence_size)
         ring, ulysses = divmod(rest, self.ulysses)
         return {"data": data, "ring": ring, "ulysses": ulysses}
+
+    @functools.cached_property
+    def everyone(self) -> Transport:
+        """Between all ranks of the mesh, for sums over all of them: gradients, the loss.
+
+        Made when it is first asked for, which all of them do together.
+
+        Raises:
+            InputError: the mesh has no transport.
+        """
+        return self.connected() if self.data == 1 else self.connected().among(self._world.flatten().tolist())
+
+    @functools.cached_property
+    def replicas(self) -> Transport:
+        """Between this rank's replicas: the ranks with the same place in other sequences. Made as `everyone` is."""
+        own = self.connected()
+        if self.data == 1:
+            return Local()
+        return own.among(self._world.flatten(1)[:, self.sequence_rank].tolist())
+
+    @property
+    def _world(self) -> torch.Tensor:
+        """``[data, ring, ulysses]``: the ranks of this mesh as the world numbers them."""
+        sizes = (self.data, self.ring, self.ulysses)
+        return torch.arange(self.size).view(sizes) if self.groups is None else self.groups.ranks
 
     @property
     def data_group(self) -> ProcessGroup:
@@ -199,7 +227,7 @@ class Mesh:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "transport": None, "groups": None}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | _APART
 
     def connected(self) -> Transport:
         """The transport, or an error on a mesh that was made for planning."""

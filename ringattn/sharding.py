@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -168,12 +169,13 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, sharding: Sharding, number: int) -> torch.Tensor:
         ctx.sharding, ctx.number = sharding, number
         transport, me, rest = sharding.mesh.connected(), sharding.mesh.sequence_rank, x.shape[1:]
-        _agree(sharding, f"join {number}", x)
+        compare = _agree(sharding, f"join {number}", x)
         own = x.contiguous()
         parts = [own if rank == me else own.new_empty(n, *rest) for rank, n in enumerate(sharding.counts)]
         peers = [rank for rank in range(len(parts)) if rank != me]
         sends, receives = [(peer, own) for peer in peers], [(peer, parts[peer]) for peer in peers]
         transport.exchange(sends, receives, label="join").wait()
+        compare()
         full = own.new_empty(sharding.length, *rest)
         for rank, part in enumerate(parts):
             full.index_copy_(0, sharding.positions_of(rank).to(full.device), part)
@@ -183,7 +185,7 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         sharding: Sharding = ctx.sharding
         transport, me = sharding.mesh.connected(), sharding.mesh.sequence_rank
-        _agree(sharding, f"unj {ctx.number}", grad)
+        compare = _agree(sharding, f"unj {ctx.number}", grad)
         positions = [sharding.positions_of(rank).to(grad.device) for rank in range(len(sharding.counts))]
         outgoing = [grad.index_select(0, where) for where in positions]
         incoming = [outgoing[me] if rank == me else torch.empty_like(outgoing[me]) for rank in range(len(positions))]
@@ -191,6 +193,7 @@ class _Join(torch.autograd.Function):
         sends = [(peer, outgoing[peer]) for peer in peers]
         receives = [(peer, incoming[peer]) for peer in peers]
         transport.exchange(sends, receives, label="join, backward").wait()
+        compare()
         # In rank order and in at least float32: the same bits on every run, whoever arrives first.
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = incoming[0].to(wide, copy=True)
@@ -202,11 +205,12 @@ class _Join(torch.autograd.Function):
         return total, None, None
 
 
-def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> None:
+def _agree(sharding: Sharding, call: str, x: torch.Tensor) -> Callable[[], None]:
     fields = {
         "call": call,
         "shapes": f"{sharding.length} tokens of {list(x.shape[1:])}",
         "dtype": dtype_name(x.dtype),
         "layout": sharding.signature,
     }
-    agreement.check(sharding.mesh.connected(), fields)
+    transport = sharding.mesh.connected()
+    return agreement.begin(transport, fields) if transport.agrees else agreement.nothing

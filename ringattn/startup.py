@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,13 +13,14 @@ import torch.distributed as dist
 
 from ringattn.checking import MAX_RANKS, integer, number, shown
 from ringattn.errors import InputError, TransportError
-from ringattn.groups import Groups
-from ringattn.meeting import Meeting
+from ringattn.groups import Groups, new_group
+from ringattn.meeting import Meeting, agree_over
 from ringattn.mesh import Mesh
 from ringattn.rendezvous import Launch
+from ringattn.transports.mpi import Mpi
 from ringattn.transports.torch_distributed import TorchDistributed
 
-TRANSPORTS = ("auto", "local", "gloo", "nccl")
+TRANSPORTS = ("auto", "local", "gloo", "nccl", "mpi")
 LONGEST = 10**9  # seconds, some thirty years: beyond, torch's own clocks overflow
 PATIENCE = 60  # seconds, of a rank that refuses its own timeout
 
@@ -26,7 +29,7 @@ def init(
     ring: int | None = None,
     ulysses: int = 1,
     *,
-    transport: Literal["auto", "local", "gloo", "nccl"] = "auto",
+    transport: Literal["auto", "local", "gloo", "nccl", "mpi"] = "auto",
     timeout: float = 600.0,
     agreement: bool | Literal["auto"] = "auto",
 ) -> Mesh:
@@ -41,10 +44,11 @@ def init(
         ring: ranks on the ring axis; None for all that ``ulysses`` leaves. ``ring * ulysses`` must divide the world,
             what is left is the data axis.
         ulysses: ranks on the ulysses axis.
-        transport: ``auto`` takes NCCL when there is a GPU, else Gloo; ``local`` is one process.
+        transport: ``auto`` takes NCCL when there is a GPU, else MPI under mpirun and Gloo under other launchers;
+            ``local`` is one process. ``mpi`` needs no torch.distributed, and has the whole job end when one rank fails.
         timeout: seconds after which a wait for another rank is an error; at most 10^9.
-        agreement: ``True`` or ``False``: whether the ranks compare a digest of every call before its payload.
-            ``auto``: on for Gloo, off for NCCL.
+        agreement: whether the ranks compare every call before its payload moves; on NCCL over a Gloo group of the same
+            ranks, while the GPU works. ``auto`` is True.
 
     Raises:
         InputError: an argument is wrong, the axes do not divide the world, or the environment is incomplete.
@@ -64,33 +68,46 @@ def init(
     launched = dist.is_initialized() or launch.started
     if refusal is not None and not launched:
         raise refusal
+    limit = datetime.timedelta(seconds=PATIENCE if refusal else timeout)
+    given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement}
+    if transport == "mpi" or (transport == "auto" and _takes_mpi(launch)):
+        return _over_mpi(given, refusal, limit)
     if transport == "auto" and not launched:
         _divide(1, ring, ulysses)
         return Mesh.local()
-    ranks = Meeting.found(launch, transport, datetime.timedelta(seconds=PATIENCE if refusal else timeout))
-    given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement}
-    ranks = ranks.agree(given, refusal)
+    ranks = Meeting.found(launch, transport, limit).agree(given, refusal)
     if dist.is_initialized() and transport not in ("auto", dist.get_backend()):
         raise InputError(
             f"The default process group runs on {dist.get_backend()}; got transport={transport!r}. "
             f"Leave transport='auto' to adopt it."
         )
-    return _connected(_divide(ranks.world, ring, ulysses), ranks, transport, None if agreement == "auto" else agreement)
+    return _connected(_divide(ranks.world, ring, ulysses), ranks, transport, agreement is not False)
 
 
-def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement: bool | None) -> Mesh:
-    """The mesh of these axes, with a group for the ranks of each sequence. All ranks ask for the same."""
-    together = sizes["ring"] * sizes["ulysses"]
+def _over_mpi(given: Mapping[str, Any], refusal: InputError | None, limit: datetime.timedelta) -> Mesh:
+    """The mesh of an MPI job. All ranks ask for the same, or learn in what they differ."""
+    everyone = Mpi.start(limit)
+    agree_over(everyone, given, refusal)
+    sizes = _divide(everyone.size, given["ring"], given["ulysses"])
+    everyone.agreement = given["agreement"] is not False
+    own = everyone.among(_together(everyone.rank, sizes))
+    return Mesh(sizes["ring"], sizes["ulysses"], sizes["data"], everyone.rank, own)
+
+
+def _together(rank: int, sizes: Mapping[str, int]) -> list[int]:
+    """The ranks that share a sequence with this one."""
+    size = sizes["ring"] * sizes["ulysses"]
+    return list(range(rank // size * size, (rank // size + 1) * size))
+
+
+def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement: bool) -> Mesh:
+    """The mesh of these axes, with a group for the ranks of this sequence. All ranks ask for the same."""
     try:
         if not dist.is_initialized():
             _start_default_group(transport, ranks)
-        groups = [
-            dist.new_group(list(range(first, first + together)), timeout=ranks.limit)
-            for first in range(0, ranks.world, together)
-        ]
+        own = new_group(_together(ranks.rank, sizes), ranks.limit)
     except RuntimeError as error:  # of torch's groups, and of their stores
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
-    own = groups[ranks.rank // together]
     world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
     return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement), groups=Groups(world, own))
 
@@ -106,7 +123,7 @@ def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: A
     """What is wrong with the arguments, whatever the world."""
     try:
         if not isinstance(transport, str) or transport not in TRANSPORTS:
-            raise InputError(f"transport must be 'auto', 'local', 'gloo' or 'nccl'; got {shown(transport)}.")
+            raise InputError(f"transport must be 'auto', 'local', 'gloo', 'nccl' or 'mpi'; got {shown(transport)}.")
         if not isinstance(agreement, bool) and not (isinstance(agreement, str) and agreement == "auto"):
             raise InputError(f"agreement must be 'auto', True or False; got {shown(agreement)}.")
         number(timeout, "timeout, a number of seconds,", above=0, most=LONGEST)
@@ -115,6 +132,13 @@ def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: A
     except InputError as error:
         return error
     return None
+
+
+def _takes_mpi(launch: Launch) -> bool:
+    """Whether MPI is what there is to talk with: its launcher, mpi4py, and no GPUs."""
+    if launch.launcher != "mpirun" or torch.cuda.is_available():
+        return False
+    return importlib.util.find_spec("mpi4py") is not None
 
 
 def _divide(world: int, ring: int | None, ulysses: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.workers import Workers
+from tests.workers import GlooWorkers, MpiWorkers, Workers
 
 INTEGRATIONS = ("accelerate", "deepspeed", "peft", "transformers")
 ABSENT = [name for name in INTEGRATIONS if importlib.util.find_spec(name) is None]
@@ -39,7 +39,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def gloo(cache: Path) -> Iterator[Workers]:
     """Four Gloo ranks, shared by all tests of the session."""
-    workers = Workers()
+    workers = GlooWorkers()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def mpi(cache: Path) -> Iterator[Workers]:
+    """Four MPI ranks, shared by all tests of the session."""
+    workers = MpiWorkers()
     yield workers
     workers.close()
 

@@ -165,7 +165,7 @@ def test_wrong_arguments_show_the_call(change: dict[str, Any], words: str) -> No
         (lambda: ringattn.Softmax(scale=float("nan")), "must be a finite number"),
         (lambda: ringattn.init(ring=3), "must divide the world of 1"),
         (lambda: ringattn.init(ring=0), "at least one rank each"),
-        (lambda: ringattn.init(transport="mpi"), "'auto', 'local', 'gloo' or 'nccl'"),  # type: ignore[arg-type]
+        (lambda: ringattn.init(transport="ucx"), "'auto', 'local', 'gloo', 'nccl' or 'mpi'"),  # type: ignore[arg-type]
         (lambda: ringattn.init(timeout=0), "a number of seconds"),
         (lambda: ringattn.init(transport="gloo"), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
     ],

@@ -137,7 +137,7 @@ class _Stage(Transport):
     """Checks messages and moves nothing."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size, agreement=False)
+        super().__init__("stage", rank, size, agreement=False)
         self.buffers = _FakeBuffers()
 
     def refusal(self, device: torch.device) -> str | None:

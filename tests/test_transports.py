@@ -1,4 +1,4 @@
-"""One contract for every transport: Local, Simulator and Gloo; and the faults that only the simulator can catch."""
+"""One contract for every transport, Local, Simulator, Gloo and MPI; and what only the simulator can catch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 
 import ringattn
 from ringattn.errors import DeadlockError, InFlightError, TransportError
+from ringattn.transports.base import SUMMED
 from tests.workers import Workers
 
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture(params=["simulator", "gloo"])
+@pytest.fixture(params=["simulator", "gloo", "mpi"])
 def run(request: pytest.FixtureRequest) -> Run:
     """``run(fn)``: the results of ``fn(mesh)`` on three ranks."""
     if request.param == "simulator":
         return lambda fn, *args: ringattn.simulate(fn, *args, ring=3).results
-    workers: Workers = request.getfixturevalue("gloo")
+    workers: Workers = request.getfixturevalue(request.param)
     return lambda fn, *args: workers.run(3, fn, *args)
 
 
@@ -95,6 +96,36 @@ def test_what_cannot_be_sent_is_refused(run: Run) -> None:
     for said in run(_refused):
         for words, text in zip(("exchanges with the others", "got peer 9", "contiguous"), said, strict=True):
             assert words in text
+
+
+def _summed(mesh: ringattn.Mesh, dtype: torch.dtype, count: int) -> tuple[list[float], bytes, list[float]]:
+    """A sum of what differs by rank, its bits, and a sum of numbers."""
+    transport = mesh.connected()
+    x = torch.linspace(-3, 7, count).add(mesh.rank).mul(10).to(dtype).view(-1, 1)
+    transport.sum(x)
+    return x.flatten().tolist(), bytes(x.view(torch.uint8).flatten().numpy()), transport.sum_numbers(mesh.rank, 2**40)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 70_001])
+@pytest.mark.parametrize("dtype", SUMMED)
+def test_sums_are_the_same_bits_on_every_rank(run: Run, dtype: torch.dtype, count: int) -> None:
+    values, bits, numbers = zip(*run(_summed, dtype, count), strict=True)
+    parts = torch.stack([torch.linspace(-3, 7, count).add(rank).mul(10).to(dtype) for rank in range(3)])
+    assert len({*bits}) == 1 and numbers == ([3.0, 3 * 2.0**40],) * 3
+    torch.testing.assert_close(torch.tensor(values[0], dtype=dtype), parts.double().sum(0).to(dtype))
+
+
+def _not_summed(mesh: ringattn.Mesh) -> list[str]:
+    said = []
+    for x in (torch.zeros(4, 2)[:, 0], torch.zeros(2, dtype=torch.bool)):
+        with pytest.raises(TransportError, match="Tensors that are added up are contiguous") as caught:
+            mesh.connected().sum(x)
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_cannot_be_summed_is_refused(run: Run) -> None:
+    run(_not_summed)
 
 
 def test_local_has_nobody_to_talk_to() -> None:

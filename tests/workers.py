@@ -1,17 +1,22 @@
-"""Long-lived Gloo ranks for the tests: four processes, started once, that run one function after another.
+"""Long-lived ranks for the tests: four processes, of Gloo or of MPI, that run one function after another.
 
-Nothing picks a port: the parent's store takes a free one and the workers are told. Every call has a deadline, and a
-failure shows every rank's traceback.
+Nothing picks a port: the parent's store takes a free one and the workers are told, and MPI's ranks call a socket in a
+folder. Every call has a deadline, and a failure shows every rank's traceback.
 """
 
 from __future__ import annotations
 
 import datetime
 import multiprocessing
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +24,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 import ringattn
+from ringattn.transports.mpi import Mpi
 from ringattn.transports.torch_distributed import TorchDistributed
 
 SIZE = 4
+LIMIT = datetime.timedelta(seconds=60)
 
 
-class Workers:
+class Workers(ABC):
     """``run(n, fn, *args)`` gives ``fn(mesh, *args)`` of ranks 0 to n - 1."""
 
-    def __init__(self, deadline: float = 120.0) -> None:
-        self._deadline = deadline
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(SIZE):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+    def __init__(self, pipes: list[Connection], deadline: float = 120.0) -> None:
+        self._pipes, self._deadline = pipes, deadline
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """The results by rank. ``fn`` and ``args`` must pickle."""
@@ -46,14 +43,14 @@ class Workers:
             pipe.send((size, fn, args))
         end = time.monotonic() + self._deadline
         answers = []
-        for rank, pipe in enumerate(self._pipes[:size]):
+        for pipe in self._pipes[:size]:
             if not pipe.poll(max(0.0, end - time.monotonic())):
                 answers.append((False, f"no answer within {self._deadline} s"))
                 continue
             try:
                 answers.append(pipe.recv())
             except EOFError:
-                answers.append((False, f"process ended with exit code {self._processes[rank].exitcode}"))
+                answers.append((False, "process ended"))
         failed = [f"--- rank {rank} ---\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
         if failed:
             raise AssertionError(f"{len(failed)} of {size} ranks failed:\n" + "\n".join(failed))
@@ -61,29 +58,96 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes: a poison pill, then force."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
-                pipe.send(None)
+        for pipe in self._pipes:
+            if not pipe.closed:
+                try:
+                    pipe.send(None)
+                except OSError:
+                    continue  # it has ended already
+        self._end()
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+
+class GlooWorkers(Workers):
+    """Four Gloo ranks."""
+
+    def __init__(self) -> None:
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve_gloo, args=(rank, self._store.port, theirs), daemon=True)
+            process.start()
+            pipes.append(ours)
+            self._processes.append(process)
+        super().__init__(pipes)
+
+    def _end(self) -> None:
         for process in self._processes:
             process.join(10)
             process.kill()
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
+class MpiWorkers(Workers):
+    """Four MPI ranks, one job of mpirun."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        address = str(Path(self._folder.name) / "socket")
+        with Listener(address, "AF_UNIX") as listener:
+            self._job = subprocess.Popen(
+                [*mpirun(SIZE), sys.executable, "-m", "tests.workers", address], cwd=Path(__file__).parents[1]
+            )
+            pipes = [listener.accept() for _ in range(SIZE)]
+        super().__init__([pipe for _, pipe in sorted((pipe.recv(), pipe) for pipe in pipes)])
+
+    def _end(self) -> None:
+        try:
+            self._job.wait(10)
+        except subprocess.TimeoutExpired:
+            self._job.kill()
+        self._folder.cleanup()
+
+
+def mpirun(ranks: int) -> list[str]:
+    """The launcher beside this Python, which the mpich wheel brings."""
+    return [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)]
+
+
+def _serve_gloo(rank: int, port: int, pipe: Connection) -> None:
     store = TCPStore("127.0.0.1", port)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=limit)
-    groups = {size: dist.new_group(list(range(size)), timeout=limit) for size in range(2, SIZE + 1)}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=LIMIT)
+    groups = {size: dist.new_group(list(range(size)), timeout=LIMIT) for size in range(2, SIZE + 1)}
     meshes = {
         size: ringattn.Mesh(ring=size, rank=rank, transport=TorchDistributed(group))
         for size, group in groups.items()
         if rank < size
     }
+    _serve(meshes, pipe)
+    dist.destroy_process_group()
+
+
+def _serve_mpi(address: str) -> None:
+    world = Mpi.start(LIMIT)
+    pipe = Client(address, "AF_UNIX")
+    pipe.send(world.rank)
+    sizes = range(max(2, world.rank + 1), SIZE + 1)
+    _serve({n: ringattn.Mesh(ring=n, rank=world.rank, transport=world.among(range(n))) for n in sizes}, pipe)
+
+
+def _serve(meshes: Mapping[int, ringattn.Mesh], pipe: Connection) -> None:
+    torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
         size, fn, args = task
         try:
             pipe.send((True, fn(meshes[size], *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _serve_mpi(sys.argv[1])

@@ -171,7 +171,7 @@ def _deepspeed(mesh: Mesh) -> Any:
         raise MissingDependencyError(
             f"ringattn.integrations.deepspeed needs DeepSpeed ({error}): pip install 'ringattn[deepspeed]'."
         ) from error
-    theirs, ours = get_accelerator().device_name(), mesh.connected().control_device.type
+    theirs, ours = get_accelerator().device_name(), mesh.connected().device.type
     if theirs != ours:
         raise InputError(
             f"DeepSpeed runs on {theirs}, the mesh's transport on {ours}. Use ringattn.init(transport='nccl') on GPUs; "

@@ -1,9 +1,14 @@
-"""Agreement: every rank of a call compares a digest of it with every other before any payload moves.
+"""Agreement: the ranks of a call make sure that it is the same call on all of them before any payload moves.
 
 Ranks that were called with different arguments would hang, or silently read each other's bytes as something else
-(Gloo fills a longer receive partly, and reinterprets another dtype). A digest of 80 bytes, eight for each field, always
-has the same size and so can always be exchanged. Each rank sees all of them; where they differ, all ranks exchange what
-the digests stand for, and raise the same error.
+(Gloo fills a longer receive partly, and reinterprets another dtype). So each reduces its call to one word of eight
+bytes, and all learn the smallest and the largest word of any rank: ceil(log2 P) messages of 16 bytes a rank, in the
+pattern of the dissemination barrier (Hensgen, Finkel and Manber 1988), which is exact for any P because a minimum may
+be taken of the same word twice. Only where the two differ do the ranks exchange what the words stand for, and all raise
+the same error.
+
+A transport whose payload waits for a GPU (NCCL) compares over another one, when the pass has been started and while the
+GPU works: ranks that differ raise before the call returns.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from ringattn.runtime.transforms import outside_transforms
 from ringattn.transports.base import Transport
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "kernel", "mechanism", "gradients", "seed")
-"""What is compared, by a hash of eight bytes each."""
+"""What is compared."""
 
 _REFUSED = "refused"
 _TEXT_BYTES = 4096
@@ -37,13 +42,23 @@ def _hash(text: str) -> bytes:
 
 
 def digest(fields: Mapping[str, str]) -> bytes:
-    """The 80 bytes of a call. Fields that a call does not have are empty."""
+    """A hash of each field of a call. Fields that a call does not have are empty."""
     unknown = set(fields) - {*FIELDS, _REFUSED}
     if unknown:
-        raise KeyError(f"no such field of a digest: {unknown}")
-    if _REFUSED in fields:
-        return _hash(_REFUSED) * len(FIELDS)
-    return b"".join(map(_hash, map(fields.get, FIELDS, itertools.repeat(""))))
+        raise KeyError(f"no such field of a call: {unknown}")
+    return b"".join(map(_hash, map(fields.get, (*FIELDS, _REFUSED), itertools.repeat(""))))
+
+
+def begin(transport: Transport, fields: Mapping[str, str]) -> Callable[[], None]:
+    """Checks now where payload and words travel together; else returns what checks when the payload is under way."""
+    if transport.control is not transport:
+        return functools.partial(check, transport, fields)
+    check(transport, fields)
+    return nothing
+
+
+def nothing() -> None:
+    """What is left to compare where all has been."""
 
 
 def check(transport: Transport, fields: Mapping[str, str]) -> None:
@@ -105,8 +120,7 @@ def refuse(transport: Transport, error: Exception) -> None:
 
 def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> list[dict[str, str]] | None:
     """Every rank's fields as they are shown, where not all of them are equal."""
-    own = digest(fields)
-    if exchanged(transport, own, label).count(own) == transport.size:
+    if alike(transport, digest(fields), label):
         return None
     transport.forget_calls()
     shown = json.dumps({name: _shown(name, text) for name, text in fields.items()}, ensure_ascii=False).encode()
@@ -122,16 +136,33 @@ def _shown(name: str, text: str) -> str:
     return short if short == text else f"{short} #{_hash(text).hex()}"
 
 
+def alike(transport: Transport, own: bytes, label: str) -> bool:
+    """Whether every rank says the same, as far as a hash of 64 bits tells."""
+    control, me, size = transport.control, transport.rank, transport.size
+    least = most = int.from_bytes(hashlib.blake2b(own, digest_size=8).digest(), "little", signed=True)
+    distance = 1
+    while distance < size:  # by now this rank knows the extremes of as many ranks before it
+        mine, theirs = torch.tensor((least, most), device="cpu"), torch.empty(2, dtype=torch.int64, device="cpu")
+        there, here = (me + distance) % size, (me - distance) % size
+        control.exchange([(there, mine)], [(here, theirs)], label=label, control=True).wait()
+        low, high = theirs.tolist()
+        least, most, distance = min(least, low), max(most, high), 2 * distance
+    return least == most
+
+
 def exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
-    """What every rank has to say, by rank, all of one size; a few bytes of bookkeeping before a payload moves."""
-    device = transport.control_device
-    mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-    theirs = transport.buffers.take("agreement", (transport.size, len(own)), torch.uint8, device)
-    sends, receives = [], []
-    for peer, row in enumerate(theirs):
-        if peer != transport.rank:
-            sends.append((peer, mine))
-            receives.append((peer, row))
-    transport.exchange(sends, receives, label=label, control=True).wait()
-    theirs[transport.rank].copy_(mine)
-    return list(map(bytes, theirs.cpu().numpy()))
+    """What every rank has to say, by rank, all of one size; a few bytes of bookkeeping before a payload moves.
+
+    ceil(log2 P) messages a rank: each hands on all that it has heard (Bruck et al. 1997, section 3).
+    """
+    control, me, size = transport.control, transport.rank, transport.size
+    heard = torch.empty((size, len(own)), dtype=torch.uint8, device="cpu")  # of this rank, the next one, and so on
+    heard[0] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    have = 1
+    while have < size:
+        more = min(have, size - have)
+        there, here = (me - have) % size, (me + have) % size
+        sends, receives = [(there, heard[:more])], [(here, heard[have : have + more])]
+        control.exchange(sends, receives, label=label, control=True).wait()
+        have += more
+    return list(map(bytes, heard.roll(me, 0).numpy()))

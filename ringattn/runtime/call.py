@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -44,10 +44,14 @@ class Call:
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", number_of(self))
 
-    def agreed(self, name: str, params: Sequence[torch.Tensor], seed: int) -> Problem:
-        """The problem of one pass, after comparing the call with every other rank's, before any payload."""
-        if self.transport.agrees:
-            agreement.check(self.transport, {**self.fields, "call": name, "seed": str(seed)})
+    def compare(self, name: str, seed: int) -> Callable[[], None]:
+        """Compares the call with every other rank's before any payload; what it returns is called after all of it."""
+        if not self.transport.agrees:
+            return agreement.nothing
+        return agreement.begin(self.transport, {**self.fields, "call": name, "seed": str(seed)})
+
+    def problem_of(self, params: Sequence[torch.Tensor], seed: int) -> Problem:
+        """The problem of one pass."""
         if not params and not seed:
             return self.problem
         named = dict(zip(self.problem.mechanism.params, params, strict=True))

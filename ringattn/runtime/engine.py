@@ -26,7 +26,8 @@ def forward(
     number: int,
 ) -> tuple[torch.Tensor, State]:
     """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
-    problem = call.agreed(f"fwd {number}", params, seed)
+    compare = call.compare(f"fwd {number}", seed)
+    problem = call.problem_of(params, seed)
     kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
     for step, move in call.passes.forward:
@@ -38,6 +39,7 @@ def forward(
                 else payload.attend(problem, kernel, q, move.rows, step.tiles, state)
             )
         under_way.wait()
+    compare()
     return problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]) if state is None else state)
 
 
@@ -54,7 +56,8 @@ def backward(
     grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
-    problem = call.agreed(f"bwd {number}", params, seed)
+    compare = call.compare(f"bwd {number}", seed)
+    problem = call.problem_of(params, seed)
     kernel, payload = call.kernel, call.plan.payload
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     own = dk, dv = (
@@ -73,6 +76,7 @@ def backward(
         under_way.wait()
         if move.returned:
             payload.unpack_grad(problem, (k, v), move.returned, own)
+    compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
     return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals

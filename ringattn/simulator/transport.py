@@ -191,7 +191,7 @@ class Simulator(Transport):
     """One virtual rank's transport."""
 
     def __init__(self, hub: Hub, rank: int, agreement: bool = True) -> None:
-        super().__init__(rank=rank, size=hub.size, agreement=agreement)
+        super().__init__("simulator", rank=rank, size=hub.size, agreement=agreement)
         self._hub = hub
 
     def refusal(self, device: torch.device) -> str | None:

@@ -95,7 +95,7 @@ class Batch:
         local = deal(sample, error, layout)
         if prepared is not None:
             self.sharding.adopt(prepared)
-        device = mesh.connected().control_device
+        device = mesh.connected().device
         self.tokens, self.labels = (x.to(device) for x in local)
         local_positions = self.sharding.positions
         if positions == "document":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ringattn.checking import instance, listed, number, shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.mesh import Mesh
-from ringattn.runtime.agreement import exchanged
+from ringattn.runtime.agreement import alike, exchanged
 from ringattn.transports.base import Transport
 
 BUCKET = 1 << 24  # numbers that travel at once: 64 MB
@@ -46,7 +46,7 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
     _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
     if mesh.size == 1:
         return
-    _compare(parameters, mesh.connected())
+    _compare(parameters, mesh.everyone)
     for bucket in _buckets(parameters):
         _sum_bucket(bucket, mesh)
 
@@ -54,9 +54,9 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
 def total(share: Tensor, mesh: Mesh) -> Tensor:
     """The sum of every rank's share, on every rank: the loss itself, for logging. Without a gradient."""
     _check_mesh(mesh)
-    added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().flatten().clone()
-    sum_over_ranks(added, mesh)
-    return added.reshape(share.shape)
+    added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().contiguous().clone()
+    mesh.everyone.sum(added, label="the loss")
+    return added
 
 
 def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> float:
@@ -98,7 +98,7 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
     if not callable(step):
         raise InputError(f"step must be a function of a module and a tensor; got {shown(step)}.")
     probe = _Probe(mesh.size)
-    device = torch.device("cpu") if mesh.transport is None else mesh.transport.control_device
+    device = mesh.connected().device
     probe.to(device)
     x = torch.zeros(mesh.size, device=device)
     x[mesh.rank] = PROBE  # so that entry r of the gradient says how rank r's share has arrived
@@ -106,17 +106,14 @@ def gradient_factor(step: Callable[[nn.Module, Tensor], object], mesh: Mesh) -> 
         found = _whole_gradient(step(probe, x), probe, mesh)
     except Exception:
         with contextlib.suppress(Exception):  # the step's own error is the one to show
-            _failed_ranks(True, mesh, device)
+            _failed_ranks(True, mesh)
         raise
-    if failed := _failed_ranks(False, mesh, device):
+    if failed := _failed_ranks(False, mesh):
         raise UnsupportedError(f"step failed on rank {failed} of {mesh.size}; the error there says why.")
-    first = found[:1].clone() if mesh.rank == 0 else torch.zeros(1, dtype=torch.float64)
-    sum_over_ranks(first, mesh, device)
-    factor = float(first)
+    (factor,) = mesh.everyone.sum_numbers(float(found[0]) if mesh.rank == 0 else 0.0)
     right = bool((found - factor).abs().max() <= TOLERANCE * abs(factor)) and factor != 0
-    agreeing = torch.tensor([float(right)])
-    sum_over_ranks(agreeing, mesh, device)
-    if agreeing.item() != mesh.size:
+    (agreeing,) = mesh.everyone.sum_numbers(right)
+    if agreeing != mesh.size:
         raise UnsupportedError(_partial_sums(found, mesh))
     return _rounded(factor, mesh)
 
@@ -160,21 +157,6 @@ def clip_grad_norm(parameters: nn.Module | Iterable[Tensor], max_norm: float, *,
     return norm
 
 
-def sum_over_ranks(x: Tensor, mesh: Mesh, device: torch.device | None = None) -> None:
-    """Replaces x, one flat tensor, by the sum over all ranks of the mesh, the same bits on each of them.
-
-    Args:
-        device: where it travels, if not where it is.
-    """
-    moved = x if device is None else x.to(device)
-    if mesh.sequence_size > 1:
-        _all_reduce(moved, mesh.connected())
-    if mesh.data > 1:
-        torch.distributed.all_reduce(moved, group=mesh.data_group)
-    if moved is not x:
-        x.copy_(moved)
-
-
 class _Probe(nn.Module):
     """A parameter of one entry for each rank, and a loss that is linear in it."""
 
@@ -204,12 +186,10 @@ def _whole_gradient(returned: object, probe: nn.Module, mesh: Mesh) -> Tensor:
     return whole.detach().double().cpu() / PROBE
 
 
-def _failed_ranks(failed: bool, mesh: Mesh, device: torch.device) -> str:
+def _failed_ranks(failed: bool, mesh: Mesh) -> str:
     """The ranks that say so, which all hear: a rank that left without a word would be waited for."""
-    said = torch.zeros(mesh.size)
-    said[mesh.rank] = failed
-    sum_over_ranks(said, mesh, device)
-    return ", ".join(str(rank) for rank in said.nonzero().flatten().tolist())
+    said = exchanged(mesh.everyone, bytes([failed]), "a probe of gradients")
+    return ", ".join(str(rank) for rank, each in enumerate(said) if any(each))
 
 
 def _partial_sums(found: Tensor, mesh: Mesh) -> str:
@@ -287,23 +267,24 @@ def _compare(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
     """Ranks that sent each other gradients of other sizes would end, or add up what does not belong together."""
     if not transport.agrees:
         return
-    shapes = repr([(tuple(p.shape), p.dtype) for p in parameters])
-    said = exchanged(transport, hashlib.blake2b(shapes.encode(), digest_size=8).digest(), "gradients")
+    shapes = repr([(tuple(p.shape), p.dtype) for p in parameters]).encode()
+    if alike(transport, shapes, "gradients"):
+        return
+    said = exchanged(transport, hashlib.blake2b(shapes, digest_size=8).digest(), "gradients")
     different = [str(rank) for rank, each in enumerate(said) if each != said[0]]
-    if different:
-        raise AgreementError(
-            f"The ranks train different parameters: those of rank {', '.join(different)} have other shapes, or another "
-            f"number, than those of rank 0. Make the same model on all of them, and freeze the same parameters."
-        )
+    raise AgreementError(
+        f"The ranks train different parameters: those of rank {', '.join(different)} have other shapes, or another "
+        f"number, than those of rank 0. Make the same model on all of them, and freeze the same parameters."
+    )
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype and device whose gradients travel together."""
     kind = functools.partial(_kind_of)
-    for _, alike in itertools.groupby(sorted(parameters, key=kind), key=kind):
+    for _, equal in itertools.groupby(sorted(parameters, key=kind), key=kind):
         bucket: list[nn.Parameter] = []
         size = 0
-        for parameter in alike:
+        for parameter in equal:
             if bucket and size + parameter.numel() > BUCKET:
                 yield bucket
                 bucket, size = [], 0
@@ -322,28 +303,10 @@ def _sum_bucket(bucket: list[nn.Parameter], mesh: Mesh) -> None:
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
     there = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=bucket[0].device)
     flat = torch.cat([*(part.flatten().to(wide) for part in parts), there])
-    sum_over_ranks(flat, mesh)
+    mesh.everyone.sum(flat, label="gradients")
     *sums, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for parameter, added, count in zip(bucket, sums, there.tolist(), strict=True):
         if count:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(added.view_as(parameter))
-
-
-def _all_reduce(x: Tensor, transport: Transport) -> None:
-    """Reduce-scatter, then all-gather: each rank adds up its part of x, in rank order, and hands it to the others.
-
-    2 (P - 1) / P of x is sent by each of P ranks, the least there is. It runs on any transport, simulator included.
-    """
-    me, parts = transport.rank, x.tensor_split(transport.size)
-    peers = [rank for rank in range(transport.size) if rank != me]
-    received = {peer: torch.empty_like(parts[me]) for peer in peers}
-    theirs = [(peer, parts[peer]) for peer in peers]
-    transport.exchange(theirs, list(received.items()), label="gradients, reduce-scatter").wait()
-    received[me] = parts[me].clone()
-    parts[me].zero_()
-    for rank in range(transport.size):
-        parts[me].add_(received[rank])
-    mine = [(peer, parts[me]) for peer in peers]
-    transport.exchange(mine, theirs, label="gradients, all-gather").wait()

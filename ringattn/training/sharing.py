@@ -13,7 +13,7 @@ from torch import Tensor
 from ringattn.errors import AgreementError
 from ringattn.mesh import Mesh
 from ringattn.readable import differing, shortened
-from ringattn.runtime.agreement import exchanged
+from ringattn.runtime.agreement import alike, exchanged
 from ringattn.sharding import Sharding
 from ringattn.training.sample import Sample
 
@@ -77,11 +77,7 @@ def outlined(mesh: Mesh, sample: Sample | None, layout: str, error: Exception | 
 
 def counted(mesh: Mesh, count: int, error: Exception | None) -> int:
     """The sum over the replicas. Raises this rank's error when they have been told that there is one."""
-    refusals = int(error is not None)
-    if mesh.data > 1:
-        numbers = torch.tensor([count, refusals], device=mesh.connected().control_device)
-        torch.distributed.all_reduce(numbers, group=mesh.data_group)
-        count, refusals = map(int, numbers)
+    count, refusals = map(int, mesh.replicas.sum_numbers(count, error is not None))
     if error is not None:
         raise error
     if refusals:
@@ -91,19 +87,15 @@ def counted(mesh: Mesh, count: int, error: Exception | None) -> int:
 
 def all_have(mesh: Mesh, has: bool) -> bool:
     """Whether every rank of the mesh has one more sample."""
-    having = all(map(any, exchanged(mesh.connected(), bytes([has]), "samples")))
-    if mesh.data > 1:
-        lacking = torch.tensor([not having], dtype=torch.int64, device=mesh.connected().control_device)
-        torch.distributed.all_reduce(lacking, group=mesh.data_group)
-        having = not lacking.item()
-    return having
+    (having,) = mesh.everyone.sum_numbers(has)
+    return having == mesh.size
 
 
 def dealt(sharding: Sharding, outline: Outline, sample: Sample) -> Tensor:
     """``[2, S_local]``: tokens and labels of this rank's part, sent by the ranks that have read them."""
     transport = sharding.mesh.connected()
     me, bounds = transport.rank, outline.bounds
-    full = torch.cat([sample.tokens, sample.labels]).to(transport.control_device)
+    full = torch.cat([sample.tokens, sample.labels]).to(transport.device)
     mine = sharding.positions.numpy()
     part = full.new_empty(2, len(mine))
     sends, receives = [], []
@@ -128,7 +120,10 @@ def _said(mesh: Mesh, words: dict[str, str], error: Exception | None) -> list[di
     if error is not None:
         words = {"refused": shortened(f"{type(error).__name__}: {error}", _REFUSAL)}
     own = json.dumps(words).encode().ljust(_BYTES)
-    said = [json.loads(text) for text in exchanged(mesh.connected(), own, "samples")]
+    transport = mesh.connected()
+    if alike(transport, own, "samples") and error is None:
+        return [words] * transport.size
+    said = [json.loads(text) for text in exchanged(transport, own, "samples")]
     refused = [
         f"Rank {rank} refused its sample: {each['refused']}" for rank, each in enumerate(said) if "refused" in each
     ]

@@ -1,9 +1,12 @@
-"""The transport contract: one move, the exchange.
+"""The transport contract: one move, the exchange, and one sum.
 
 A transport takes a whole *exchange* at once: what this rank sends to and receives from each peer. It returns a
 handle at once; until the handle's ``wait`` returns, no buffer of the exchange may be written. Exchanges of a rank
 complete in the order they were started, and messages between two ranks arrive in the order they were sent. A send
 completes when its receive is posted: a plan that relies on more buffering than that is refused by the verifier.
+
+A *sum* adds up what all ranks have, as a trainer does with gradients: each member uses the collective of its own
+library, and those without one are given it in exchanges.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 Message = tuple[int, torch.Tensor]
-"""A peer's rank within the sequence group, and a contiguous buffer."""
+"""A peer's rank within the transport, and a contiguous buffer."""
+
+SUMMED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 
 
 @dataclasses.dataclass
@@ -75,7 +80,7 @@ class Buffers:
 class Handle:
     """An exchange under way."""
 
-    def __init__(self, complete: Callable[[], None] | None, counters: Counters) -> None:
+    def __init__(self, complete: Callable[[], object] | None, counters: Counters) -> None:
         self._complete = complete
         self._counters = counters
 
@@ -92,16 +97,18 @@ class Handle:
 
 
 class Transport(ABC):
-    """Moves buffers between the ranks that share a sequence, numbered 0 to ``size - 1``.
+    """Moves buffers between ranks, those that share a sequence or others, numbered 0 to ``size - 1``.
 
     Attributes:
-        agreement: whether a digest of each call is exchanged and compared before its payload.
+        name: what it is called in reports: local, simulator, gloo, nccl or mpi.
+        agreement: whether the ranks compare each call.
         counters: what this rank has moved.
         buffers: this rank's reusable buffers.
         decisions: what its ranks have decided on together, by subject.
     """
 
-    def __init__(self, rank: int, size: int, agreement: bool) -> None:
+    def __init__(self, name: str, rank: int, size: int, agreement: bool) -> None:
+        self.name = name
         self.rank = rank
         self.size = size
         self.agreement = agreement
@@ -128,9 +135,25 @@ class Transport(ABC):
         return self.agreement and self.size > 1
 
     @property
-    def control_device(self) -> torch.device:
-        """Where the buffers of small exchanges about calls must lie."""
+    def device(self) -> torch.device:
+        """Where this rank's tensors lie, unless the caller has others."""
         return torch.device("cpu")
+
+    @property
+    def control(self) -> Transport:
+        """Moves the small CPU messages by which the same ranks agree: itself, where it moves CPU tensors.
+
+        All ranks ask for it the first time together.
+        """
+        return self
+
+    def among(self, ranks: Sequence[int]) -> Transport:
+        """A transport of the same kind between other ranks, this one included, which all of them ask for together.
+
+        Args:
+            ranks: as the world numbers them.
+        """
+        raise TransportError(f"The {self.name} transport joins its own {self.size} ranks and no others; got {ranks}.")
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:
@@ -166,6 +189,60 @@ class Transport(ABC):
             self.counters.sent_bytes += sent
             self.counters.received_bytes += received
         return Handle(self._start(sends, receives, label) if sends or receives else None, self.counters)
+
+    def sum(self, x: torch.Tensor, *, label: str = "a sum") -> None:
+        """Replaces ``x`` by the sum over all ranks, the same bits on each. Every rank calls it, with equal shapes.
+
+        Half precisions are added up in float32 and rounded once.
+
+        Args:
+            x: contiguous; float32, float64, bfloat16, float16, int64 or int32.
+
+        Raises:
+            TransportError: it is not contiguous or of another dtype, or a rank is lost.
+        """
+        if x.dtype not in SUMMED or not x.is_contiguous():
+            raise TransportError(
+                f"Tensors that are added up are contiguous, of {', '.join(map(str, SUMMED))}; got strides {x.stride()} "
+                f"and {x.dtype}."
+            )
+        if self.size == 1 or not x.numel():
+            return
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        self._sum(wide.view(-1), label)
+        if wide is not x:
+            x.copy_(wide)
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """The sums over all ranks of a few numbers, in float64: counts are exact below 2^53."""
+        added = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        self.control.sum(added)
+        return added.tolist()
+
+    def _sum(self, x: torch.Tensor, label: str) -> None:
+        """Reduce-scatter, then all-gather: each rank adds up its part of x, in rank order, and hands it to the others.
+
+        2 (P - 1) / P of x is sent by each of P ranks, the least there is.
+        """
+        me, parts = self.rank, x.tensor_split(self.size)
+        peers = [rank for rank in range(self.size) if rank != me]
+        received = {peer: torch.empty_like(parts[me]) for peer in peers}
+        theirs = [(peer, parts[peer]) for peer in peers]
+        self.exchange(theirs, list(received.items()), label=f"{label}, reduce-scatter").wait()
+        received[me] = parts[me].clone()
+        parts[me].zero_()
+        for rank in range(self.size):
+            parts[me].add_(received[rank])
+        mine = [(peer, parts[me]) for peer in peers]
+        self.exchange(mine, theirs, label=f"{label}, all-gather").wait()
+
+    def _collective(self, x: torch.Tensor, complete: Callable[[], object]) -> None:
+        """Waits for a library's own sum, and counts what such a one moves at least, which nobody sees."""
+        Handle(complete, self.counters).wait()
+        moved = 2 * (self.size - 1) * x.nbytes // self.size
+        self.counters.messages += 2 * (self.size - 1)
+        self.counters.sent_bytes += moved
+        self.counters.received_bytes += moved
 
     def _checked(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
         """Those that are not empty, and their bytes."""

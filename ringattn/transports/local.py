@@ -14,7 +14,7 @@ class Local(Transport):
     """The transport of a single process."""
 
     def __init__(self) -> None:
-        super().__init__(rank=0, size=1, agreement=False)
+        super().__init__("local", rank=0, size=1, agreement=False)
 
     def refusal(self, device: torch.device) -> str | None:
         return None

@@ -33,7 +33,7 @@ class SlowLink(Transport):
     """A transport whose messages take `bandwidth` bytes a second at least."""
 
     def __init__(self, inner: Transport) -> None:
-        super().__init__(inner.rank, inner.size, inner.agreement)
+        super().__init__(f"slow {inner.name}", inner.rank, inner.size, inner.agreement)
         self.bandwidth = float("inf")
         self.slept = 0.0  # seconds spent waiting for the link, so far
         self._inner, self._free = inner, 0.0  # the link carries one exchange after the other

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ringattn
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.training import clip_grad_norm, gradient_factor, scale_gradients, sum_gradients, total
-from ringattn.training.gradients import BUCKET, sum_over_ranks
+from ringattn.training.gradients import BUCKET
 from tests.workers import Workers
 
 
@@ -23,7 +23,7 @@ def test_a_sum_over_ranks_is_in_rank_order(ring: int, count: int) -> None:
 
     def add(mesh: ringattn.Mesh) -> Tensor:
         x = values[mesh.rank].clone()
-        sum_over_ranks(x, mesh)
+        mesh.everyone.sum(x)
         return x
 
     expected = torch.zeros(count)
