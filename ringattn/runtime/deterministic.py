@@ -36,7 +36,8 @@ def forward(
     number: int,
 ) -> tuple[torch.Tensor, State]:
     """As `engine.forward`."""
-    problem = call.agreed(f"fwd {number}", params, seed)
+    compare = call.compare(f"fwd {number}", seed)
+    problem = call.problem_of(params, seed)
     mechanism, dtype, there = problem.mechanism, problem.accumulator, call.to_queries
     assert there is not None  # or it would be `engine`'s
     keys, values = there.blocks(call.transport, (k, v))
@@ -49,6 +50,7 @@ def forward(
         done, done_extras = mechanism.finish(problem, state)
         for total, part in zip((out, *extras), (done, *done_extras), strict=True):
             _store(there, nth, part, total)
+    compare()
     return out, extras
 
 
@@ -65,7 +67,8 @@ def backward(
     grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """As `engine.backward`, but for the params, which get no gradients."""
-    problem = call.agreed(f"bwd {number}", params, seed)
+    compare = call.compare(f"bwd {number}", seed)
+    problem = call.problem_of(params, seed)
     output_grad = OutputGrad(saved, dout, grad_extras)
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     dk = problem.rows(problem.kv_heads, k.shape[2], problem.dim)
@@ -74,6 +77,7 @@ def backward(
         _query_gradients(call, problem, q, k, v, output_grad, dq)
     if problem.wants("k", "v"):
         _key_gradients(call, problem, q, k, v, output_grad, (dk, dv))
+    compare()
     return (
         dq.to(problem.dtype),
         dk.to(problem.dtype),
