@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,9 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     if not launch.started:
         mesh = ringattn.init(transport="local")
     else:
-        mesh = ringattn.init(ring=config.world // config.replicas, transport="nccl" if on_gpu else "gloo")
+        fewer_gpus = torch.cuda.is_available() and not on_gpu  # than ranks: NCCL wants one each
+        transport: Literal["auto", "gloo"] = "gloo" if fewer_gpus else "auto"
+        mesh = ringattn.init(ring=config.world // config.replicas, transport=transport)
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
