@@ -19,7 +19,7 @@ from ringattn.conformance.drawing import cross_mask, draw, layout
 from ringattn.conformance.judging import limits
 from ringattn.errors import AgreementError, InputError, PlanError, UnsupportedError
 from ringattn.plans.demand import Demand
-from ringattn.plans.grid import OTHER, OWN, Grid
+from ringattn.plans.grid import TILE, Grid
 from tests.conformance import RANDOMS
 from tests.workers import Workers
 
@@ -147,10 +147,10 @@ def test_explain_says_what_lies_here_at_once() -> None:
     sharding = Sharding(600, Mesh.virtual(ring=2, rank=1), "contiguous")
     q = torch.zeros(1, 2, 300, 8, requires_grad=True)
     said = ringattn.explain(q, q, q, ringattn.Causal(), sharding=sharding, deterministic=True)
-    # three blocks of 256 keys, each two heads of 8 + 8 numbers; and queries beside which the output, its gradient, the
-    # log-sum-exp and its gradient travel
-    assert f"300 keys come to the queries and lie there at once in {3 * 256 * 2 * 16 * 4} bytes" in said
-    assert f"0 queries come to the keys and lie there at once in {2 * 256 * 2 * (8 + 18) * 4} bytes" in said
+    # five blocks of keys, each row two heads of 8 + 8 numbers; and three of queries, beside which the output and its
+    # gradient, the log-sum-exp and its gradient travel
+    assert f"300 keys come to the queries and lie there at once in {5 * TILE * 2 * 16 * 4} bytes" in said
+    assert f"0 queries come to the keys and lie there at once in {3 * TILE * 2 * (8 + 18) * 4} bytes" in said
 
 
 def test_tiles_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_tiles_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tiles_hold_what_the_mask_allows_and_are_called_full_when_they_are() -> None:
     mask = ringattn.Window(300, 40) | ringattn.Prefix(3) | ringattn.Predicate(lambda q, k: (q + k) % 7 == 0)
     (plan,) = ringattn.plan_all(mask, 700, ring=1)
-    made, dense = Grid.of(plan), np.zeros((7 * OWN, 3 * OTHER), dtype=bool)
+    made, dense = Grid.of(plan), np.zeros((6 * TILE, 6 * TILE), dtype=bool)
     for nth, tiles in enumerate(made.tiles):
         for tile in tiles:
             allowed = tile.allowed(mask, torch.device("cpu"))

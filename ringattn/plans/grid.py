@@ -23,8 +23,9 @@ from ringattn.plans.coverage import Keys, sums_of_mask, sums_of_tiles
 from ringattn.plans.demand import Demand
 from ringattn.plans.plan import Plan
 
-OWN, OTHER = 128, 256
-"""Rows of a tile: of a rank's own side, where what is cut apart makes work for several ranks, and of the other."""
+TILE = 128
+"""Positions in a block. A block that is cut apart makes work for every rank that has a part of it; in smaller ones more
+time is lost between products."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,32 +33,30 @@ class Blocks:
     """Those blocks of a sequence that a rank has rows of.
 
     Attributes:
-        size: positions in a block.
-        numbers: which blocks, ascending: block n begins at position ``n * size``.
+        numbers: which blocks, ascending: block n begins at position ``n * TILE``.
     """
 
-    size: int
     numbers: Array
 
     @classmethod
-    def holding(cls, positions: Array, size: int) -> Blocks:
+    def holding(cls, positions: Array) -> Blocks:
         """The blocks of these positions."""
-        return cls(size, np.unique(positions // size))
+        return cls(np.unique(positions // TILE))
 
     def places(self, positions: Array) -> tuple[Array, Array]:
         """Where these positions lie: of which of the blocks, counted from 0, and of which row of it."""
-        return np.searchsorted(self.numbers, positions // self.size), positions % self.size
+        return np.searchsorted(self.numbers, positions // TILE), positions % TILE
 
     def at(self, nth: int) -> slice:
         """The positions of one of the blocks; those of the last may go beyond the sequence."""
-        start = int(self.numbers[nth]) * self.size
-        return slice(start, start + self.size, 1)
+        start = int(self.numbers[nth]) * TILE
+        return slice(start, start + TILE, 1)
 
     def spans(self, length: int) -> Array:
         """The blocks as spans of a layout, each a rank's."""
-        start = self.numbers * self.size
+        start = self.numbers * TILE
         nth = np.arange(len(start))
-        return np.stack([nth, 0 * nth, start, np.minimum(self.size, length - start), 0 * nth + 1], axis=1)
+        return np.stack([nth, 0 * nth, start, np.minimum(TILE, length - start), 0 * nth + 1], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,10 +88,10 @@ class Tile:
     full: bool
 
     def allowed(self, mask: Mask, device: torch.device) -> torch.Tensor | None:
-        """Bool ``[OWN, OTHER]``; None when every pair is."""
+        """Bool ``[TILE, TILE]``; None when every pair is."""
         if self.full:
             return None
-        allowed = np.zeros((OWN, OTHER), dtype=np.bool_)
+        allowed = np.zeros((TILE, TILE), dtype=np.bool_)
         for row in self.rows.tolist():
             i, j = np.arange(row[t.M])[:, None], np.arange(row[t.N])[None, :]
             pairs = (row[t.LOW] <= i - j) & (i - j <= row[t.HIGH])
@@ -129,9 +128,9 @@ class Grid:
             PlanError: its tiles are not exactly the pairs of the plan.
         """
         positions, keys = layouts.positions(plan.q_spans, plan.rank), Keys(plan.k_spans)
-        own = Blocks.holding(positions, OWN)
+        own = Blocks.holding(positions)
         used = {phase: _used(plan, phase, keys) for phase in plan.tiles}
-        other = Blocks.holding(np.concatenate([np.empty(0, np.int64), *(at for _, at in used.values())]), OTHER)
+        other = Blocks.holding(np.concatenate([np.empty(0, np.int64), *(at for _, at in used.values())]))
         demand = Demand(plan.mask, plan.regions, plan.partial, plan.q_spans, plan.k_spans, plan.size)
         table = demand.cut(
             *(x.spans(int(s[:, layouts.COUNT].sum())) for x, s in ((own, plan.q_spans), (other, plan.k_spans)))
@@ -174,17 +173,17 @@ def _tiles(table: Array, blocks: int) -> Iterator[list[Tile]]:
 
 
 def _is_full(rows: Array) -> bool:
-    whole = bands.area(t.Tiles(rows).regions) == OWN * OTHER
+    whole = bands.area(t.Tiles(rows).regions) == TILE * TILE
     return whole and not rows[:, t.PARTIAL].any()
 
 
 def _verify(plan: Plan, table: Array, positions: Array, own: Blocks, keys: Keys) -> None:
     """Every own row has exactly its allowed pairs in the tiles."""
     rows = table[:, 2:].copy()
-    rows[:, t.Q] += table[:, t.Q_RANK] * OWN
+    rows[:, t.Q] += table[:, t.Q_RANK] * TILE
     block, row = own.places(positions)
     for partial, regions in enumerate((plan.regions, plan.partial)):
-        found = sums_of_tiles(rows[rows[:, t.PARTIAL] == partial], len(own.numbers) * OWN, keys)
+        found = sums_of_tiles(rows[rows[:, t.PARTIAL] == partial], len(own.numbers) * TILE, keys)
         wanted = sums_of_mask(regions, positions, keys)
-        if not np.array_equal(found.weights[block * OWN + row], wanted.weights):
+        if not np.array_equal(found.weights[block * TILE + row], wanted.weights):
             raise PlanError(f"Rank {plan.rank}: the whole tiles of {plan.description} do not hold the allowed pairs.")

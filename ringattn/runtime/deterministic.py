@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ringattn.mechanisms.base import Block, OutputGrad, Problem, State
-from ringattn.plans.grid import OTHER, OWN, Tile
+from ringattn.plans.grid import TILE, Tile
 from ringattn.runtime.call import Call
 from ringattn.runtime.gathering import Gathering, OutputSide
 
@@ -43,7 +43,7 @@ def forward(
     keys, values = there.blocks(call.transport, (k, v))
     out, extras = mechanism.finish(problem, mechanism.empty(problem, q.shape[2]))
     for nth, tiles in enumerate(there.grid.tiles):
-        own, state = _whole(there, nth, q).to(dtype), mechanism.empty(problem, OWN)
+        own, state = _whole(there, nth, q).to(dtype), mechanism.empty(problem, TILE)
         for tile, block in _blocks(there, nth, tiles, problem):
             key, value = keys[tile.other].to(dtype), values[tile.other].to(dtype)
             mechanism.merge(state, mechanism.tile(problem, block, own, key, value))
@@ -147,15 +147,15 @@ def _blocks(there: Gathering, nth: int, tiles: Sequence[Tile], problem: Problem)
         allowed = tile.allowed(there.plan.mask, problem.device)
         own, other = grid.own.at(nth), grid.other.at(tile.other)
         if there.of_keys:
-            yield tile, Block(slice(0, OTHER), other, own, None if allowed is None else allowed.T)
+            yield tile, Block(slice(0, TILE), other, own, None if allowed is None else allowed.T)
         else:
-            yield tile, Block(slice(0, OWN), own, other, allowed)
+            yield tile, Block(slice(0, TILE), own, other, allowed)
 
 
 def _whole(there: Gathering, nth: int, x: torch.Tensor) -> torch.Tensor:
     """One of the own blocks of ``[B, heads, rows, …]``, with zeros for the rows that are not here."""
     rows, places = there.grid.rows(nth)
-    whole = x.new_zeros(*x.shape[:2], OWN, *x.shape[3:])
+    whole = x.new_zeros(*x.shape[:2], TILE, *x.shape[3:])
     whole[:, :, places.to(x.device)] = x[:, :, rows]
     return whole
 

@@ -15,7 +15,7 @@ from ringattn.mechanisms.base import OutputGrad, Problem
 from ringattn.payloads.base import Pair
 from ringattn.payloads.keys import halves
 from ringattn.plans import cost
-from ringattn.plans.grid import OTHER, OWN, Arrival, Grid
+from ringattn.plans.grid import TILE, Arrival, Grid
 from ringattn.plans.plan import Plan
 from ringattn.runtime import messages
 from ringattn.transports.base import Transport
@@ -40,8 +40,8 @@ class Gathering:
     of_keys: bool
 
     def blocks(self, transport: Transport, own: Pair) -> Pair:
-        """The other side's ``[blocks, B, heads, OTHER, size]``, of either half; zeros where no row is needed."""
-        shape = len(self.grid.other.numbers), self.problem.batch, self.problem.kv_heads, OTHER
+        """The other side's ``[blocks, B, heads, TILE, size]``, of either half; zeros where no row is needed."""
+        shape = len(self.grid.other.numbers), self.problem.batch, self.problem.kv_heads, TILE
         there = own[0].new_zeros(*shape, own[0].shape[-1]), own[1].new_zeros(*shape, own[1].shape[-1])
         for step, move in transport.buffers.views(
             self, lambda it: messages.gathering(it.plan, it.problem, transport.buffers, it.name)
@@ -60,13 +60,13 @@ class Gathering:
         what, where = ("queries", "keys") if self.of_keys else ("keys", "queries")
         return (
             f"  deterministic, {self.name}: {moved.received_tokens} {what} come to the {where} and lie there at once "
-            f"in {self.bytes} bytes; {tiles} tiles of {OWN} x {OTHER}, one after the other"
+            f"in {self.bytes} bytes; {tiles} tiles of {TILE} x {TILE}, one after the other"
         )
 
     @property
     def bytes(self) -> int:
         """What the other side's blocks take while they are held."""
-        problem, rows = self.problem, len(self.grid.other.numbers) * OTHER
+        problem, rows = self.problem, len(self.grid.other.numbers) * TILE
         return rows * problem.batch * problem.kv_heads * (problem.dim + problem.value_dim) * problem.dtype.itemsize
 
 
