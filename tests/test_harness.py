@@ -23,6 +23,7 @@ from ringattn.naming import name_of
 from ringattn.plans.assembly import Moves
 from ringattn.plans.demand import Demand
 from ringattn.schedules.base import Schedule
+from tests.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,3 +188,15 @@ def test_every_public_member_is_in_the_cases() -> None:
 def _atoms(mask: ringattn.Mask) -> list[ringattn.Mask]:
     parts = getattr(mask, "parts", None)
     return [mask] if parts is None else [atom for part in parts for atom in _atoms(part)]
+
+
+def _checked(mesh: ringattn.Mesh) -> conformance.Report:
+    return conformance.check(count=24, mesh=mesh)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_transport_computes_the_same_cases_to_the_bit(gloo: Workers, mpi: Workers, ranks: int) -> None:
+    virtual = ringattn.simulate(_checked, ring=ranks).results
+    every = [*virtual, *gloo.run(ranks, _checked), *mpi.run(ranks, _checked)]
+    assert all(report.passed for report in every), every[0]
+    assert all(report.worst == virtual[0].worst for report in every)

@@ -92,14 +92,15 @@ MAY: dict[str, str] = {
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "
     "runtime.spelling runtime.transforms schedules.base",
-    "conformance.battery": "checking conformance.case conformance.drawing conformance.judging conformance.leaks "
+    "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
     "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
-    "schedules simulator",
+    "schedules",
     "conformance.case": "errors kernels.base layouts masks mechanisms naming schedules.base",
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
     "conformance.leaks": "conformance.case conformance.running",
-    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning sharding simulator",
+    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning runtime.agreement sharding "
+    "simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base",

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import ringattn
 from ringattn.cli import kernels, plan, simulate, train, verify
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError
+from ringattn.transports.mpi import end_job
 
 
 class _Commands(TyperGroup):
@@ -29,6 +30,7 @@ class _Commands(TyperGroup):
                 raise
             code, words = 1, f"out of memory ({str(error).splitlines()[0]}). Take fewer tokens or ranks."
         typer.echo(f"ringattn {ctx.invoked_subcommand}: {' '.join(words.split())}", err=True)
+        end_job(code)
         raise typer.Exit(code)
 
 

@@ -22,6 +22,7 @@ from ringattn.errors import InputError
 from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels import Kernel
 from ringattn.mechanisms import MEMBERS, Mechanism
+from ringattn.mesh import Mesh
 from ringattn.naming import by_name, named
 from ringattn.readable import dtype_name, readable_bytes
 
@@ -128,6 +129,11 @@ def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress
     """A bar on stderr, so that results can be piped; none where that is not a terminal."""
     screen = Console(stderr=True)
     return Progress(*columns, console=screen, transient=True, disable=not (shown and screen.is_terminal))
+
+
+def where(mesh: Mesh) -> str:
+    """The ranks of a mesh, and how they talk."""
+    return f"{mesh.size} rank{'s' * (mesh.size > 1)}, transport {mesh.connected().name}"
 
 
 def print_json(value: Any) -> None:

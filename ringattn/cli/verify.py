@@ -150,16 +150,10 @@ def _finding(mesh: Mesh, case: Case, answer: reference.Evaluation, bounds: dict[
 
 def _everywhere(mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor]) -> Results:
     """The whole out, dq, dk, dv on every rank."""
-    device = _device()
+    device = mesh.connected().device
     part = attend(mesh, case, inputs, device)
     sharding = ringattn.Sharding(case.length, mesh, layout=case.layout, mask=case.mask)
     return {name: sharding.join(part.results[name].to(device), 2).cpu() for name in NAMES}
-
-
-def _device() -> str:
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        return f"cuda:{torch.cuda.current_device()}"
-    return "cpu"
 
 
 def _token(case: Case) -> int:
@@ -181,11 +175,12 @@ def _report(mesh: Mesh, case: Case, findings: list[Verdict], as_json: bool) -> N
             for finding in findings
         ]
         good = all(finding.passed for finding in findings)
-        options.print_json({"ranks": mesh.size, "mask": str(case.mask), "findings": verdicts, "passed": good})
+        said = {"ranks": mesh.size, "transport": mesh.connected().name, "mask": str(case.mask)}
+        options.print_json({**said, "findings": verdicts, "passed": good})
         return
     console = options.console()
     console.print(
-        f"{case.mask}: {case.length} tokens on {mesh.size} ranks, {case.heads} query and {case.kv_heads} "
+        f"{case.mask}: {case.length} tokens on {options.where(mesh)}, {case.heads} query and {case.kv_heads} "
         f"key heads of {case.dim}, {dtype_name(case.dtype)}",
         highlight=False,
     )

@@ -53,10 +53,19 @@ def _report(mesh: Mesh, what: str, documents: list[int], parity: Parity, as_json
     name, worst = parity.worst
     if as_json:
         found = {**dataclasses.asdict(parity), "first_layer_that_differs": parity.first, "passed": parity.passed}
-        options.print_json({"model": what, "ranks": mesh.size, "documents": documents, "limit": LIMIT, **found})
+        options.print_json(
+            {
+                "model": what,
+                "ranks": mesh.size,
+                "transport": mesh.connected().name,
+                "documents": documents,
+                "limit": LIMIT,
+                **found,
+            }
+        )
         return
     console = options.console()
-    console.print(f"{what}, documents of {documents} tokens on {mesh.size} ranks", highlight=False)
+    console.print(f"{what}, documents of {documents} tokens on {options.where(mesh)}", highlight=False)
     table = Table("", "relative difference", f"at most {LIMIT:g}")
     rows = {"loss": parity.loss, "logits": parity.logits, f"gradient of {name}, the worst": worst}
     layers = sorted(parity.layers.items(), key=lambda item: -item[1])[:SHOWN]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from random import Random
 
 from ringattn import layouts
-from ringattn.checking import MAX_TOKENS, integer, shown
+from ringattn.checking import MAX_TOKENS, instance, integer, shown
 from ringattn.conformance.case import Case
-from ringattn.conformance.drawing import PARTIAL, draw, draw_cross
+from ringattn.conformance.drawing import PARTIAL, RANKS, draw, draw_cross
 from ringattn.conformance.judging import errors, limits, oracle
 from ringattn.conformance.leaks import leaks
-from ringattn.conformance.running import attend, joined, plans, simulated
+from ringattn.conformance.running import plans, run
 from ringattn.errors import InputError, PlanError
 from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels import Kernel
@@ -24,12 +24,12 @@ from ringattn.layouts import Layout
 from ringattn.masks import Causal, Mask, checked, parse
 from ringattn.mechanisms import MEMBERS as MECHANISMS
 from ringattn.mechanisms import Mechanism
+from ringattn.mesh import Mesh
 from ringattn.naming import name_of, named
 from ringattn.plans.planning import named_schedule
 from ringattn.plans.verification import verify
 from ringattn.readable import dtype_name
 from ringattn.schedules import Schedule
-from ringattn.simulator import simulate
 
 Track = Callable[[Sequence[Case]], Iterable[Case]]
 
@@ -123,6 +123,7 @@ def check(
     count: int = 60,
     seed: int = 0,
     track: Track = iter,
+    mesh: Mesh | None = None,
 ) -> Report:
     """Puts a member through many cases on virtual ranks, everything else drawn at random.
 
@@ -135,6 +136,7 @@ def check(
         count: cases, beside those of 0 and 1 tokens and of more ranks than tokens.
         seed: of the cases: the same one gives the same.
         track: walks the cases, and may show how far it has come.
+        mesh: the ranks to use instead of virtual ones, of any transport. All of them make this call.
 
     Raises:
         InputError: there is no such member.
@@ -147,8 +149,10 @@ def check(
     pinned = {"layout": layout, "schedule": schedule, "kernel": kernel}
     given = {name: value for name, value in pinned.items() if value is not None}
     taken = parse(mask) if isinstance(mask, str) else None if mask is None else checked(mask)
-    cases = [_with(case, taken, mechanism, given) for case in itertools.chain(_edges(), _drawn(random, count))]
-    return Report(tuple(examine(case) for case in track(cases)))
+    ranks = None if mesh is None else instance(mesh, Mesh, "mesh", "a ringattn.Mesh, or None").sequence_size
+    drawn = itertools.chain(_edges(ranks), _drawn(random, count, ranks))
+    cases = [_with(case, taken, mechanism, given) for case in drawn]
+    return Report(tuple(examine(case, mesh) for case in track(cases)))
 
 
 def _refuse_unknown(layout: object, schedule: object, mechanism: object, kernel: object) -> None:
@@ -163,16 +167,17 @@ def _refuse_unknown(layout: object, schedule: object, mechanism: object, kernel:
         named("kernel", kernel, Kernel, KERNELS, also=("auto",))
 
 
-def _edges() -> Iterator[Case]:
+def _edges(ranks: int | None) -> Iterator[Case]:
     """The shapes that go wrong first."""
-    for length, ranks in ((0, 1), (0, 3), (1, 1), (1, 3), (5, 7), (129, 4)):
-        yield Case(length, Causal(), ranks, groups=2, value_dim=12, use_lse=True)
+    for length, usual in ((0, 1), (0, 3), (1, 1), (1, 3), (5, 7), (129, 4)):
+        yield Case(length, Causal(), ranks or usual, groups=2, value_dim=12, use_lse=True)
 
 
-def _drawn(random: Random, count: int) -> Iterator[Case]:
+def _drawn(random: Random, count: int, ranks: int | None) -> Iterator[Case]:
     """Any calls, and some with a schedule or kernel by name that may refuse them."""
+    sizes = RANKS if ranks is None else (ranks,)
     for nth in range(count):
-        case = draw_cross(random) if nth % 6 == 5 else draw(random)
+        case = (draw_cross if nth % 6 == 5 else draw)(random, ranks=sizes)
         if random.random() < (0.5 if case.mechanism == "linear" else 0.03):
             case = dataclasses.replace(case, schedule=random.choice(PARTIAL))
         if random.random() < 0.2:
@@ -202,11 +207,10 @@ def _lengths(mask: Mask) -> dict[str, int | None]:
     return {"length": queries, "kv_length": None if queries == keys else keys}
 
 
-def examine(case: Case) -> Finding:
-    """One case, from all sides."""
+def examine(case: Case, mesh: Mesh | None = None) -> Finding:
+    """One case, from all sides: on the ranks of a mesh, which all ask for it, or on virtual ones."""
     try:
-        simulation = simulate(attend, case, ring=case.ranks)
-        results = joined(case, simulation.results)
+        results, moved = run(mesh, case)
     except InputError as error:
         return Finding(case, {}, {}, refusal=str(error))
     except Exception as error:
@@ -223,12 +227,11 @@ def examine(case: Case) -> Finding:
         verify(made)
         traffic = [plan.traffic() for plan in made]
         planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in traffic]
-        moved = [counters.received_bytes for counters in simulation.traffic]
         if planned != moved:
             faults.append(f"the plans say that the ranks receive {planned} bytes; they received {moved}")
         if min(case.length, case.keys):
             token = case.seed % min(case.length, case.keys)
-            probed = leaks(case, lambda inputs: simulated(case, inputs), results, token)
+            probed = leaks(case, lambda inputs: run(mesh, case, inputs)[0], results, token)
             faults += [f"token {token} leaks: {probed}"] if any(probed.tokens.values()) else []
     except PlanError as error:
         faults.append(f"the plans do not fit together: {error}")

@@ -65,10 +65,11 @@ def draw(
     served_by: Sequence[Schedule | str] = ("auto", *SCHEDULES),
     kernels: Sequence[Kernel | str] = ("auto", "reference"),
     dtypes: Sequence[torch.dtype] = DTYPES,
+    ranks: Sequence[int] = RANKS,
 ) -> Case:
     """Any call that no schedule or kernel refuses, if those are of the package."""
     length = random.randint(0, random.choice((40, LONGEST)))
-    ranks, dim = random.choice(RANKS), random.choice((1, 4, 8, 16))
+    size, dim = random.choice(ranks), random.choice((1, 4, 8, 16))
     kv_heads, groups = random.choice(HEADS)
     mechanism = random.choice(MECHANISMS)
     softmax, scaled = mechanism == "softmax", hasattr(by_name(mechanisms.MEMBERS)[mechanism], "scale")
@@ -76,13 +77,13 @@ def draw(
     return Case(
         length=length,
         mask=mask(random, length),
-        ranks=ranks,
+        ranks=size,
         batch=random.randint(1, 2),
         kv_heads=kv_heads,
         groups=groups,
         dim=dim,
         value_dim=random.choice((dim, dim, 3, 12)),
-        layout=layout(random, length, ranks),
+        layout=layout(random, length, size),
         schedule=random.choice(served_by),
         kernel=random.choice(kernels),
         dtype=random.choice(dtypes),

@@ -14,6 +14,7 @@ from ringattn.functional import attention
 from ringattn.mesh import Mesh
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
+from ringattn.runtime.agreement import gathered
 from ringattn.sharding import Sharding
 from ringattn.simulator import simulate
 
@@ -105,7 +106,23 @@ def _order(case: Case, parts: Sequence[torch.Tensor], length: int) -> torch.Tens
 
 def simulated(case: Case, inputs: Sequence[torch.Tensor] | None = None) -> Results:
     """The whole results of the case on virtual ranks."""
-    return joined(case, simulate(attend, case, inputs, ring=case.ranks).results)
+    return run(None, case, inputs)[0]
+
+
+def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = None) -> tuple[Results, list[int]]:
+    """The whole results of the case, and the bytes of payload that each rank has received for them.
+
+    Args:
+        mesh: the ranks of this process and others, which all make the same call; None for virtual ones.
+    """
+    if mesh is None:
+        simulation = simulate(attend, case, inputs, ring=case.ranks)
+        return joined(case, simulation.results), [counters.received_bytes for counters in simulation.traffic]
+    counters = mesh.connected().counters
+    before = counters.received_bytes
+    part = attend(mesh, case, inputs, mesh.connected().device)
+    said = gathered(mesh.connected(), (part, counters.received_bytes - before), "conformance")
+    return joined(case, [part for part, _ in said]), [moved for _, moved in said]
 
 
 def plans(case: Case) -> list[Plan]:

@@ -18,7 +18,9 @@ import functools
 import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +28,8 @@ from ringattn.errors import AgreementError, TransportError
 from ringattn.readable import differing, shortened
 from ringattn.runtime.transforms import outside_transforms
 from ringattn.transports.base import Transport
+
+T = TypeVar("T")
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "kernel", "mechanism", "gradients", "seed")
 """What is compared."""
@@ -166,3 +170,11 @@ def exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
         control.exchange(sends, receives, label=label, control=True).wait()
         have += more
     return list(map(bytes, heard.roll(me, 0).numpy()))
+
+
+def gathered(transport: Transport, value: T, label: str) -> list[T]:
+    """Every rank's value, by rank: anything that pickles, of any size."""
+    raw = pickle.dumps(value)
+    sizes = [int.from_bytes(each, "little") for each in exchanged(transport, len(raw).to_bytes(8, "little"), label)]
+    every = exchanged(transport, raw.ljust(max(sizes)), label)
+    return [pickle.loads(each[:size]) for each, size in zip(every, sizes, strict=True)]
