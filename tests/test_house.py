@@ -99,8 +99,8 @@ MAY: dict[str, str] = {
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
     "conformance.leaks": "conformance.case conformance.running",
-    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning runtime.agreement sharding "
-    "simulator",
+    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning "
+    "runtime.agreement sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base",

@@ -18,6 +18,7 @@ import ringattn
 from ringattn import conformance, kernels, layouts, schedules
 from ringattn.cli import app, options
 from ringattn.naming import by_name
+from tests.workers import mpirun
 
 ROOT = Path(__file__).parents[2]
 OF_KEYS = [name for name, member in by_name(schedules.MEMBERS).items() if member.payload.per_key]
@@ -203,14 +204,16 @@ def test_train_says_its_name_and_every_member() -> None:
         assert name in shown.stdout
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.timeout(180)
-def test_verify_on_two_launched_ranks() -> None:
+@pytest.mark.parametrize(("launcher", "transport"), [(TORCHRUN, "gloo"), ((*mpirun(2), sys.executable), "mpi")])
+def test_verify_on_two_launched_ranks(launcher: tuple[str, ...], transport: str) -> None:
     # one machine: torchrun's own rendezvous finds a free port
+    verify = ("-m", "ringattn.cli", "verify", "--length", "61", "--mask", "documents:30,1,30&causal", "--dim", "8")
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "ringattn.cli", "verify", "--length", "61", "--mask", "documents:30,1,30&causal", "--dim", "8"),
-        ],
+        [*launcher, *verify],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -219,5 +222,5 @@ def test_verify_on_two_launched_ranks() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "on 2 ranks" in done.stdout
+    assert f"on 2 ranks, transport {transport}" in done.stdout
     assert done.stdout.count("passed") == len(options.LAYOUTS) * len(OF_KEYS)
