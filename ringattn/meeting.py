@@ -30,6 +30,7 @@ from ringattn.readable import differing, shortened
 from ringattn.rendezvous import Launch
 from ringattn.runtime.agreement import exchanged
 from ringattn.transports.base import Transport
+from ringattn.transports.news import News
 
 BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
@@ -43,6 +44,7 @@ class Meeting:
 
     Attributes:
         limit: after which a wait for another rank is an error.
+        host: the rank that keeps the store; None where another process does, or nobody knows.
         local_rank: among the ranks of this host, where the launcher said so.
     """
 
@@ -51,6 +53,7 @@ class Meeting:
     world: int
     limit: datetime.timedelta
     local_rank: int = 0
+    host: int | None = None
 
     @classmethod
     def found(cls, launch: Launch, transport: str, limit: datetime.timedelta) -> Meeting:
@@ -74,7 +77,7 @@ class Meeting:
                 f"transport='mpi'."
             )
         store = _store(launch, launch.address, launch.port, limit)
-        return cls(store, launch.rank, launch.world, limit, launch.local_rank)
+        return cls(store, launch.rank, launch.world, limit, launch.local_rank, None if launch.agent else 0)
 
     def agree(self, given: Mapping[str, object], refusal: InputError | None) -> Meeting:
         """Compares this rank's arguments with those of all others; every rank calls it, in the same order.
@@ -103,6 +106,10 @@ class Meeting:
         if verdict["different"]:
             raise AgreementError(verdict["different"])
         return dataclasses.replace(self, store=PrefixStore(name, self.store))
+
+    def news(self) -> News:
+        """By which its ranks tell each other of one that is lost."""
+        return News(self.store, "news", self.rank, self.world, self.host)
 
     def _judged(self, said: str) -> tuple[str, dict[str, str]]:
         """Rank 0's part: what is wrong, told to all."""

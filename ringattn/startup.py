@@ -109,7 +109,9 @@ def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement:
     except RuntimeError as error:  # of torch's groups, and of their stores
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
     world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
-    return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement), groups=Groups(world, own))
+    return Mesh(
+        **sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement, ranks.news()), groups=Groups(world, own)
+    )
 
 
 def _start_default_group(transport: str, ranks: Meeting) -> None:

@@ -68,7 +68,9 @@ MAY: dict[str, str] = {
     "kernels.store kernels.trial",
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
     "transports.base": "errors",
-    "transports.torch_distributed": "errors groups transports.base",
+    "transports.torch_distributed": "errors groups transports.base transports.news",
+    "transports.news": "errors transports.told",
+    "transports.told": "",
     "transports.*": "errors transports.base",
     "groups": "",
     "mesh": "checking errors groups transports.base transports.local transports.torch_distributed",
@@ -86,8 +88,8 @@ MAY: dict[str, str] = {
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
     "kernels.reference schedules.base",
     "runtime.engine": "mechanisms.base runtime.call",
-    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
-    "runtime.transforms",
+    "runtime.op": "errors handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
+    "runtime.transforms transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "
@@ -103,7 +105,7 @@ MAY: dict[str, str] = {
     "runtime.agreement sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
-    "meeting": "readable checking errors rendezvous runtime.agreement transports.base",
+    "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",
     "startup": "checking errors groups mesh meeting rendezvous transports.mpi transports.torch_distributed",
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",

@@ -26,7 +26,7 @@ class Gathering:
     """Who brings what to whom, and the tiles that are computed when it is there.
 
     Attributes:
-        name: of the pass, shown in errors.
+        name: of the pass, for `explain`.
         plan: by which the payload travels to its queries.
         problem: of what travels: its heads, and the sizes of the halves of its rows.
         grid: the tiles of the plan.
@@ -44,7 +44,7 @@ class Gathering:
         shape = len(self.grid.other.numbers), self.problem.batch, self.problem.kv_heads, TILE
         there = own[0].new_zeros(*shape, own[0].shape[-1]), own[1].new_zeros(*shape, own[1].shape[-1])
         for step, move in transport.buffers.views(
-            self, lambda it: messages.gathering(it.plan, it.problem, transport.buffers, it.name)
+            self, lambda it: messages.gathering(it.plan, it.problem, transport.buffers)
         ):
             under_way = move.start(transport, self.plan.payload, self.problem, own)
             if step.tiles:

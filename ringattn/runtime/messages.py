@@ -26,7 +26,7 @@ class Move:
     """One step's exchange, and the rows its tiles are about.
 
     Attributes:
-        label: what the exchange is for, shown in errors.
+        phase: which exchange of its pass it is, shown in errors.
         packs: own rows that the payload makes before the exchange starts.
         copies: rows that are copied together before it starts.
         sends, receives: its messages.
@@ -34,7 +34,7 @@ class Move:
         rows, drows: what the step's tiles attend to, and its gradient; empty in phase 0, whose rows are the rank's own.
     """
 
-    label: str
+    phase: int
     packs: tuple[Parcel, ...]
     copies: tuple[Copy, ...]
     sends: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Move:
             payload.pack(problem, own, self.packs)
         for source, target in self.copies:
             target.copy_(source)
-        return transport.exchange(self.sends, self.receives, label=self.label)
+        return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,15 +71,15 @@ def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     if not problem.wants("k", "v"):
         backward = tuple(step for step in map(_without_gradients, backward) if step.exchange or step.tiles)
     return Passes(
-        tuple((step, rooms.move(step, "forward")) for step in forward),
-        tuple((step, rooms.move(step, "backward")) for step in backward),
+        tuple((step, rooms.move(step)) for step in forward),
+        tuple((step, rooms.move(step)) for step in backward),
     )
 
 
-def gathering(plan: Plan, problem: Problem, buffers: Buffers, name: str) -> tuple[tuple[Step, Move], ...]:
-    """The exchanges of a plan's forward pass alone, which brings rows, as part of the pass of this name."""
+def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> tuple[tuple[Step, Move], ...]:
+    """The exchanges of a plan's forward pass alone, which brings rows."""
     rooms = _Rooms(plan, problem, buffers, gradients=False)
-    return tuple((step, rooms.move(step, name)) for step in plan.steps)
+    return tuple((step, rooms.move(step)) for step in plan.steps)
 
 
 def _without_gradients(step: Step) -> Step:
@@ -109,7 +109,7 @@ class _Rooms:
         self._grad_staging = take("gradient staging", rows.grad_staging, returns)
         self._grad_arrivals = take("gradient arrivals", rows.grad_arrivals, returns)
 
-    def move(self, step: Step, name: str) -> Move:
+    def move(self, step: Step) -> Move:
         exchange, plan = step.exchange, self._plan
         packs, copies, sends = [], [], []
         staging, grad_staging = _Staging(self._staging), _Staging(self._grad_staging)
@@ -131,7 +131,7 @@ class _Rooms:
                 rows = self._run(item)
             receives.append((item.peer, rows))
         return Move(
-            label=f"attention {name}, phase {exchange.phase}",
+            phase=exchange.phase,
             packs=tuple(packs),
             copies=tuple(copies),
             sends=tuple(sends),

@@ -105,6 +105,7 @@ class Transport(ABC):
         counters: what this rank has moved.
         buffers: this rank's reusable buffers.
         decisions: what its ranks have decided on together, by subject.
+        doing: the call that is being made, shown in errors.
     """
 
     def __init__(self, name: str, rank: int, size: int, agreement: bool) -> None:
@@ -115,6 +116,7 @@ class Transport(ABC):
         self.counters = Counters()
         self.buffers = Buffers()
         self.decisions: dict[str, int] = {}
+        self.doing = "no call"
         self._calls = 0
 
     def next_call(self) -> int:
@@ -154,6 +156,9 @@ class Transport(ABC):
             ranks: as the world numbers them.
         """
         raise TransportError(f"The {self.name} transport joins its own {self.size} ranks and no others; got {ranks}.")
+
+    def abandon(self, error: BaseException) -> None:  # noqa: B027 (some have their own way to tell)
+        """Tells the ranks that wait for this one that it has raised an exception in the middle of a call."""
 
     @abstractmethod
     def refusal(self, device: torch.device) -> str | None:

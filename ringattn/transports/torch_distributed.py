@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ringattn.errors import TransportError
 from ringattn.groups import new_group, timeout_of
 from ringattn.transports.base import Message, Transport
+from ringattn.transports.news import News, Place
 
 
 class TorchDistributed(Transport):
@@ -20,10 +21,14 @@ class TorchDistributed(Transport):
         group: the ranks that share a sequence. Its timeout bounds every wait.
         agreement: whether the ranks compare each call. On NCCL they do it over a Gloo group of the same ranks, while
             the GPU works.
+        news: of lost ranks in the whole run; None for those of this group alone.
     """
 
-    def __init__(self, group: dist.ProcessGroup, agreement: bool = True) -> None:
+    def __init__(self, group: dist.ProcessGroup, agreement: bool = True, news: News | None = None) -> None:
         self.group = group
+        self.news = News.of(group) if news is None else news
+        self.news.follow(group)
+        self._world = dist.get_process_group_ranks(group)
         super().__init__(dist.get_backend(group), dist.get_rank(group), dist.get_world_size(group), agreement)
 
     @property
@@ -38,7 +43,7 @@ class TorchDistributed(Transport):
         return self._over(ranks, self.name)
 
     def _over(self, ranks: Sequence[int], backend: str) -> TorchDistributed:
-        return TorchDistributed(new_group(ranks, timeout_of(self.group), backend), self.agreement)
+        return TorchDistributed(new_group(ranks, timeout_of(self.group), backend), self.agreement, self.news)
 
     def refusal(self, device: torch.device) -> str | None:
         if self.name == "gloo" and device.type != "cpu":
@@ -49,50 +54,58 @@ class TorchDistributed(Transport):
             return f"NCCL exchanges CUDA tensors; got tensors on {device}. Use the gloo backend, or move them to a GPU."
         return None
 
+    def abandon(self, error: BaseException) -> None:
+        self.news.abandon(self.doing, error)
+
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
-        # Receives first: on Gloo a send completes only when its receive is posted.
-        messages = [*receives, *sends]
-        kinds = [dist.irecv] * len(receives) + [dist.isend] * len(sends)
-        operations = [
-            dist.P2POp(kind, buffer, group=self.group, group_peer=peer)
-            for kind, (peer, buffer) in zip(kinds, messages, strict=True)
-        ]
+        peers = [peer for peer, _ in (*receives, *sends)]
+        works: list[dist.Work] = []
+        if self.news.loss is not None:
+            raise self.news.error(Place(label))
         try:
-            works = dist.batch_isend_irecv(operations)
+            self._post(sends, receives, works)
         except RuntimeError as error:
-            raise self._failure(label, [peer for peer, _ in messages], error) from error
+            raise self._failure(label, peers[min(len(works), len(peers) - 1)], error) from error
 
         def complete() -> None:
-            for work, (peer, _) in zip(works, messages, strict=False):
+            for work, peer in zip(works, peers, strict=False):
+                self.news.place = Place(label, self._world[peer])
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise self._failure(label, [peer], error) from error
+                    raise self._failure(label, peer, error) from error
+            self.news.place = Place(label)
 
         return complete
+
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message], works: list[dist.Work]) -> None:
+        """Receives first: on Gloo a send completes only when its receive is posted."""
+        if self.name == "nccl":
+            moves = [*((dist.irecv, *each) for each in receives), *((dist.isend, *each) for each in sends)]
+            operations = [dist.P2POp(move, x, group=self.group, group_peer=peer) for move, peer, x in moves]
+            works += dist.batch_isend_irecv(operations)
+            return
+        for peer, x in receives:
+            works.append(self.group.recv([x], peer, 0))
+        for peer, x in sends:
+            works.append(self.group.send([x], peer, 0))
 
     def _sum(self, x: torch.Tensor, label: str) -> None:
         if x.device.type == "cpu" and self.control is not self:
             return self.control.sum(x, label=label)
 
         def complete() -> None:
+            self.news.place = Place(label)
             try:
                 dist.all_reduce(x, group=self.group)
             except RuntimeError as error:
-                others = [rank for rank in range(self.size) if rank != self.rank]
-                raise self._failure(label, others, error) from error
+                raise self._failure(label, None, error) from error
 
+        if self.news.loss is not None:
+            raise self.news.error(Place(label))
         return self._collective(x, complete)
 
-    def _failure(self, label: str, peers: list[int], error: RuntimeError) -> TransportError:
+    def _failure(self, label: str, peer: int | None, error: RuntimeError) -> TransportError:
         """The backend's own words stay the error's cause."""
-        who, words = ", ".join(map(str, sorted(set(peers)))), str(error)
-        if "timed out" in words.lower() or "timeout" in words.lower():
-            what = "It did not make the same call within the timeout: look at what it was doing, or raise the timeout"
-        elif "closed" in words or "reset" in words or "refused" in words:
-            what = "It has ended: its own output says why"
-        else:
-            what = f"{self.name} says: {words.splitlines()[0] if words else type(error).__name__}"
-        return TransportError(
-            f"Rank {self.rank} of {self.size} lost rank {who} during {label or 'an exchange'}. {what.rstrip('.')}."
-        )
+        place = Place(label or "an exchange", None if peer is None else self._world[peer])
+        return self.news.failed(place, self._world, error, timeout_of(self.group).total_seconds())
