@@ -57,3 +57,15 @@ def readable_count(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g}T"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Seconds with a unit.
+
+    >>> readable_seconds(7e-6), readable_seconds(0.02), readable_seconds(75)
+    ('7 us', '20 ms', '75 s')
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"

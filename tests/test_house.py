@@ -110,7 +110,7 @@ MAY: dict[str, str] = {
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }
-OUTER = ("advice", "cli", "integrations", "trainer", "training")
+OUTER = ("advice", "cli", "diagnosis", "integrations", "trainer", "training")
 
 
 def _name(path: Path) -> str:

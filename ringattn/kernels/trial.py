@@ -92,3 +92,8 @@ def _runner(problem: Problem, tiles: Tiles) -> Callable[[Kernel, bool], None]:
             kernel.backward(problem, q, k, v, output_grad, tiles, (dq, dk, dv), {})
 
     return run
+
+
+def pairs_of(workload: Workload) -> int:
+    """Of queries and keys, all heads together, that a trial attends to."""
+    return _tiles(workload).area * workload.heads

@@ -32,9 +32,9 @@ def run(*arguments: str) -> Any:
 def test_help_lists_the_commands_and_each_has_examples() -> None:
     shown = run("--help")
     assert shown.exit_code == 0
-    for command in ("simulate", "plan", "verify", "kernels", "train"):
+    for command in ("simulate", "plan", "verify", "kernels", "doctor", "train"):
         assert command in shown.output
-    for command in ("simulate", "plan", "verify", "kernels"):
+    for command in ("simulate", "plan", "verify", "kernels", "doctor"):
         text = run(command, "--help")
         assert text.exit_code == 0
         assert f"ringattn {command}" in text.output

@@ -1,0 +1,138 @@
+"""Findings: what an examination says, judged: which rank or link is unlike the others, in words."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+
+from ringattn.diagnosis.examination import Examination
+from ringattn.readable import readable_bytes, readable_seconds
+
+SLOW_RANK = 0.75  # of the median rank's rate, below which a rank is slow
+LATE = 5.0  # times the median latency of links of its kind
+FAR = 1e-3  # seconds: what is less is late for nobody
+NARROW = 0.4  # of the median bandwidth of links of its kind
+SKEW = 0.5  # seconds
+SHOWN = 8  # links by name
+
+Pair = tuple[int, int]
+
+
+def findings(found: Examination) -> list[str]:
+    """A sentence each; none where all ranks and links are alike."""
+    return [*_ranks(found), *_links(found), *_clocks(found), *_versions(found), *_threads(found)]
+
+
+def kinds(found: Examination) -> dict[str, list[Pair]]:
+    """The pairs of ranks, those within a host and those between hosts."""
+    pairs: dict[str, list[Pair]] = {"within a host": [], "between hosts": []}
+    for first, second in itertools.combinations(range(found.size), 2):
+        same = found.facts[first].host == found.facts[second].host
+        pairs["within a host" if same else "between hosts"].append((first, second))
+    return {kind: members for kind, members in pairs.items() if members}
+
+
+def _ranks(found: Examination) -> Iterator[str]:
+    for rank, speed in enumerate(found.speeds):
+        others = [x for other, x in enumerate(found.speeds) if other != rank]
+        typical = statistics.median(others) if others else 0.0
+        if typical and speed < SLOW_RANK * typical:
+            yield (
+                f"rank {rank} computes at {speed / typical:.2g} of the others' rate ({speed:.3g} against {typical:.3g} "
+                f"GFLOP/s): all wait for it. Look for other work on {found.facts[rank].host}, fewer threads, or heat."
+            )
+
+
+def _links(found: Examination) -> Iterator[str]:
+    for kind, pairs in kinds(found).items():
+        yield from _outliers(found, pairs, kind, _late, _latency_words)
+        yield from _outliers(found, pairs, kind, _narrow, _bandwidth_words)
+
+
+def _outliers(
+    found: Examination,
+    pairs: list[Pair],
+    kind: str,
+    wrong: Callable[[Examination, Pair, list[Pair]], bool],
+    words: Callable[[Examination, list[Pair], list[Pair]], str],
+) -> Iterator[str]:
+    """The links that are unlike the rest of their kind; those of one rank are laid to it."""
+    slow = [pair for pair in pairs if wrong(found, pair, pairs)]
+    for rank in range(found.size):
+        own = [pair for pair in pairs if rank in pair]
+        if len(own) > 1 and set(own) <= set(slow) and len(slow) < len(pairs):
+            yield f"all links of rank {rank} {words(found, own, pairs)}: look at {found.facts[rank].host}'s network."
+            slow = [pair for pair in slow if pair not in own]
+    for first, second in slow[:SHOWN]:
+        where = f"{found.facts[first].host} and {found.facts[second].host}"
+        yield f"the link {first}-{second} {words(found, [(first, second)], pairs)}, {kind} ({where})."
+    if len(slow) > SHOWN:
+        yield f"and {len(slow) - SHOWN} more links like these, {kind}."
+
+
+def typical(table: tuple[tuple[float, ...], ...], pairs: list[Pair]) -> float:
+    """The median of a table over some pairs."""
+    return statistics.median(table[first][second] for first, second in pairs)
+
+
+def _late(found: Examination, pair: Pair, pairs: list[Pair]) -> bool:
+    latency = found.latency[pair[0]][pair[1]]
+    return latency > FAR and latency > LATE * typical(found.latency, [x for x in pairs if x != pair] or [pair])
+
+
+def _narrow(found: Examination, pair: Pair, pairs: list[Pair]) -> bool:
+    others = [x for x in pairs if x != pair] or [pair]
+    return found.bandwidth[pair[0]][pair[1]] < NARROW * typical(found.bandwidth, others)
+
+
+def _latency_words(found: Examination, some: list[Pair], pairs: list[Pair]) -> str:
+    others = [pair for pair in pairs if pair not in some]
+    here, there = (readable_seconds(typical(found.latency, each)) for each in (some, others))
+    return f"{'has' if len(some) == 1 else 'have'} {here} against {there} elsewhere"
+
+
+def _bandwidth_words(found: Examination, some: list[Pair], pairs: list[Pair]) -> str:
+    others = [pair for pair in pairs if pair not in some]
+    here, there = (readable_bytes(typical(found.bandwidth, each)) for each in (some, others))
+    return f"{'carries' if len(some) == 1 else 'carry'} {here}/s against {there}/s elsewhere"
+
+
+def _clocks(found: Examination) -> Iterator[str]:
+    seen = {found.facts[0].host}
+    for rank, offset in enumerate(found.offsets):
+        host = found.facts[rank].host
+        if abs(offset) > SKEW and host not in seen:
+            way = "ahead of" if offset > 0 else "behind"
+            yield f"the clock of {host} is {abs(offset):.2f} s {way} that of {found.facts[0].host}: logs mislead."
+        seen.add(host)
+
+
+def _versions(found: Examination) -> Iterator[str]:
+    for name in sorted({name for each in found.facts for name in each.versions}):
+        has: dict[str, list[int]] = {}
+        for rank, each in enumerate(found.facts):
+            has.setdefault(each.versions.get(name, "missing"), []).append(rank)
+        if len(has) > 1:
+            words = "; ".join(f"{version} on rank {_listed(ranks)}" for version, ranks in has.items())
+            yield f"{name} differs: {words}."
+
+
+def _threads(found: Examination) -> Iterator[str]:
+    for host in dict.fromkeys(each.host for each in found.facts):
+        here = [each for each in found.facts if each.host == host]
+        threads, cores = sum(each.threads for each in here), max(each.cores for each in here)
+        if here[0].device != "cpu" or threads <= cores:
+            continue
+        if len(here) > cores:
+            yield f"{len(here)} ranks share the {cores} cores of {host}, and wait for each other's."
+        elif len(here) > 1:
+            yield (
+                f"{len(here)} ranks on {host} start {threads} threads for its {cores} cores, and wait for each "
+                f"other's: set OMP_NUM_THREADS={cores // len(here)}."
+            )
+
+
+def _listed(ranks: list[int]) -> str:
+    words = ", ".join(map(str, ranks[:SHOWN]))
+    return words if len(ranks) <= SHOWN else f"{words} and {len(ranks) - SHOWN} more"
