@@ -1,6 +1,6 @@
-"""ringattn on Gloo ranks of one thread each, against PyTorch in one process and DeepSpeed's Ulysses on as many ranks.
+"""ringattn on ranks of one thread each, against PyTorch in one process and DeepSpeed's Ulysses on as many ranks.
 
-ringattn takes part with the kernel that it chooses, and with each kernel by its name.
+ringattn takes part over Gloo and over MPI with the kernel that it chooses, and over Gloo with each kernel by its name.
 
 All contestants live at the same time and are called in turn, round after round, so that a slow minute of the machine
 is everybody's. A time is that of the slowest rank from a common barrier; medians over the rounds are printed, and
@@ -114,7 +114,8 @@ def report(name: str, teams: Teams, options: argparse.Namespace, console: Consol
 
 def _choice(column: dict[Contestant, tuple[list[float], float]]) -> str:
     """How the kernel that ringattn chooses compares with the fastest by its name, and which that is; or nothing."""
-    medians = {x.kernel: statistics.median(times) for x, (times, _) in column.items() if x.kernel is not None}
+    ours = {x: times for x, (times, _) in column.items() if x.kernel is not None and x.transport == "gloo"}
+    medians = {x.kernel: statistics.median(times) for x, times in ours.items()}
     if "auto" not in medians or len(medians) == 1:
         return ""
     chosen = medians.pop("auto")

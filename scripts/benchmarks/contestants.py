@@ -34,9 +34,10 @@ class Contestant:
     token_dim: int = 2
     kernel: str | None = None
     """Of ringattn; None for the others, its peers."""
+    transport: str = "gloo"
 
     def team(self) -> Team:
-        return Team(self.ranks, self.threads)
+        return Team(self.ranks, self.threads, transport=self.transport)
 
 
 def measured(attend: Attend, inputs: list[torch.Tensor], case: Case) -> Callable[[], list[torch.Tensor]]:
@@ -127,7 +128,7 @@ def prepare_ringattn(worker: Worker, case: Case, kernel: str = "auto") -> NDArra
 def contestants(ranks: int) -> tuple[Contestant, ...]:
     """Everybody, on so many ranks of one thread each; PyTorch alone has one or two threads.
 
-    ringattn comes last, with every fast kernel by its name and then with the one it chooses.
+    ringattn comes last, with every fast kernel by its name and then with the one it chooses, over MPI and over Gloo.
     """
     return (
         Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
@@ -139,6 +140,7 @@ def contestants(ranks: int) -> tuple[Contestant, ...]:
             )
             for kernel in fast_kernels()
         ),
+        Contestant(f"ringattn over MPI, {ranks} ranks", ranks, 1, prepare_ringattn, 2, "auto", "mpi"),
         Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare_ringattn, 2, "auto"),
     )
 

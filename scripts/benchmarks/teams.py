@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +26,9 @@ T = TypeVar("T")
 class Worker:
     """What a function sent to a team gets first: who it is, and what earlier calls have prepared."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, barrier: Callable[[], object] | None = None) -> None:
         self.rank, self.size = rank, size
+        self._barrier = barrier
         self.prepared: Callable[[], Any] = lambda: None
         self.kept: dict[str, Any] = {}  # what calls make once and use again
 
@@ -34,8 +37,8 @@ class Worker:
 
         With `cpu`, those of the processor, shared by the threads: what a busy machine distorts least.
         """
-        if self.size > 1:
-            dist.barrier()
+        if self._barrier is not None:
+            self._barrier()
         clock = time.process_time if cpu else time.perf_counter
         start = clock()
         self.prepared()
@@ -47,26 +50,42 @@ def timed(worker: Worker, cpu: bool) -> float:
 
 
 class Team:
-    """`size` processes of `threads` threads each, joined by Gloo when there are more than one.
+    """`size` processes of `threads` threads each, joined by Gloo when there are more than one, or by MPI.
 
-    The processes meet through a file in a temporary folder, so no port is picked by anyone.
+    The processes meet through a file in a temporary folder, so no port is picked by anyone; those of mpirun call the
+    parent at a socket there.
     """
 
-    def __init__(self, size: int, threads: int = 1, timeout: float = 600.0) -> None:
+    def __init__(self, size: int, threads: int = 1, timeout: float = 600.0, transport: str = "gloo") -> None:
         self.size = size
         self._timeout = timeout  # seconds a call may take
         self._folder = tempfile.TemporaryDirectory(prefix="ringattn-team-")
-        context = multiprocessing.get_context("spawn")
-        meeting = f"file://{Path(self._folder.name) / 'meeting'}"
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        for rank in range(size):
+        self._job: subprocess.Popen[bytes] | None = None
+        meeting = str(Path(self._folder.name) / "meeting")
+        if transport == "mpi":
+            self._start_job(threads, meeting)
+        else:
+            self._start_processes(threads, meeting)
+
+    def _start_processes(self, threads: int, meeting: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, threads, meeting), daemon=True)
+            process = context.Process(target=_serve_gloo, args=(theirs, rank, self.size, threads, meeting), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+
+    def _start_job(self, threads: int, meeting: str) -> None:
+        mpirun = [str(Path(sys.executable).parent / "mpirun"), "-n", str(self.size), sys.executable]
+        with Listener(meeting, "AF_UNIX") as listener:
+            self._job = subprocess.Popen([*mpirun, "-m", "scripts.benchmarks.teams", str(threads), meeting])
+            pipes = [listener.accept() for _ in range(self.size)]
+        by_rank = {pipe.recv(): pipe for pipe in pipes}
+        self._pipes = [by_rank[rank] for rank in range(self.size)]
 
     def call(self, function: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(worker, ...)` on every rank; the results by rank, or an error with every rank's traceback."""
@@ -102,6 +121,8 @@ class Team:
             process.join(5)
             if process.is_alive():
                 process.kill()
+        if self._job is not None:
+            self._job.wait(60)
         self._folder.cleanup()
 
     def __enter__(self) -> Team:
@@ -113,17 +134,25 @@ class Team:
         self.close()
 
 
-def _serve(pipe: Connection, rank: int, size: int, threads: int, meeting: str) -> None:
+def _serve_gloo(pipe: Connection, rank: int, size: int, threads: int, meeting: str) -> None:
     torch.set_num_threads(threads)
     if size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=meeting,
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=600),
-        )
-    worker = Worker(rank, size)
+        limit = datetime.timedelta(seconds=600)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+    _serve(pipe, Worker(rank, size, dist.barrier if size > 1 else None))
+
+
+def _serve_mpi(threads: int, meeting: str) -> None:
+    from mpi4py import MPI
+
+    torch.set_num_threads(threads)
+    world = MPI.COMM_WORLD
+    with Client(meeting, "AF_UNIX") as pipe:
+        pipe.send(world.rank)
+        _serve(pipe, Worker(world.rank, world.size, world.Barrier))
+
+
+def _serve(pipe: Connection, worker: Worker) -> None:
     while True:
         try:
             function, args, kwargs = pipe.recv()
@@ -133,3 +162,7 @@ def _serve(pipe: Connection, rank: int, size: int, threads: int, meeting: str) -
             pipe.send((function(worker, *args, **kwargs), None))
         except Exception:  # whatever a benchmark raises is the parent's to report, with its rank
             pipe.send((None, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    _serve_mpi(int(sys.argv[1]), sys.argv[2])
