@@ -35,7 +35,7 @@ from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
-from ringattn.trainer.wrapping import WRAPPERS, Plain
+from ringattn.trainer.wrapping import Plain, wrap
 from ringattn.training import Batch, Sample, accumulate, checkpoint, token_loss, total
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
@@ -179,7 +179,7 @@ def wrapped(
     if config.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
-    return WRAPPERS[config.wrap](model, mesh, config, optimize)
+    return wrap(model, mesh, config, optimize)
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

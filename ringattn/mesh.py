@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+LIMIT = datetime.timedelta(minutes=30)  # of a wait beside all others: the slowest rank has written its part by then
 _APART = {"transport": None, "groups": None}  # what a pickled mesh leaves behind
 
 
@@ -167,6 +169,17 @@ class Mesh:
             InputError: the mesh has no transport.
         """
         return self.connected() if self.data == 1 else self.connected().among(self._world.flatten().tolist())
+
+    @functools.cached_property
+    def beside(self) -> Transport:
+        """Between all ranks too, of CPU tensors, for a thread of its own: its messages never meet those of others.
+
+        Made as `everyone` is.
+
+        Raises:
+            TransportError: these ranks have no second way to each other: they are virtual.
+        """
+        return self.everyone.control.among(self._world.flatten().tolist(), LIMIT)
 
     @functools.cached_property
     def replicas(self) -> Transport:

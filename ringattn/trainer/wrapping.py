@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ringattn.errors import UnsupportedError
 from ringattn.mesh import Mesh
 from ringattn.trainer.config import Config
 from ringattn.trainer.model import Decoder
@@ -149,6 +150,21 @@ class DeepSpeed(Plain):
 
 WRAPPERS: dict[str, type[Plain]] = {"none": Plain, "ddp": Ddp, "fsdp2": Fsdp2, "deepspeed": DeepSpeed}
 """By the name that --wrap takes."""
+
+
+def wrap(model: Decoder, mesh: Mesh, config: Config, optimize: Optimize) -> Plain:
+    """The model with what --wrap puts around it.
+
+    Raises:
+        UnsupportedError: that needs torch.distributed, and the ranks are joined by something else.
+    """
+    joined = mesh.connected().name
+    if config.wrap != "none" and joined not in ("gloo", "nccl"):
+        raise UnsupportedError(
+            f"--wrap {config.wrap} needs torch.distributed, and these ranks are joined by {joined}. Start them with "
+            f"torchrun, or leave --wrap out."
+        )
+    return WRAPPERS[config.wrap](model, mesh, config, optimize)
 
 
 def _data_parallel(module: nn.Module, mesh: Mesh) -> nn.Module:

@@ -12,6 +12,7 @@ library, and those without one are given it in exchanges.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -149,11 +150,12 @@ class Transport(ABC):
         """
         return self
 
-    def among(self, ranks: Sequence[int]) -> Transport:
+    def among(self, ranks: Sequence[int], limit: datetime.timedelta | None = None) -> Transport:
         """A transport of the same kind between other ranks, this one included, which all of them ask for together.
 
         Args:
             ranks: as the world numbers them.
+            limit: within which a wait for another rank ends; None for this transport's own.
         """
         raise TransportError(f"The {self.name} transport joins its own {self.size} ranks and no others; got {ranks}.")
 

@@ -62,11 +62,11 @@ class Mpi(Transport):
         sys.excepthook = functools.partial(_end_job, sys.excepthook)
         return cls(MPI.COMM_WORLD.Dup(), limit)
 
-    def among(self, ranks: Sequence[int]) -> Transport:
+    def among(self, ranks: Sequence[int], limit: datetime.timedelta | None = None) -> Transport:
         from mpi4py import MPI
 
         members = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
-        return Mpi(MPI.COMM_WORLD.Create_group(members, TAG), self._limit, self.agreement)
+        return Mpi(MPI.COMM_WORLD.Create_group(members, TAG), limit or self._limit, self.agreement)
 
     def refusal(self, device: torch.device) -> str | None:
         if device.type == "cpu" or (device.type == "cuda" and gpu_aware()):

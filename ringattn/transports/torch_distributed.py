@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Callable, Sequence
 
@@ -39,11 +40,12 @@ class TorchDistributed(Transport):
     def control(self) -> Transport:
         return self if self.name == "gloo" else self._over(dist.get_process_group_ranks(self.group), "gloo")
 
-    def among(self, ranks: Sequence[int]) -> Transport:
-        return self._over(ranks, self.name)
+    def among(self, ranks: Sequence[int], limit: datetime.timedelta | None = None) -> Transport:
+        return self._over(ranks, self.name, limit)
 
-    def _over(self, ranks: Sequence[int], backend: str) -> TorchDistributed:
-        return TorchDistributed(new_group(ranks, timeout_of(self.group), backend), self.agreement, self.news)
+    def _over(self, ranks: Sequence[int], backend: str, limit: datetime.timedelta | None = None) -> TorchDistributed:
+        group = new_group(ranks, limit or timeout_of(self.group), backend)
+        return TorchDistributed(group, self.agreement, self.news)
 
     def refusal(self, device: torch.device) -> str | None:
         if self.name == "gloo" and device.type != "cpu":

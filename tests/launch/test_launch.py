@@ -176,6 +176,17 @@ def test_mpirun(tmp_path: Path, losses: Any) -> None:
     assert train([LAUNCH / "mpirun.sh"], tmp_path, RANKS="2") == losses
 
 
+@pytest.mark.skipif(shutil.which("mpirun", path=TOOLS) is None, reason="mpirun is not installed")
+def test_mpirun_saves_and_goes_on(tmp_path: Path, losses: Any) -> None:
+    first, then = tmp_path / "first", tmp_path / "then"
+    first.mkdir()
+    then.mkdir()
+    assert train([LAUNCH / "mpirun.sh", "--save-every", "1"], first, RANKS="2") == losses
+    source = first / "run" / "checkpoints" / "step-00000001"
+    found = train([LAUNCH / "mpirun.sh", "--resume", str(source)], then, RANKS="2")
+    assert found == pytest.approx(losses.expected[1:], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("version", "expected"),
     [

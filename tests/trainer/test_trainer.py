@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ringattn
+from ringattn.errors import UnsupportedError
 from ringattn.trainer.config import Config, Positions, Wrap
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
@@ -230,3 +231,16 @@ def test_another_number_of_ranks_and_wrapper_goes_on_with_the_same_losses(
     for got, wanted in zip(again, expected[-len(again) :], strict=True):
         assert json.loads(got) == pytest.approx(json.loads(wanted), rel=1e-5)
     assert len(again) == 3 + 1
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "deepspeed"])
+def test_wrappers_that_need_torch_distributed_are_refused_without_it(
+    trainer: ModuleType, tiny: Config, wrapper: Wrap
+) -> None:
+    def start(mesh: ringattn.Mesh) -> str:
+        with pytest.raises(UnsupportedError) as caught:
+            plain(trainer, dataclasses.replace(tiny, wrap=wrapper), mesh)
+        return str(caught.value)
+
+    said = ringattn.simulate(start, ring=2).results
+    assert all(f"--wrap {wrapper} needs torch.distributed, and these ranks are joined by simulator" in x for x in said)

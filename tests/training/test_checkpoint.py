@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ringattn
-from ringattn.errors import AgreementError, CheckpointError, InputError
+from ringattn.errors import AgreementError, CheckpointError, InputError, UnsupportedError
 from ringattn.training import checkpoint
 from ringattn.training.storage import MANIFEST, complete
 from tests.workers import Workers
@@ -152,6 +152,25 @@ def two_replicas(_: ringattn.Mesh, folder: str, load: bool) -> tuple[dict[str, T
         trained(model, optimizer, range(2))
         checkpoint.save(folder, model=model, optimizer=optimizer, step=2, mesh=mesh)
     return snapshot(model, optimizer), float(torch.rand(()))
+
+
+def test_virtual_ranks_save_and_load(tmp_path: Path) -> None:
+    """What joins the ranks does not matter: none of it needs torch.distributed."""
+    before = ringattn.simulate(saved, str(tmp_path), "plain", ring=3).results
+    after = ringattn.simulate(loaded, str(tmp_path), "plain", ring=2).results
+    assert all(equal(found[0], before[0][0]) and found[1] == before[0][1] for found in after)
+    said = ringattn.simulate(lambda mesh: checkpoint.last(tmp_path, mesh), ring=2).results
+    assert [path and path.name for path in said] == ["step-00000003"] * 2
+
+
+def test_virtual_ranks_do_not_save_in_the_background(tmp_path: Path) -> None:
+    def run(mesh: ringattn.Mesh) -> str:
+        with pytest.raises(UnsupportedError) as caught:
+            checkpoint.save(tmp_path, model=Model(), step=1, mesh=mesh, background=True)
+        return str(caught.value)
+
+    assert all("leave background out" in said for said in ringattn.simulate(run, ring=2).results)
+    assert not complete(tmp_path)
 
 
 def test_replicas_of_sharded_models(gloo: Workers, tmp_path: Path) -> None:
@@ -467,7 +486,7 @@ def test_arguments(tmp_path: Path) -> None:
         ({"background": 1}, "background"),
         ({"optimizer": torch.optim.SGD(nn.Linear(2, 3).parameters())}, "parameters that the model has not"),
         ({"mesh": None}, "mesh must be"),
-        ({"mesh": ringattn.Mesh(ring=2)}, "has no process groups"),
+        ({"mesh": ringattn.Mesh(ring=2)}, "has no transport"),
     ):
         with pytest.raises(InputError, match=says):
             checkpoint.save(tmp_path, **{"model": model, "step": 1, "mesh": mesh, **options})  # type: ignore[arg-type]
