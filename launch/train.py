@@ -35,6 +35,7 @@ from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
+from ringattn.trainer.stopping import Stop
 from ringattn.trainer.wrapping import Plain, wrap
 from ringattn.training import Batch, Sample, accumulate, checkpoint, token_loss, total
 
@@ -90,17 +91,21 @@ def shard_loss(model: Callable[..., Tensor], batch: Batch, config: Config) -> Te
     return token_loss(logits, batch)
 
 
-def gradients(model: Plain, packs: list[Sample], config: Config) -> Tensor:
-    """Leaves the gradient of the mean loss over all labels in the model; returns that loss, on every rank."""
+def gradients(model: Plain, packs: list[Sample], config: Config, asked: bool = False) -> tuple[Tensor, bool]:
+    """Leaves the gradient of the mean loss over all labels in the model; returns that loss, on every rank.
+
+    And whether any rank was asked to stop: the sum of the losses has room for that, and so all stop after one step.
+    """
     batches = sharded(packs, model.mesh, config)
-    share = torch.zeros((), device=batches[0].tokens.device)
+    share = torch.tensor([0.0, asked], device=batches[0].tokens.device)
     for batch in batches:
         loss = shard_loss(model, batch, config)
         # (5) Every rank has the gradient of its share of the loss: the gradient is their sum, not their average.
         # Wrappers average; `ringattn/trainer/wrapping.py` has what makes each of them right.
         model.backward(loss, last=batch is batches[-1])
-        share += loss.detach()
-    return total(share, model.mesh)
+        share[0] += loss.detach()
+    whole, stopping = total(share, model.mesh)
+    return whole, bool(stopping)
 
 
 @torch.no_grad()
@@ -141,23 +146,26 @@ def train(
     folder = RunFolder(config.folder, dataclasses.asdict(config), start) if mesh.rank == 0 else None
     meter = Meter(mesh, device)
 
-    with Recorder(folder, config.steps) as recorder:
+    with Recorder(folder, config.steps) as recorder, Stop(heeded=config.save_every > 0) as stop:
         size = sum(parameter.numel() for parameter in Decoder(config.shape, 0).parameters())
         recorder.say(f"{mesh.size} ranks on {device.type}, {config.length:,} tokens of context, {size:,} parameters")
         if start == 0:
             recorder.held_out(0, held_out_loss, model.weights())
         for step in range(start + 1, config.steps + 1):
             meter.restart()
-            loss = gradients(model, batch_of(corpus, step, config), config)
+            loss, stopping = gradients(model, batch_of(corpus, step, config), config, stop.asked)
             rate, norm = float(scheduler.get_last_lr()[0]), model.step()
             scheduler.step()
             measured = {"loss": float(loss), "gradient_norm": norm, "learning_rate": rate}
             recorder.step(step, config.batch * config.length, meter.lap(), **measured)
             if step % config.eval_every == 0 or step == config.steps:
                 recorder.held_out(step, evaluate(model, held_out_packs, config), model.weights())
-            if config.save_every and (step % config.save_every == 0 or step == config.steps):
+            if config.save_every and (step % config.save_every == 0 or step == config.steps or stopping):
                 state = scheduler.state_dict()
                 checkpoint.save(config.checkpoints, **model.saved, step=step, data=state, mesh=mesh, keep=KEPT)
+            if stopping:
+                recorder.say(f"step {step:>4}  saved, and stopped by SIGTERM; --resume auto goes on")
+                sys.exit(stop.exit_code())
     return folder
 
 
@@ -223,7 +231,8 @@ def sgd_steps(config: Config, mesh: ringattn.Mesh, device: torch.device, corpus:
     """The first --check steps of plain SGD from the initial weights, unclipped: the same code on any mesh."""
     model, trace = wrapped(mesh, device, dataclasses.replace(config, clip=UNCLIPPED), sgd), Trace()
     for step in range(1, config.check + 1):
-        trace.add(gradients(model, batch_of(corpus, step, config), config), model.gradients())
+        loss, _ = gradients(model, batch_of(corpus, step, config), config)
+        trace.add(loss, model.gradients())
         model.step()
     trace.close(model.weights())
     return trace

@@ -18,7 +18,7 @@ import typer
 
 import ringattn
 from ringattn import kernels, layouts, schedules
-from ringattn.errors import CheckpointError, InputError, MissingDependencyError
+from ringattn.errors import CheckpointError, InputError, MissingDependencyError, RingAttentionError
 from ringattn.naming import by_name
 from ringattn.rendezvous import Launch
 from ringattn.trainer.model import Shape
@@ -207,7 +207,10 @@ def _need(holds: bool, message: str) -> None:
 
 
 def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence[str], name: str | None = None) -> int:
-    """Parses the command line into a Config and runs it; what is wrong with it is one line, and exit code 2."""
+    """Parses the command line into a Config and runs it; what is wrong with it is one line, and exit code 2.
+
+    1 where a run has begun, and ends because of another rank.
+    """
 
     def command(**options: Any) -> int:
         config = Config(**options)
@@ -223,6 +226,7 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
     command.__annotations__ = inspect.get_annotations(Config, eval_str=True)
     app = typer.Typer(add_completion=False)
     app.command(help=HELP)(command)
+    code = 2
     # typer's parse errors are click's or, in newer versions, its own: a subclass it exports names it.
     parse_error = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
     try:
@@ -231,7 +235,9 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
         message = error.format_message()
     except (CheckpointError, InputError, MissingDependencyError) as error:
         message = str(error)
+    except RingAttentionError as error:  # of a run under way: another rank is lost, or was started otherwise
+        message, code = str(error), 1
     except typer.Abort:  # typer's word for Ctrl-C
         return 130
     sys.stderr.write(f"{_speaker()}error: {' '.join(message.split())}\n")
-    return 2
+    return code

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 
 def start_ranks(program: Path, ranks: int, arguments: Sequence[str]) -> int:
@@ -21,6 +24,7 @@ def start_ranks(program: Path, ranks: int, arguments: Sequence[str]) -> int:
     with subprocess.Popen(
         [*torchrun, str(program), *arguments], env={**os.environ, "OMP_NUM_THREADS": threads}
     ) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()
         except KeyboardInterrupt:  # the ranks got it too: let them end
@@ -29,16 +33,41 @@ def start_ranks(program: Path, ranks: int, arguments: Sequence[str]) -> int:
 
 
 def _torchrun() -> int:
-    """torchrun, which ends quietly when it is stopped: who started it says so."""
+    """torchrun, which ends quietly when it is stopped or a rank fails: who stopped it, and the rank, say so.
+
+    The exit code is that of the rank that failed first; 128 and the signal's number where it was killed.
+    """
     from torch.distributed import run  # which only this process needs
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
+    _hand_on()
     try:
         run.main()
     except (SignalException, KeyboardInterrupt):
         return 130
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        sys.stderr.write(f"rank {rank}: ended by {signal.Signals(-failure.exitcode).name}\n")
+        return 128 - failure.exitcode
     return 0
+
+
+def _hand_on() -> None:
+    """SIGTERM goes to the ranks, which end by themselves: torchrun would kill them half a minute later, and fail."""
+    ranks = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+    def tell(_: int, __: FrameType | None) -> None:
+        for rank in ranks.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(rank), signal.SIGTERM)
+
+    if ranks.exists():  # on Linux
+        sys.argv[1:1] = ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+        signal.signal(signal.SIGTERM, tell)
 
 
 def cores() -> int:

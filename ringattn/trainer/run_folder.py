@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ringattn.errors import CheckpointError
+
 CONFIG, METRICS, PICTURE, WEIGHTS = FILES = ("config.json", "metrics.jsonl", "loss.png", "model.safetensors")
 CHECKPOINTS = "checkpoints"
 
@@ -41,15 +43,16 @@ class RunFolder:
                 measured after this step is.
         """
         self.path = path or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if start == 0:
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-        elif (self.path / METRICS).exists():
-            self._forget(start)
-        with replacing(self.path / CONFIG) as new:
-            new.write_text(json.dumps(config, indent=2, default=str) + "\n")
+        with _written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if start == 0:
+                for name in FILES:
+                    (self.path / name).unlink(missing_ok=True)
+                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            elif (self.path / METRICS).exists():
+                self._forget(start)
+            with replacing(self.path / CONFIG) as new:
+                new.write_text(json.dumps(config, indent=2, default=str) + "\n")
 
     def _forget(self, start: int) -> None:
         """Leaves out what was measured after a step, and a line that was being written when the run was killed."""
@@ -60,15 +63,16 @@ class RunFolder:
 
     def record(self, **measured: float) -> None:
         """Appends a line of metrics; it is in the file when this returns."""
-        with (self.path / METRICS).open("a") as lines:
+        with _written(self.path), (self.path / METRICS).open("a") as lines:
             lines.write(json.dumps(measured) + "\n")
 
     def save(self, weights: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        with replacing(self.path / WEIGHTS) as new:
-            save_file({name: weight.detach().cpu() for name, weight in weights.items()}, new)
-        draw_losses(self.path)
+        with _written(self.path):
+            with replacing(self.path / WEIGHTS) as new:
+                save_file({name: weight.detach().cpu() for name, weight in weights.items()}, new)
+            draw_losses(self.path)
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,6 +99,24 @@ def draw_losses(folder: Path) -> None:
     axes.legend()
     with replacing(folder / PICTURE) as new:
         figure.savefig(new, format="png", dpi=144)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What cannot be written is said in one line.
+
+    Raises:
+        CheckpointError: a full disk, a folder that is gone or may not be written to.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written: {error}. Make room, or mend the folder, and go on from the last "
+            f"checkpoint with --resume auto."
+        ) from error
 
 
 @contextmanager

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import ringattn
-from ringattn.errors import UnsupportedError
+from ringattn.errors import CheckpointError, UnsupportedError
 from ringattn.trainer.config import Config, Positions, Wrap
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
+from ringattn.trainer.run_folder import RunFolder
+from ringattn.trainer.stopping import AGAIN, Stop
 from ringattn.trainer.wrapping import Plain
-from ringattn.training import scale_gradients, sum_gradients
+from ringattn.training import Sample, scale_gradients, sum_gradients
 from tests.trainer.conftest import load_trainer
 from tests.workers import Workers
 
@@ -95,7 +100,7 @@ def test_documents_of_one_token_have_a_loss_of_zero(trainer: ModuleType, tiny: C
 
     def step(mesh: ringattn.Mesh) -> tuple[float, float]:
         model = plain(trainer, tiny, mesh)
-        loss = trainer.gradients(model, [pack], tiny)
+        loss, _ = trainer.gradients(model, [pack], tiny)
         return float(loss), sum(float(gradient.norm()) for gradient in model.gradients().values())
 
     assert ringattn.simulate(step, ring=3).results == [(0.0, 0.0)] * 3
@@ -244,3 +249,70 @@ def test_wrappers_that_need_torch_distributed_are_refused_without_it(
 
     said = ringattn.simulate(start, ring=2).results
     assert all(f"--wrap {wrapper} needs torch.distributed, and these ranks are joined by simulator" in x for x in said)
+
+
+def stopped(mesh: ringattn.Mesh, config: Config, odd: int, step: int) -> tuple[int, int]:
+    """A run of which one rank is asked to stop in the middle of a step: the exit code, and the last step saved."""
+    module: Any = load_trainer()
+    batch_of = module.batch_of
+
+    def asked(corpus: Corpus, nth: int, config: Config) -> list[Sample]:
+        if mesh.rank == odd and nth == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        packs: list[Sample] = batch_of(corpus, nth, config)
+        return packs
+
+    module.batch_of = asked
+    train_files, held_out_files = read_corpus(config.data)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        module.train(config, mesh, CPU, Corpus(train_files, config.seed), Corpus(held_out_files, 0))
+        code = -1
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    return code, max(int(path.name[5:]) for path in config.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("wrap", ["none", "fsdp2"])
+def test_sigterm_on_one_rank_saves_the_step_on_all(gloo: Workers, tiny: Config, tmp_path: Path, wrap: Wrap) -> None:
+    whole = dataclasses.replace(tiny, steps=5, save_every=100, eval_every=2, folder=tmp_path / "whole", wrap=wrap)
+    config = dataclasses.replace(whole, folder=tmp_path / "run", resume="auto")
+    assert [code for code, _ in gloo.run(3, stopped, config, 1, 2)] == [0] * 3
+    assert (config.checkpoints / "step-00000003").exists() or (config.checkpoints / "step-00000002").exists()
+    again, *_ = gloo.run(3, trained, config)
+    expected, *_ = gloo.run(3, trained, whole)
+    assert again == expected
+
+
+def test_without_checkpoints_sigterm_ends_a_run_as_ever() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop(heeded=False):
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("asked", "restarts", "code"), [(True, 3, 0), (False, 3, AGAIN), (False, 0, 0)])
+def test_torchrun_goes_on_where_only_others_were_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: bool, restarts: int, code: int
+) -> None:
+    monkeypatch.setattr("ringattn.trainer.stopping.GRACE", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    with Stop(heeded=True) as stop:
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.exit_code() == code
+
+
+@pytest.mark.parametrize("what", ["gone", "read-only"])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    trainer: ModuleType, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder = RunFolder(tmp_path / "run", {})
+    folder.record(step=1, loss=1.0)
+    if what == "gone":
+        shutil.rmtree(tmp_path / "run")
+    else:
+        monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(CheckpointError, match=r"run could not be written: .*--resume auto"):
+        folder.record(step=2, loss=1.0)
