@@ -13,6 +13,8 @@ import torch
 from ringattn.checking import MAX_RANKS, flag, instance, integer, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.groups import AXES, Groups
+from ringattn.plans.links import Links
+from ringattn.profile import Profile
 from ringattn.transports.base import Transport
 from ringattn.transports.local import Local
 
@@ -38,6 +40,7 @@ class Mesh:
         data: replicas; the world is ``data * ring * ulysses`` ranks.
         rank: this rank, in the world.
         transport: between the ranks of this sequence; None on a mesh made for planning.
+        profile: what was measured of the world's ranks, for ``auto``; None where nothing was.
         groups: the process groups of `data_group` and `device_mesh`; None where they follow from the transport.
     """
 
@@ -47,6 +50,7 @@ class Mesh:
     rank: int = 0
     transport: Transport | None = dataclasses.field(default=None, compare=False, repr=False)
     groups: Groups | None = dataclasses.field(default=None, compare=False, repr=False)
+    profile: Profile | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for axis in ("data", "ring", "ulysses"):
@@ -131,6 +135,19 @@ class Mesh:
             replicas = whole.get_group(_index(whole, names["data"]))
         groups = Groups(_ranks(whole, names).reshape(*(sizes[axis] for axis in AXES)), transport.group, replicas)
         return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport, groups=groups)
+
+    def profiled(self, profile: Profile) -> Mesh:
+        """The same mesh, on which ``auto`` goes by a profile."""
+        other = object.__new__(Mesh)
+        other.__dict__.update(self.__dict__, profile=profile)
+        return other
+
+    @property
+    def links(self) -> Links | None:
+        """Those between the ranks of this sequence, where a profile has them."""
+        first = self.rank - self.sequence_rank
+        ranks = range(first, first + self.sequence_size)
+        return None if self.profile is None else self.profile.links(ranks)
 
     @property
     def axes(self) -> dict[str, int]:

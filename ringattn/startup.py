@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from ringattn.errors import InputError, TransportError
 from ringattn.groups import Groups, new_group
 from ringattn.meeting import Meeting, agree_over
 from ringattn.mesh import Mesh
+from ringattn.profile import Profile
 from ringattn.rendezvous import Launch
 from ringattn.transports.mpi import Mpi
 from ringattn.transports.torch_distributed import TorchDistributed
@@ -32,6 +35,7 @@ def init(
     transport: Literal["auto", "local", "gloo", "nccl", "mpi"] = "auto",
     timeout: float = 600.0,
     agreement: bool | Literal["auto"] = "auto",
+    profile: str | Path | None = None,
 ) -> Mesh:
     """The mesh of this process. Every rank calls it; one process needs no launcher.
 
@@ -49,31 +53,42 @@ def init(
         timeout: seconds after which a wait for another rank is an error; at most 10^9.
         agreement: whether the ranks compare every call before its payload moves; on NCCL over a Gloo group of the same
             ranks, while the GPU works. ``auto`` is True.
+        profile: a file of ``ringattn doctor --profile``, which rank 0 reads: ``auto`` chooses schedules by its links
+            and kernels by its rates, on all ranks alike.
 
     Raises:
-        InputError: an argument is wrong, the axes do not divide the world, or the environment is incomplete.
+        InputError: an argument is wrong, the axes do not divide the world, the environment is incomplete, or rank 0
+            cannot read the profile.
         AgreementError: the ranks start with different arguments, or one of them refuses its own; on all of them.
         TransportError: the ranks do not find each other within the timeout.
 
     >>> init().axes
     {'data': 1, 'ring': 1, 'ulysses': 1}
     """
-    refusal = _refusal(ring, ulysses, transport, timeout, agreement)
-    if transport == "local":
-        if refusal is not None:
-            raise refusal
-        _divide(1, ring, ulysses)
-        return Mesh.local()
-    launch = Launch.found({} if dist.is_initialized() else os.environ)
-    launched = dist.is_initialized() or launch.started
-    if refusal is not None and not launched:
-        raise refusal
+    refusal = _refusal(ring, ulysses, transport, timeout, agreement, profile)
+    launch = Launch.found({} if transport == "local" or dist.is_initialized() else os.environ)
+    read = None
+    if refusal is None and profile is not None and (dist.get_rank() if dist.is_initialized() else launch.rank) == 0:
+        try:
+            read = Profile.read(Path(profile))
+        except InputError as error:  # which all ranks will hear of
+            refusal = error
     limit = datetime.timedelta(seconds=PATIENCE if refusal else timeout)
-    given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement}
+    given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement, "profile": profile}
+    mesh = _started(launch, given, refusal, limit)
+    return mesh if profile is None else _profiled(mesh, read)
+
+
+def _started(launch: Launch, given: Mapping[str, Any], refusal: InputError | None, limit: datetime.timedelta) -> Mesh:
+    """The mesh of these arguments, on a transport that all ranks choose alike."""
+    transport, launched = given["transport"], dist.is_initialized() or launch.started
+    if refusal is not None and (transport == "local" or not launched):
+        raise refusal
     if transport == "mpi" or (transport == "auto" and _takes_mpi(launch)):
         return _over_mpi(given, refusal, limit)
-    if transport == "auto" and not launched:
-        _divide(1, ring, ulysses)
+    sizes = given["ring"], given["ulysses"]
+    if transport == "local" or (transport == "auto" and not launched):
+        _divide(1, *sizes)
         return Mesh.local()
     ranks = Meeting.found(launch, transport, limit).agree(given, refusal)
     if dist.is_initialized() and transport not in ("auto", dist.get_backend()):
@@ -81,7 +96,21 @@ def init(
             f"The default process group runs on {dist.get_backend()}; got transport={transport!r}. "
             f"Leave transport='auto' to adopt it."
         )
-    return _connected(_divide(ranks.world, ring, ulysses), ranks, transport, agreement is not False)
+    return _connected(_divide(ranks.world, *sizes), ranks, transport, given["agreement"] is not False)
+
+
+def _profiled(mesh: Mesh, read: Profile | None) -> Mesh:
+    """The mesh with what rank 0 has read, on all ranks, as far as it is of this world."""
+    found, transport = Profile.shared(read, mesh.everyone), mesh.connected().name
+    if mesh.size > 1 and (found.size, found.transport) != (mesh.size, transport):
+        if mesh.rank == 0:
+            warnings.warn(
+                f"The profile is of {found.size} ranks over {found.transport}; these are {mesh.size} over {transport}: "
+                f"auto goes by its kernels, and not by its links. Measure these by ringattn doctor --profile.",
+                stacklevel=3,
+            )
+        found = found.without_links
+    return mesh.profiled(found)
 
 
 def _over_mpi(given: Mapping[str, Any], refusal: InputError | None, limit: datetime.timedelta) -> Mesh:
@@ -121,13 +150,15 @@ def _start_default_group(transport: str, ranks: Meeting) -> None:
     dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=ranks.limit)
 
 
-def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: Any) -> InputError | None:
+def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: Any, profile: Any) -> InputError | None:
     """What is wrong with the arguments, whatever the world."""
     try:
         if not isinstance(transport, str) or transport not in TRANSPORTS:
             raise InputError(f"transport must be 'auto', 'local', 'gloo', 'nccl' or 'mpi'; got {shown(transport)}.")
         if not isinstance(agreement, bool) and not (isinstance(agreement, str) and agreement == "auto"):
             raise InputError(f"agreement must be 'auto', True or False; got {shown(agreement)}.")
+        if profile is not None and not isinstance(profile, (str, Path)):
+            raise InputError(f"profile must be the path of a file, or None; got {shown(profile)}.")
         number(timeout, "timeout, a number of seconds,", above=0, most=LONGEST)
         for axis, size in (("ring", 1 if ring is None else ring), ("ulysses", ulysses)):
             integer(size, axis, least=1, below=MAX_RANKS + 1, needed="a number of ranks, at least one rank each")

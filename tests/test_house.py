@@ -50,8 +50,9 @@ MAY: dict[str, str] = {
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
+    "plans.links": "bands plans.assembly",
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
-    "readable plans.plan plans.shape plans.tiles naming schedules",
+    "plans.links readable plans.plan plans.shape plans.tiles naming schedules",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
@@ -73,7 +74,8 @@ MAY: dict[str, str] = {
     "transports.told": "",
     "transports.*": "errors transports.base",
     "groups": "",
-    "mesh": "checking errors groups transports.base transports.local transports.torch_distributed",
+    "profile": "errors kernels.store plans.links transports.base",
+    "mesh": "plans.links profile checking errors groups transports.base transports.local transports.torch_distributed",
     "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
     "runtime.agreement": "errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
@@ -106,7 +108,7 @@ MAY: dict[str, str] = {
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",
-    "startup": "checking errors groups mesh meeting rendezvous transports.mpi transports.torch_distributed",
+    "startup": "profile checking errors groups mesh meeting rendezvous transports.mpi transports.torch_distributed",
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }

@@ -25,15 +25,19 @@ from ringattn.readable import readable_bytes, readable_seconds
 
 MOST_COLUMNS = 16  # of ranks in a table; --json and --plot have all
 
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="Write what was measured, for ringattn.init(profile=FILE).")
+]
 Plot = Annotated[Path | None, typer.Option(help="Draw latency and bandwidth of all pairs into this PNG file.")]
 
 
-def doctor(plot: Plot = None, as_json: options.AsJson = False) -> None:
+def doctor(plot: Plot = None, profile: ProfileFile = None, as_json: options.AsJson = False) -> None:
     """Look at the ranks this is launched on: launcher, hosts, versions, kernels, every link, and what is slow.
 
     Between every pair of ranks latency and bandwidth are measured, all pairs of a round at once, and the two patterns
     in which attention uses them; on each rank how fast it computes. What is unlike the rest is said in words. It
-    takes some seconds, and changes nothing.
+    takes some seconds, and changes nothing. With --profile it writes the figures into a file, by which
+    ringattn.init(profile=FILE) has "auto" choose schedules and kernels.
 
     [bold]Examples[/bold]
 
@@ -44,6 +48,8 @@ def doctor(plot: Plot = None, as_json: options.AsJson = False) -> None:
       mpirun -n 4 ringattn doctor --plot links.png
 
       srun ringattn doctor --json > cluster.json
+
+      torchrun --nproc-per-node 8 --no-python ringattn doctor --profile cluster.profile
     """
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot writes a PNG: the file's name must end in .png; got {plot}.")
@@ -61,6 +67,8 @@ def doctor(plot: Plot = None, as_json: options.AsJson = False) -> None:
             show(found, options.console())
         if plot is not None:
             _draw(found, plot)
+        if profile is not None:
+            found.profile.write(profile)
 
 
 def for_machines(found: Examination) -> dict[str, Any]:

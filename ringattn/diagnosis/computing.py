@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 
 import torch
@@ -22,7 +23,8 @@ from ringattn.sharding import Sharding
 
 DTYPES = ("float32", "bfloat16")
 SIDES = (256, 1024)  # of a trial's tiles: packed documents, and one long one
-HEAD = 64
+HEADS = (64, 128)
+HEAD = HEADS[0]
 
 
 GPU_LENGTH, GPU_HEADS, GPU_ROUNDS = 8192, 16, 3
@@ -45,9 +47,10 @@ class Trial:
 
 
 def workloads() -> list[Workload]:
-    """The classes, forward and backward, with a head for each thread."""
+    """The classes, with a head for each thread."""
     heads = torch.get_num_threads()
-    return [Workload("Softmax", dtype, HEAD, HEAD, heads, heads, side, True) for dtype in DTYPES for side in SIDES]
+    kinds = itertools.product((True, False), HEADS, DTYPES, SIDES)
+    return [Workload("Softmax", dtype, dim, dim, heads, heads, side, back) for back, dim, dtype, side in kinds]
 
 
 def able(workload: Workload) -> list[Kernel]:

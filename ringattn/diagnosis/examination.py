@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from ringattn.diagnosis import facts, links, patterns
 from ringattn.diagnosis.computing import Trial
 from ringattn.diagnosis.facts import Facts
 from ringattn.diagnosis.instruments import Instruments
 from ringattn.diagnosis.links import Link, Wire
 from ringattn.mesh import Mesh
+from ringattn.profile import Profile
 from ringattn.transports.base import Transport
 
 
@@ -38,6 +41,12 @@ class Examination:
     all_to_all: float | None
     speeds: tuple[float, ...]
     trial: Trial
+
+    @property
+    def profile(self) -> Profile:
+        """What ``auto`` can use of it."""
+        tables = np.array(self.latency), np.array(self.bandwidth)
+        return Profile(self.transport, *tables, self.trial.entries)
 
     @property
     def size(self) -> int:

@@ -43,7 +43,7 @@ def _show(axes: Axes, table: tuple[tuple[float, ...], ...], title: str, colours:
     shown = np.where(values > 0, np.log10(np.maximum(values, 1e-12)), np.nan)
     known = shown[values > 0]
     middle = float(np.median(known)) if known.size else 0.0
-    reach = max(0.5, *abs(known - middle))  # what is alike is of one colour
+    reach = max([0.5, *abs(known - middle)])  # what is alike is of one colour
     axes.imshow(shown, cmap=colours, vmin=middle - reach, vmax=middle + reach)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("rank")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +27,24 @@ def stored(kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) 
     """The rates in the user's cache directory, measured where there are none."""
     machine = Machine.here(kernels)
     return Store.of_user().found_or_measured(machine, workload, lambda: measure(kernels, mechanism, workload))
+
+
+@dataclasses.dataclass(frozen=True)
+class Profiled:
+    """The rates of a profile: of this machine, and of the class whose tiles are nearest in size.
+
+    Where a profile has none of the kind, they are `stored`.
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __call__(self, kernels: Sequence[Kernel], mechanism: Mechanism, workload: Workload) -> Rates:
+        """As `Measure`."""
+        here = Machine.here(kernels)
+        alike = [x.rates for x in self.entries if x.machine == here and x.rates.workload.is_like(workload)]
+        if not alike:
+            return stored(kernels, mechanism, workload)
+        return min(alike, key=lambda x: abs(math.log2(x.workload.side / workload.side)))
 
 
 def chosen_kernel(
@@ -95,16 +115,18 @@ def _measured_choice(problem: Problem, work: Work | None, decide: Decide, rates:
 
         first = order.pop(decide(f"kernel for {Workload.subject(problem, work)}", choose))
         order.insert(0, first)
-        reason = _reason(str(first), known[0] if known else None)
+        reason = _reason(
+            str(first), known[0] if known else None, "by the profile" if isinstance(rates, Profiled) else "here"
+        )
     return _first(order, problem, reason)
 
 
-def _reason(name: str, rates: Rates | None) -> str:
+def _reason(name: str, rates: Rates | None, where: str) -> str:
     if rates is None:
         return f"auto took {name}, as rank 0 did"
     if rates.best != name:
-        return f"auto took {name}, as rank 0 did; measured here: {rates}"
-    return f"auto took the fastest, as measured here: {rates}"
+        return f"auto took {name}, as rank 0 did; measured {where}: {rates}"
+    return f"auto took the fastest, as measured {where}: {rates}"
 
 
 def _first(order: Sequence[Kernel], problem: Problem, reason: str) -> tuple[Kernel, str]:

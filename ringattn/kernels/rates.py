@@ -88,6 +88,11 @@ class Workload:
             problem.wants("q", "k", "v", *problem.mechanism.params),
         )
 
+    def is_like(self, other: Workload) -> bool:
+        """Whether they are of one kind: all the same but for the tiles' size and the number of heads."""
+        kind = [(x.mechanism, x.dtype, x.dim, x.value_dim, x.backward) for x in (self, other)]
+        return kind[0] == kind[1]
+
     @staticmethod
     def subject(problem: Problem, work: Work) -> str:
         """The class in words that are the same on ranks with other numbers of threads."""

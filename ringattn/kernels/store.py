@@ -35,6 +35,25 @@ class Entry:
         """What the rates are of, whichever versions of kernels they compare."""
         return dataclasses.replace(self.machine, kernels=()), self.rates.workload
 
+    @staticmethod
+    def from_values(values: Any) -> Entry:
+        """An entry as ``dataclasses.asdict`` and JSON leave it.
+
+        Raises:
+            KeyError, TypeError, ValueError or OverflowError: it is none.
+        """
+        machine, rates = values["machine"], values["rates"]
+        workload = Workload(**rates["workload"])
+        seconds = tuple((str(name), float(each)) for name, each in rates["seconds"])
+        names = {kernel.rpartition(" ")[0] for kernel in machine["kernels"]}
+        if (
+            not seconds
+            or {name for name, _ in seconds} != names
+            or not all(math.isfinite(each) and each > 0 for _, each in seconds)
+        ):
+            raise ValueError(f"no rates: {seconds}")
+        return Entry(Machine(**{**machine, "kernels": tuple(machine["kernels"])}), Rates(workload, seconds))
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -63,7 +82,7 @@ class Store:
         if self.path is None:
             return []
         try:
-            return [_entry(x) for x in json.loads(self.path.read_text())["rates"]]
+            return [Entry.from_values(x) for x in json.loads(self.path.read_text())["rates"]]
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return []
 
@@ -130,18 +149,3 @@ class Store:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(f"{self.path}.lock", timeout=self.wait))
             yield
-
-
-def _entry(values: Any) -> Entry:
-    """An entry as `keep` writes it. Raises KeyError, TypeError, ValueError or OverflowError where it is none."""
-    machine, rates = values["machine"], values["rates"]
-    workload = Workload(**rates["workload"])
-    seconds = tuple((str(name), float(each)) for name, each in rates["seconds"])
-    names = {kernel.rpartition(" ")[0] for kernel in machine["kernels"]}
-    if (
-        not seconds
-        or {name for name, _ in seconds} != names
-        or not all(math.isfinite(each) and each > 0 for _, each in seconds)
-    ):
-        raise ValueError(f"no rates: {seconds}")
-    return Entry(Machine(**{**machine, "kernels": tuple(machine["kernels"])}), Rates(workload, seconds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from ringattn.mesh import Mesh
 from ringattn.naming import named
 from ringattn.plans.assembly import assemble
 from ringattn.plans.demand import Demand
+from ringattn.plans.links import MOST, ROW_BYTES, Links
 from ringattn.plans.plan import Plan
 from ringattn.plans.shape import Shape
 from ringattn.plans.tiles import K_RANK
-from ringattn.readable import dtype_name, shortened
+from ringattn.readable import dtype_name, readable_seconds, shortened
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
 from ringattn.sharding import Sharding
 
+CLOSE = 0.02  # of two schedules' seconds, which differ by less for no reason
 MAX_PLANS = 1 << 17  # at once: half a minute
 
 
@@ -71,7 +74,7 @@ def plan(
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     _check_mechanism(mechanism)
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
-    taken, reason = _taken(named_schedule(schedule), demand, mechanism)
+    taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
     shape = _shape(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
 
@@ -137,7 +140,7 @@ def plan_all(
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
     words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch, mechanism)
-    taken, reason = _taken(named_schedule(schedule), demand, mechanism)
+    taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
 
@@ -195,8 +198,14 @@ def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
         )
 
 
-def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None) -> tuple[Schedule, str]:
-    """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive."""
+def _taken(
+    schedule: Schedule | None, demand: Demand, mechanism: Mechanism | None, links: Links | None
+) -> tuple[Schedule, str]:
+    """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive.
+
+    Args:
+        links: where they were measured.
+    """
     if schedule is not None:
         _check_serves(schedule, mechanism)
         refusal = schedule.refusal(demand)
@@ -209,8 +218,23 @@ def _taken(schedule: Schedule | None, demand: Demand, mechanism: Mechanism | Non
         if refusal is None:
             return Scan(), "auto took scan: sums over keys travel, and keys and values stay where they are"
         why = f"; not scan: {refusal}"
-    taken, reason = _ring_or_route(demand)
+    taken, reason = _ring_or_route(demand) if links is None or links.size > MOST else _by_links(demand, links)
     return taken, reason + why
+
+
+def _by_links(demand: Demand, links: Links) -> tuple[Schedule, str]:
+    """That by which the busiest rank waits less, on these links; `_ring_or_route` where it does not matter."""
+    every, ring, route = demand.for_all_ranks(), Ring(), Route()
+    by_ring, by_route = (links.longest(x.moves(every, rank) for rank in range(demand.size)) for x in (ring, route))
+    if math.isclose(by_ring, by_route, rel_tol=CLOSE):
+        taken, reason = _ring_or_route(demand)
+        return taken, f"{reason} (as long either way on the profile's links)"
+    times = [readable_seconds(seconds) for seconds in sorted((by_ring, by_route))]
+    taken, other = (ring, route) if by_ring < by_route else (route, ring)
+    return taken, (
+        f"auto took {taken}: on the profile's links the busiest rank receives for {times[0]} of {ROW_BYTES} bytes a "
+        f"position, {times[1]} by {other}"
+    )
 
 
 def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:

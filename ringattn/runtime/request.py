@@ -14,7 +14,7 @@ import torch
 from ringattn.checking import DTYPES, flag, shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.choice import chosen_kernel
+from ringattn.kernels.choice import Measure, Profiled, chosen_kernel, stored
 from ringattn.kernels.rates import Work
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask, Transposed, checked
@@ -135,7 +135,8 @@ class Request:
         said = f"{planned.explain()}\n  layout: {self.sharding.reason}"
         if self.deterministic:
             return "\n".join([said, *(x.explain() for x in self._gatherings(problem, planned) if x is not None)])
-        taken, reason = chosen_kernel(self.kernel, problem, Work.from_plan(planned), decide=decide)
+        work = Work.from_plan(planned)
+        taken, reason = chosen_kernel(self.kernel, problem, work, decide=decide, rates=self._rates)
         return f"{said}\n  kernel {taken}: {reason}"
 
     def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
@@ -150,8 +151,14 @@ class Request:
             gatherings = self._gatherings(problem, own)
             return Call(own, problem, Reference(), transport, fields, wanted, self._spelling(), *gatherings)
         decide = functools.partial(agreement.decide, transport, fields)
-        kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide)
+        kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
         return Call(own, problem, kernel, transport, fields, wanted, self._spelling())
+
+    @property
+    def _rates(self) -> Measure:
+        """Where rates of kernels are looked for."""
+        profile = self.sharding.mesh.profile
+        return stored if profile is None else Profiled(profile.entries)
 
     def _spelling(self) -> tuple[list[float], str]:
         """The mechanism as the ops take it, for their fakes; empty where it has no text."""

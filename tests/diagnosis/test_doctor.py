@@ -191,7 +191,7 @@ def test_real_ranks(kind: str, size: int, request: pytest.FixtureRequest) -> Non
 
 def test_the_trial_measures_what_auto_would_choose_among() -> None:
     trial = measured(torch.device("cpu"))
-    assert [entry.rates.workload.dtype for entry in trial.entries] == ["float32", "float32", "bfloat16", "bfloat16"]
+    assert len({entry.rates.workload for entry in trial.entries}) == 16
     rates = gigaflops(trial.entries[0].rates)
     assert trial.kernel in rates and trial.gigaflops == rates[trial.kernel] > 0.1
 
