@@ -23,6 +23,7 @@ from ringattn.diagnosis.findings import kinds, typical
 from ringattn.errors import InputError
 from ringattn.readable import readable_bytes, readable_seconds
 
+SHOWN_RATES = 4  # classes of problems; --json and --profile have all
 MOST_COLUMNS = 16  # of ranks in a table; --json and --plot have all
 
 ProfileFile = Annotated[
@@ -122,7 +123,7 @@ def _show_kernels(found: Examination, console: Console) -> None:
         f"[bold]{'kernel':10}[/] auto takes {found.trial.kernel}: {found.trial.gigaflops:.3g} GFLOP/s on this rank",
         highlight=False,
     )
-    for entry in found.trial.entries:
+    for entry in found.trial.entries[:SHOWN_RATES]:
         each = ", ".join(f"{name} {rate:.3g}" for name, rate in gigaflops(entry.rates).items())
         console.print(f"{'':11}{escape(f'{each} GFLOP/s for {entry.rates.workload}')}", highlight=False, soft_wrap=True)
 

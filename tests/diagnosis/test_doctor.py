@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,9 @@ from ringattn.diagnosis.facts import Facts
 from ringattn.diagnosis.heatmap import draw
 from ringattn.diagnosis.links import opponent, rounds
 from ringattn.mesh import Mesh
+from ringattn.profile import Profile
 from ringattn.transports.base import Message, Transport
-from tests.workers import Workers
+from tests.workers import Workers, mpirun
 
 LATENCY, BANDWIDTH = 1e-4, 1e7
 Links = dict[frozenset[int], float]
@@ -231,3 +235,28 @@ def test_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
         "the link 2-5",
     ):
         assert words in shown.output
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_launched_ranks_write_a_profile(launcher: str, tmp_path: Path) -> None:
+    """Two processes, as a user starts them: what rank 0 prints and writes is of both, and can be read."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if launcher == "mpirun":
+        start = [*mpirun(2), sys.executable]
+    path = tmp_path / "cluster.profile"
+    done = subprocess.run(
+        [*start, "-m", "ringattn.cli", "doctor", "--json", "--profile", str(path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    transport = {"torchrun": "gloo", "mpirun": "mpi"}[launcher]
+    assert (value["launcher"], value["transport"], len(value["ranks"])) == (launcher, transport, 2)
+    profile = Profile.read(path)
+    assert (profile.transport, profile.latency.tolist()) == (transport, value["latency"])
+    assert len(profile.entries) == len(value["rates"]) > 0
