@@ -76,7 +76,7 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     else:
         fewer_gpus = torch.cuda.is_available() and not on_gpu  # than ranks: NCCL wants one each
         transport: Literal["auto", "gloo"] = "gloo" if fewer_gpus else "auto"
-        mesh = ringattn.init(ring=config.world // config.replicas, transport=transport)
+        mesh = ringattn.init(ring=config.world // config.replicas, transport=transport, timeout=config.timeout)
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

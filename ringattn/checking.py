@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ringattn.errors import InputError
+from ringattn.errors import InputError, RingAttentionError
 from ringattn.readable import dtype_name
 
 T = TypeVar("T")
@@ -103,9 +103,11 @@ def sequence(value: object, kind: type[T], name: str, needed: str) -> list[T]:
 
 
 def listed(value: object) -> list[Any] | None:
-    """What iterating over it gives; None where it cannot be iterated over."""
+    """What iterating over it gives; None where it cannot be iterated over. Errors of ours pass, as of a generator."""
     try:
         return list(value)  # type: ignore[call-overload, no-any-return]
+    except RingAttentionError:
+        raise
     except Exception:  # of whatever iterates
         return None
 

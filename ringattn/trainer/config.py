@@ -71,6 +71,7 @@ class Config:
 
     ranks: Annotated[int | None, _ranks("Processes to start here; default 4, or as launched.", min=1)] = None
     replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
+    timeout: Annotated[float, _ranks("Seconds after which a wait for another rank is an error.", min=1)] = 600.0
     layout: Annotated[str, _ranks(f"Who holds which tokens: auto, {_names(layouts.NAMED)}.")] = "auto"
     schedule: Annotated[str, _ranks(f"What moves when: auto, {_names(by_name(schedules.MEMBERS))}.")] = "auto"
     kernel: Annotated[str, _ranks(f"How attention is computed: auto, {_names(by_name(kernels.MEMBERS))}.")] = "auto"
