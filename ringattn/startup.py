@@ -66,6 +66,8 @@ def init(
     {'data': 1, 'ring': 1, 'ulysses': 1}
     """
     refusal = _refusal(ring, ulysses, transport, timeout, agreement, profile)
+    if not isinstance(transport, str):
+        transport = "auto"  # by which the others, if there are any, hear that this rank refuses
     launch = Launch.found({} if transport == "local" or dist.is_initialized() else os.environ)
     read = None
     if refusal is None and profile is not None and (dist.get_rank() if dist.is_initialized() else launch.rank) == 0:

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 FIELDS = ("call", "shapes", "dtype", "mask", "layout", "schedule", "kernel", "mechanism", "gradients", "seed")
 """What is compared."""
+ADVICE = "Call with the same arguments on every rank."
 
 _REFUSED = "refused"
 _TEXT_BYTES = 4096
@@ -65,8 +66,8 @@ def nothing() -> None:
     """What is left to compare where all has been."""
 
 
-def check(transport: Transport, fields: Mapping[str, str]) -> None:
-    """Compares this rank's fields with every other's.
+def check(transport: Transport, fields: Mapping[str, str], advice: str = ADVICE) -> None:
+    """Compares this rank's fields with every other's. ``advice`` is what to do where they differ.
 
     Raises:
         AgreementError: on every rank alike, naming the ranks and the fields that differ, with their values.
@@ -83,7 +84,7 @@ def check(transport: Transport, fields: Mapping[str, str]) -> None:
         raise AgreementError(" ".join(refused))
     raise AgreementError(
         f"The ranks of one call were called with different arguments: they differ in {differing(texts, FIELDS)}. "
-        f"Call with the same arguments on every rank."
+        f"{advice}"
     )
 
 

@@ -81,17 +81,17 @@ class Batch:
         >>> batch.labels[0].tolist(), batch.count
         ([1, 2, 3, 4, -100, 6, 7, 8, 9, 10, 11, -100], 10)
         """
-        flag(scatter, "scatter")
         self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
 
         def made() -> Sample:
+            flag(scatter, "scatter")
             choice(positions, "positions", ("document", "global"))
             if isinstance(tokens, Sample):
                 return tokens
             return Sample.of(tokens, documents=documents, labels=labels, mask=mask, shift=shift, joined=scatter)
 
         sample, error = _tried(made)
-        deal = self._scattered if scatter else self._replicated
+        deal = self._scattered if sample is not None and scatter else self._replicated  # which hear an error alike
         local = deal(sample, error, layout)
         if prepared is not None:
             self.sharding.adopt(prepared)

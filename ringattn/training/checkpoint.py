@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def save(
         >>> checkpoint.load(folder, model=model, mesh=mesh).data
         {'epoch': 1}
     """
-    ranks, where = Ranks(mesh), Path(folder)
+    ranks = Ranks(mesh)
+    where = ranks.together(lambda: _folder(folder))
     contents = ranks.together(lambda: _contents(model, optimizer, mesh))
     words = ranks.together(lambda: _checked(contents, where, step, data, keep, background))
     said = ranks.gathered((mesh.coordinates["data"], random_states.digest(), words))
@@ -173,7 +175,7 @@ def load(
         InputError: an argument is wrong.
     """
     ranks = Ranks(mesh)
-    path = ranks.gathered(ranks.together(lambda: _found(Path(folder), step)))[0]
+    path = ranks.gathered(ranks.together(lambda: _found(_folder(folder), step)))[0]
     manifest = ranks.together(lambda: Manifest.read(path))
     contents = ranks.together(lambda: _contents(model, optimizer, mesh))
     tensors = ranks.together(lambda: contents.targets(manifest))
@@ -186,7 +188,8 @@ def load(
 
 def last(folder: str | Path, mesh: Mesh) -> Path | None:
     """The last checkpoint of a folder, as the first rank finds it; None where there is none. All ranks ask together."""
-    ranks, there = Ranks(mesh), complete(Path(folder))
+    ranks = Ranks(mesh)
+    there = ranks.together(lambda: complete(_folder(folder)))
     return ranks.gathered(there[max(there)] if there else None)[0]
 
 
@@ -228,8 +231,16 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
+def _folder(path: object) -> Path:
+    if isinstance(path, (str, os.PathLike)) and "\0" not in os.fspath(path):
+        return Path(path)
+    raise InputError(f"folder must be the path of a folder; got {shown(path)}.")
+
+
 def _found(folder: Path, step: int | None) -> Path:
     """The folder of one checkpoint."""
+    if step is not None:
+        integer(step, "step", needed="the number of a step")
     if step is None and (folder / MANIFEST).is_file():
         return folder
     there = complete(folder)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.checking import instance, listed, number, shown
-from ringattn.errors import AgreementError, InputError, UnsupportedError
+from ringattn.errors import InputError, UnsupportedError
 from ringattn.mesh import Mesh
-from ringattn.runtime.agreement import alike, exchanged
-from ringattn.transports.base import Transport
+from ringattn.runtime import agreement
+from ringattn.runtime.agreement import exchanged
+from ringattn.transports.base import SUMMED, Transport
 
 BUCKET = 1 << 24  # numbers that travel at once: 64 MB
 PROBE = 2.0**-12  # so small that no wrapper clips it, and exact in every dtype
@@ -41,9 +42,8 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
         AgreementError: the ranks that share a sequence train different parameters.
     """
     _check_mesh(mesh)
-    module = instance(model, nn.Module, "model", "a torch.nn.Module")
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
+    with _heard(mesh.everyone):
+        parameters = _trained(model)
     if mesh.size == 1:
         return
     _compare(parameters, mesh.everyone)
@@ -52,9 +52,22 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
 
 
 def total(share: Tensor, mesh: Mesh) -> Tensor:
-    """The sum of every rank's share, on every rank: the loss itself, for logging. Without a gradient."""
+    """The sum of every rank's share, on every rank: the loss itself, for logging. Without a gradient.
+
+    Raises:
+        InputError: it is no tensor of numbers that can be added up.
+        AgreementError: the ranks' shares are of other shapes, or a rank has refused its own.
+    """
     _check_mesh(mesh)
-    added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().contiguous().clone()
+    with _heard(mesh.everyone):
+        added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().contiguous().clone()
+        if added.dtype not in SUMMED or added.is_meta:
+            raise InputError(
+                f"share must be a tensor of float32, float64, bfloat16, float16, int64 or int32; got {added.dtype} on "
+                f"{added.device}."
+            )
+    if mesh.everyone.agrees:
+        agreement.check(mesh.everyone, {"call": "total", "shapes": str(list(added.shape)), "dtype": str(added.dtype)})
     mesh.everyone.sum(added, label="the loss")
     return added
 
@@ -263,18 +276,33 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+@contextlib.contextmanager
+def _heard(transport: Transport) -> Iterator[None]:
+    """What is raised within is told to the other ranks, which are about to compare what they add up."""
+    try:
+        yield
+    except Exception as error:
+        agreement.refuse(transport, error)
+        raise
+
+
+def _trained(model: object) -> list[nn.Parameter]:
+    module = instance(model, nn.Module, "model", "a torch.nn.Module")
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    _refuse_sharded(parameters, "sum_gradients adds up whole gradients", "leave sum_gradients out")
+    return parameters
+
+
 def _compare(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
     """Ranks that sent each other gradients of other sizes would end, or add up what does not belong together."""
     if not transport.agrees:
         return
-    shapes = repr([(tuple(p.shape), p.dtype) for p in parameters]).encode()
-    if alike(transport, shapes, "gradients"):
-        return
-    said = exchanged(transport, hashlib.blake2b(shapes, digest_size=8).digest(), "gradients")
-    different = [str(rank) for rank, each in enumerate(said) if each != said[0]]
-    raise AgreementError(
-        f"The ranks train different parameters: those of rank {', '.join(different)} have other shapes, or another "
-        f"number, than those of rank 0. Make the same model on all of them, and freeze the same parameters."
+    shapes = [(tuple(p.shape), p.dtype) for p in parameters]
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
+    agreement.check(
+        transport,
+        {"call": "sum_gradients", "shapes": f"{len(shapes)} parameters #{digest}"},
+        "Make the same model on all of them, and freeze the same parameters.",
     )
 
 

@@ -1,0 +1,319 @@
+"""Every public function, and the kinds of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ringattn
+from ringattn import conformance, masks, mechanisms, schedules, training
+from tests.fuzzing.judging import Report, judged, text
+from tests.fuzzing.kinds import (
+    ARRAY,
+    DTYPE,
+    FLAG,
+    KERNELS,
+    LAST,
+    LAYOUTS,
+    LENGTH,
+    LENGTHS,
+    MASK,
+    MASKS,
+    MECHANISMS,
+    MESH,
+    NONSENSE,
+    OWN,
+    PAIR,
+    PART,
+    PLANS_OF_ALL,
+    POSITIONS,
+    RANK,
+    RANKS,
+    SCALE,
+    SCHEDULES,
+    SHARDINGS,
+    TENSOR,
+    VIRTUAL,
+    Call,
+    Kind,
+    instance_of,
+    integer,
+    is_numbers,
+    member,
+    real,
+    word,
+)
+
+
+def _function(mesh: ringattn.Mesh) -> int:
+    return mesh.rank
+
+
+def calls() -> Iterator[Call]:
+    tensors = {"q": TENSOR, "k": TENSOR, "v": TENSOR}
+    members = {"mechanism": MECHANISMS, "schedule": SCHEDULES, "kernel": KERNELS}
+    own = Kind((OWN,), SHARDINGS.may_be)
+    request = {**tensors, "mask": MASKS, "sharding": own, "kv_sharding": SHARDINGS.optional, **members}
+    yield Call("attention", ringattn.attention, {**request, "return_lse": Kind((False, True), FLAG.may_be)})
+    yield Call("explain", ringattn.explain, request)
+    shape = {
+        "heads": PAIR.optional,
+        "head_dims": PAIR.optional,
+        "dtype": DTYPE.optional,
+        "batch": integer(1, LAST, 1, 3),
+        "mechanism": MECHANISMS.optional,
+    }
+    yield Call(
+        "plan",
+        ringattn.plan,
+        {"mask": MASKS, "sharding": SHARDINGS, "schedule": SCHEDULES, **shape, "kv_sharding": SHARDINGS.optional},
+    )
+    whole = {
+        "mask": MASKS,
+        "length": integer(0, LAST, 12, 40),
+        "layout": LAYOUTS,
+        "schedule": SCHEDULES,
+        "ring": RANKS,
+    }
+    yield Call("plan_all", ringattn.plan_all, {**whole, **shape, "kv_length": LENGTH.optional})
+    yield Call("verify", ringattn.verify, {"plans": PLANS_OF_ALL})
+    yield Call("balance", ringattn.balance, {"plans": PLANS_OF_ALL})
+    yield Call(
+        "lower_bound",
+        ringattn.lower_bound,
+        {"mask": MASKS, "length": integer(0, LAST, 12), "ranks": RANKS, "imbalance": real(1, 1e308, 1.02, 2)},
+    )
+    yield Call("simulate", ringattn.simulate, {"fn": Kind((_function,), callable), "ring": integer(1, 8, 2)})
+    yield Call(
+        "init",
+        ringattn.init,
+        {
+            "ring": integer(1, 1, 1).optional,
+            "ulysses": integer(1, 1, 1),
+            "transport": Kind(("local", "auto"), lambda x: isinstance(x, str) and x in ("local", "auto")),
+            "timeout": real(1e-9, 1e9, 600.0, 5),
+            "agreement": Kind(
+                ("auto", True, False), lambda x: isinstance(x, bool) or (isinstance(x, str) and x == "auto")
+            ),
+        },
+    )
+    yield Call(
+        "Sharding",
+        ringattn.Sharding,
+        {
+            "length": integer(0, LAST, 12, 0),
+            "mesh": instance_of(ringattn.Mesh, VIRTUAL, MESH),
+            "layout": LAYOUTS,
+            "mask": Kind((MASK, ringattn.Causal(), None), lambda x: x is None or isinstance(x, ringattn.Mask)),
+        },
+    )
+    dim = integer(-4, 3, 2, -2)
+    yield Call("split", PART.split, {"x": TENSOR, "dim": dim})
+    yield Call("join", OWN.join, {"x": TENSOR, "dim": dim})
+    yield Call("positions_of", PART.positions_of, {"rank": RANK})
+    yield Call(
+        "Mesh",
+        ringattn.Mesh,
+        {
+            "ring": integer(1, 2**20, 4, 1),
+            "ulysses": integer(1, 1, 1),
+            "data": integer(1, 2**20, 1, 2),
+            "rank": integer(0, 7, 0, 3),
+            "transport": Kind((None,), lambda x: x is None),
+        },
+    )
+    yield Call("virtual", ringattn.Mesh.virtual, {"ring": integer(1, 2**20, 4), "rank": integer(0, 3, 0, 3)})
+    yield Call(
+        "from_device_mesh",
+        lambda **x: _refused(ringattn.Mesh.from_device_mesh, **x),
+        {name: Kind((None,), lambda x: True) for name in ("device_mesh", "ring", "ulysses", "data", "agreement")},
+    )
+    yield from _calls_of_masks()
+    yield from _calls_of_members()
+    yield from _calls_of_the_oracle()
+    yield from _calls_of_training()
+    yield Call(
+        "conformance.check",
+        conformance.check,
+        {
+            "schedule": SCHEDULES.optional,
+            "layout": LAYOUTS.optional,
+            "kernel": KERNELS.optional,
+            "mechanism": member(mechanisms.Mechanism, "softmax", ringattn.Hard()).optional,
+            "mask": member(ringattn.Mask, "causal", "", MASK).optional,
+            "count": integer(1, 100, 1),
+            "seed": integer(0, LAST, 3),
+            "track": Kind((lambda _: [],), callable),
+        },
+    )
+
+
+def _refused(function: Callable[..., Any], **arguments: Any) -> None:
+    """For a function that must refuse all that is tried here: nothing of it is a DeviceMesh."""
+    with pytest.raises(ringattn.InputError):
+        function(**arguments)
+
+
+def _calls_of_masks() -> Iterator[Call]:
+    size = integer(0, LAST, 3, 0)
+    yield Call("Window", ringattn.Window, {"left": size, "right": size})
+    yield Call("Prefix", ringattn.Prefix, {"n": size})
+    yield Call("SinkTokens", ringattn.SinkTokens, {"n": size})
+    yield Call(
+        "Documents", ringattn.Documents, {"lengths": LENGTHS, "kv_lengths": Kind((None,), LENGTHS.optional.may_be)}
+    )
+    bits = Kind(([[1, 0], [0, 1]], torch.eye(3)), is_numbers)
+    yield Call("Blocks", ringattn.Blocks, {"bitmap": bits, "size": integer(1, LAST, 4)})
+    yield Call("Predicate", ringattn.Predicate, {"fn": Kind((lambda q, k: q >= k,), callable)})
+    for mask in (MASK, ringattn.Causal(), ringattn.Window(3) | ringattn.Prefix(2), ringattn.Blocks(np.eye(3), 4)):
+        of = f" of {mask}"
+        yield Call("dense" + of, mask.dense, {"q_positions": POSITIONS, "k_positions": POSITIONS})
+        yield Call("local_positions" + of, mask.local_positions, {"positions": POSITIONS, "side": word("queries")})
+        lengths = {"length": integer(0, LAST, 12), "kv_length": Kind((None, 12), LENGTH.optional.may_be)}
+        yield Call("describe" + of, mask.describe, lengths)
+        yield Call("&" + of, lambda other, mask=mask: mask & other, {"other": MASKS})
+        yield Call("|" + of, lambda other, mask=mask: mask | other, {"other": MASKS})
+    yield Call("parse", masks.parse, {"text": Kind(("causal", "documents:3,4&~full"), lambda x: isinstance(x, str))})
+
+
+def _calls_of_members() -> Iterator[Call]:
+    masked = Kind((MASK, [MASK, MASK]), lambda x: isinstance(x, (ringattn.Mask, list, tuple)) and bool(x))
+    yield Call("Balanced", ringattn.Balanced, {"masks": masked})
+    runs = Kind(([[(0, 4)], [(4, 12)]],), lambda x: hasattr(x, "__iter__"))
+    yield Call("Explicit", ringattn.Explicit, {"runs": runs})
+    for layout in (ringattn.Zigzag(), ringattn.Balanced(MASK)):
+        yield Call(f"describe of {layout}", layout.describe, {"length": integer(0, LAST, 12), "size": RANKS})
+    options = {"lookahead": integer(0, 1, 1, 0), "gradient_wire": word("float32")}
+    for schedule in schedules.MEMBERS:
+        yield Call(schedule.__name__, schedule, options)
+    table = Kind((None, torch.zeros(2)), lambda x: x is None or isinstance(x, torch.Tensor))
+    yield Call(
+        "Softmax",
+        ringattn.Softmax,
+        {
+            "scale": SCALE.optional,
+            "softcap": real(1e-300, 1e400, 2.0).optional,
+            "sinks": table,
+            "alibi": table,
+            "relative": table,
+            "bias": table,
+            "dropout": real(0, 0.999, 0.0, 0.5),
+            "seed": integer(0, 2**63 - 1, 3).optional,
+        },
+    )
+    yield Call("Hard", ringattn.Hard, {"scale": SCALE.optional})
+
+
+def _calls_of_the_oracle() -> Iterator[Call]:
+    allowed = Kind((np.ones((12, 12), dtype=bool),), lambda x: callable(x) or is_numbers(x))
+    arrays = {"q": ARRAY, "k": ARRAY, "v": ARRAY, "allowed": allowed}
+    tables = {"dout": ARRAY.optional, "scale": Kind((None, 0.5), lambda x: x is None or is_numbers(x))}
+    for name in ("attention", "gradients", "magnitudes", "evaluate", "hard"):
+        kinds = {**arrays, **tables}
+        if name == "attention":
+            del kinds["dout"]
+        if name == "gradients":
+            kinds["dout"] = ARRAY
+        yield Call(f"reference.{name}", getattr(ringattn.reference, name), kinds)
+    yield Call("reference.linear", ringattn.reference.linear, {**arrays, "dout": ARRAY.optional})
+    yield Call("reference.error", ringattn.reference.error, {"actual": ARRAY, "expected": ARRAY, "magnitude": ARRAY})
+
+
+def _calls_of_training() -> Iterator[Call]:
+    def rows(x: Any) -> bool:
+        whole = isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()
+        return whole and not x.is_complex() and x.dtype != torch.bool
+
+    tokens, mesh = torch.arange(24).view(2, 12) % 5, Kind((MESH,), lambda x: isinstance(x, ringattn.Mesh))
+    layers = [ringattn.Causal(), ringattn.Window(3)]
+    sample = {
+        "tokens": Kind((tokens,), rows),
+        "documents": Kind((None, [5, 7], [[12], [3, 9]], torch.tensor([12])), LENGTHS.optional.may_be),
+        "labels": Kind((None, tokens), lambda x: x is None or rows(x)),
+        "mask": Kind((None, ringattn.Causal(), layers), lambda x: x is None or x is layers or MASKS.may_be(x)),
+        "shift": FLAG,
+    }
+    layout = Kind(("auto", "zigzag", ringattn.Striped()), LAYOUTS.may_be)
+    more = {"mesh": mesh, "layout": layout, "scatter": FLAG, "positions": word("document")}
+    yield Call("Batch", training.Batch, {**sample, **more})
+    yield Call("Sample.of", training.Sample.of, {**sample, "joined": FLAG})
+    batch = training.Batch(tokens, MESH)
+    batches = Kind(([batch],), lambda x: isinstance(x, (list, tuple)) and bool(x))
+    yield Call("accumulate", training.accumulate, {"batches": batches})
+    weights = {"label_smoothing": real(0, 1, 0.0, 0.1), "z_loss": real(0, 1e308, 0.0, 0.1)}
+    of_batch = {"batch": instance_of(training.Batch, batch)}
+    hidden, weight = torch.randn(2, 12, 4), torch.randn(5, 4)
+    yield Call(
+        "token_loss",
+        training.token_loss,
+        {"logits": instance_of(torch.Tensor, hidden @ weight.T), **of_batch, **weights},
+    )
+    head = {
+        "hidden": instance_of(torch.Tensor, hidden),
+        "weight": instance_of(torch.Tensor, weight),
+        "bias": Kind((None, torch.zeros(5)), lambda x: x is None or isinstance(x, torch.Tensor)),
+        "softcap": real(0, 1e308, 0.0, 2.0),
+        "chunk": integer(1, LAST, 100),
+    }
+    yield Call("linear_cross_entropy", training.linear_cross_entropy, {**head, **of_batch, **weights})
+    model = Kind((torch.nn.Linear(2, 2),), lambda x: isinstance(x, torch.nn.Module))
+    yield Call(
+        "tiled",
+        training.tiled,
+        {"module": Kind((torch.nn.Linear(2, 2),), model.may_be), "tokens": integer(1, LAST, 3)},
+    )
+    yield Call("sum_gradients", training.sum_gradients, {"model": model, "mesh": mesh})
+    yield Call("total", training.total, {"share": TENSOR, "mesh": mesh})
+    yield Call("gradient_factor", training.gradient_factor, {"step": Kind((_backward,), callable), "mesh": mesh})
+    held = Kind((torch.nn.Linear(2, 2),), lambda x: isinstance(x, torch.nn.Module) or hasattr(x, "__iter__"))
+    yield Call("scale_gradients", training.scale_gradients, {"parameters": held, "factor": real(1e-300, 1e308, 0.5)})
+    norm = {"max_norm": real(1e-300, 1e308, 1.0), "factor": real(1e-300, 1e308, 1.0)}
+    yield Call("clip_grad_norm", training.clip_grad_norm, {"parameters": held, **norm})
+    data: Any = list(tokens)
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    yield Call(
+        "Loader",
+        training.Loader,
+        {
+            "loader": instance_of(torch.utils.data.DataLoader, loader),
+            "mesh": mesh,
+            "seed": LENGTH,
+            "prepare": Kind((None,), lambda x: x is None or callable(x)),
+            "mask": sample["mask"],
+            "layout": layout,
+            "schedule": SCHEDULES,
+            "scatter": FLAG,
+            "positions": word("document"),
+            "shift": FLAG,
+        },
+    )
+
+
+def _backward(probe: torch.nn.Module, x: torch.Tensor) -> None:
+    probe(x).backward()
+
+
+EVERY = list(calls())
+
+
+def fuzzed(count: int, seed: int = 0, report: Report | None = None) -> Report:
+    """So many calls with one argument replaced, or two."""
+    random, report = Random(seed), report or Report()
+    for nth in range(count):
+        call = EVERY[nth % len(EVERY)]
+        arguments, names = call.right, list(call.kinds)
+        changed = random.sample(names, min(len(names), 1 + (random.random() < 0.25)))
+        for name in changed:
+            pool = call.kinds[name].right if random.random() < 0.15 else NONSENSE
+            arguments[name] = random.choice(pool)
+        wrong = ", ".join(name for name, value in arguments.items() if not call.kinds[name].may_be(value))
+        theirs = any(callable(arguments.get(name)) for name in ("fn", "track", "step"))
+        said = judged(partial(call.function, **arguments), wrong, theirs=theirs)
+        report.add(call.name, said, ", ".join(f"{name}={text(arguments[name])}" for name in changed))
+    return report

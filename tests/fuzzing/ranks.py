@@ -1,0 +1,155 @@
+"""Calls of several virtual ranks, one of them called with nonsense: all must learn it before any payload."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+import ringattn
+from ringattn import training
+from ringattn.errors import RingAttentionError, TransportError
+from ringattn.training import checkpoint
+from tests.fuzzing.judging import PATIENCE, Report, TooLongError, text, within
+from tests.fuzzing.kinds import NONSENSE
+
+RANKS = 3
+LENGTH = 12
+UNLIKE = ringattn.Window(2), ringattn.Striped(), "route", "reference", True, False, 1, ringattn.Hard(), {"x": 1}, 0.25
+"""What may be right by itself, on all ranks alike."""
+TENSORS = (
+    torch.zeros(1, 2, 4, 4, dtype=torch.float64),
+    torch.zeros(1, 2, 4, 4, dtype=torch.bfloat16),
+    *map(torch.zeros, ((2, 2, 4, 4), (1, 4, 4, 4), (1, 2, 5, 4), (1, 2, 4, 5), (2, 4), (0,))),
+)
+JOINING = "mesh", "sharding"
+"""Without which a rank cannot tell the others."""
+Arguments = dict[str, Any]
+Outcome = tuple[Exception | str | None, int]
+"""How the call ended on a rank, and the messages it had sent by then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """A call that all ranks make.
+
+    Attributes:
+        arguments: of a rank, that make a call that works.
+        private: those that are a rank's own affair.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Callable[[ringattn.Mesh], Arguments]
+    private: tuple[str, ...] = ()
+
+
+def _attention(mesh: ringattn.Mesh) -> Arguments:
+    sharding = ringattn.Sharding(LENGTH, mesh)
+    q = torch.ones(1, 2, sharding.count, 4)
+    members = {"mechanism": ringattn.Softmax(), "schedule": "auto", "kernel": "auto"}
+    more = {"mask": ringattn.Causal(), "sharding": sharding, "kv_sharding": None}
+    return {"q": q, "k": q, "v": q, **more, **members, "deterministic": False, "return_lse": False}
+
+
+def _joined(mesh: ringattn.Mesh) -> Arguments:
+    sharding = ringattn.Sharding(LENGTH, mesh)
+    return {"sharding": sharding, "x": torch.ones(1, 2, sharding.count, 4), "dim": 2}
+
+
+def _batch(mesh: ringattn.Mesh) -> Arguments:
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
+    sample = {"tokens": tokens, "documents": None, "labels": None, "mask": None, "shift": True}
+    return {**sample, "mesh": mesh, "layout": "auto", "scatter": False, "positions": "document"}
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(2, 3)
+
+
+def _saved(mesh: ringattn.Mesh, folder: str) -> Arguments:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    more = {"step": 3, "data": None, "keep": None, "background": False}
+    return {"folder": folder, "model": model, "optimizer": optimizer, "mesh": mesh, **more}
+
+
+def _loaded(mesh: ringattn.Mesh, folder: str) -> Arguments:
+    return {"folder": f"{folder}/there", "model": _model(), "mesh": mesh, "optimizer": None, "step": None}
+
+
+def _gradients(mesh: ringattn.Mesh) -> Arguments:
+    model = _model()
+    model(torch.ones(1, 2)).sum().backward()
+    return {"model": model, "mesh": mesh}
+
+
+def calls(folder: str) -> Iterator[Together]:
+    """Those in which a rank sends something, or waits for others."""
+    yield Together("attention", ringattn.attention, _attention, ("return_lse",))
+    yield Together("join", lambda sharding, **x: sharding.join(**x), _joined)
+    yield Together("Batch", training.Batch, _batch)
+    yield Together("checkpoint.save", checkpoint.save, partial(_saved, folder=folder))
+    yield Together("checkpoint.load", checkpoint.load, partial(_loaded, folder=folder), ("model", "step", "folder"))
+    yield Together("sum_gradients", training.sum_gradients, _gradients)
+    yield Together("total", training.total, lambda mesh: {"share": torch.ones(()), "mesh": mesh})
+
+
+def fuzzed(count: int, seed: int = 0) -> Report:
+    """So many calls with one argument of one rank replaced."""
+    random, report = Random(seed), Report()
+    with tempfile.TemporaryDirectory() as folder:
+        every = list(calls(folder))
+        ringattn.simulate(lambda mesh: checkpoint.save(**_saved(mesh, f"{folder}/there")), ring=RANKS)
+        for nth in range(count):
+            call, rank = every[nth % len(every)], random.randrange(RANKS)
+            name = random.choice([x for x in call.arguments(ringattn.Mesh.local()) if x not in JOINING])
+            value = random.choice((*NONSENSE, *UNLIKE, *TENSORS))
+            report.add(call.name, _judged(call, rank, name, value), f"rank {rank}: {name}={text(value)}")
+    return report
+
+
+def _judged(call: Together, rank: int, name: str, value: Any) -> Exception | str | None:
+    """What has become of a call with this argument on this rank alone."""
+    try:
+        with within(PATIENCE):
+            ended = ringattn.simulate(partial(_on_a_rank, call, rank, {name: value}), ring=RANKS).results
+    except TooLongError:
+        return "does not come back"
+    except TransportError as error:
+        return f"ranks are told nothing: {error}"
+    faults = [said for said, _ in ended if isinstance(said, str)]
+    errors = [said for said, _ in ended if isinstance(said, Exception)]
+    if faults:
+        return faults[0]
+    if not errors:
+        return None
+    if len(errors) < RANKS and name not in call.private:
+        return f"{RANKS - len(errors)} ranks went on where others say: {errors[0]}"
+    untold = [error for error in errors if isinstance(error, TransportError)]
+    if untold:
+        return f"a rank is told nothing and says {str(untold[0])[:200]}"
+    sent = sum(messages for _, messages in ended)
+    return f"{sent} messages were sent before {errors[0]}" if sent and name not in call.private else errors[0]
+
+
+def _on_a_rank(call: Together, wrong: int, changed: Arguments, mesh: ringattn.Mesh) -> Outcome:
+    arguments, counters = call.arguments(mesh), mesh.connected().counters
+    before = counters.messages
+    if mesh.rank == wrong:
+        arguments |= changed
+    said: Exception | str | None = None
+    try:
+        call.function(**arguments)
+    except RingAttentionError as error:
+        said = error
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+    return said, counters.messages - before
