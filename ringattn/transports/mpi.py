@@ -59,7 +59,8 @@ class Mpi(Transport):
                 f"transport='mpi' needs mpi4py and an MPI library ({str(error).splitlines()[0]}). Install both with "
                 f"pip install 'ringattn[mpi]', and start with its mpirun."
             ) from error
-        sys.excepthook = functools.partial(_end_job, sys.excepthook)
+        if getattr(sys.excepthook, "func", None) is not _end_job:
+            sys.excepthook = functools.partial(_end_job, sys.excepthook)
         return cls(MPI.COMM_WORLD.Dup(), limit)
 
     def among(self, ranks: Sequence[int], limit: datetime.timedelta | None = None) -> Transport:
