@@ -23,6 +23,7 @@ from ringattn.naming import by_name
 from ringattn.rendezvous import Launch
 from ringattn.trainer.model import Shape
 from ringattn.trainer.run_folder import CHECKPOINTS, WEIGHTS, holds_a_run
+from ringattn.transports.mpi import end_job
 
 DEFAULT_RANKS = 4
 Positions = Literal["document", "global"]
@@ -241,4 +242,5 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
     except typer.Abort:  # typer's word for Ctrl-C
         return 130
     sys.stderr.write(f"{_speaker()}error: {' '.join(message.split())}\n")
+    end_job(code)
     return code
