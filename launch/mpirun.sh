@@ -19,7 +19,7 @@ cores="$(getconf _NPROCESSORS_ONLN)"
 threads="${OMP_NUM_THREADS:-$((cores / each > 0 ? cores / each : 1))}"
 
 case "$("$mpirun" --version 2>&1)" in
-    *"Open MPI"*)
+    *"Open MPI"* | *OpenRTE*)
         how=(-x "OMP_NUM_THREADS=$threads" --bind-to none)
         [ -z "${HOSTS:-}" ] || how+=(--hostfile "$HOSTS" --map-by "ppr:$each:node")
         ;;

@@ -87,7 +87,7 @@ def _started(launch: Launch, given: Mapping[str, Any], refusal: InputError | Non
     if refusal is not None and (transport == "local" or not launched):
         raise refusal
     if transport == "mpi" or (transport == "auto" and _takes_mpi(launch)):
-        return _over_mpi(given, refusal, limit)
+        return _over_mpi(launch, given, refusal, limit)
     sizes = given["ring"], given["ulysses"]
     if transport == "local" or (transport == "auto" and not launched):
         _divide(1, *sizes)
@@ -115,9 +115,14 @@ def _profiled(mesh: Mesh, read: Profile | None) -> Mesh:
     return mesh.profiled(found)
 
 
-def _over_mpi(given: Mapping[str, Any], refusal: InputError | None, limit: datetime.timedelta) -> Mesh:
+def _over_mpi(launch: Launch, given: Mapping[str, Any], refusal: InputError | None, limit: datetime.timedelta) -> Mesh:
     """The mesh of an MPI job. All ranks ask for the same, or learn in what they differ."""
     everyone = Mpi.start(limit)
+    if launch.started and everyone.size != launch.world:
+        raise InputError(
+            f"{launch.launcher} started {launch.world} ranks, and MPI knows of {everyone.size}. Start with the mpirun "
+            f"of the MPI library that mpi4py uses; MPI4PY_LIBMPI=PATH names another library than {Mpi.library()}."
+        )
     agree_over(everyone, given, refusal)
     sizes = _divide(everyone.size, given["ring"], given["ulysses"])
     everyone.agreement = given["agreement"] is not False

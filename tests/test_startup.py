@@ -6,6 +6,8 @@ import datetime
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -222,3 +224,19 @@ def test_a_store_that_outlives_its_ranks_misleads_nobody() -> None:
         store.set("ringattn/meeting/of-ranks-that-were-killed/1", '{"ring": "7"}')
         assert together(2, [1, 1], late) == ["met"] * 2
         assert all(each.startswith("AgreementError") for each in together(2, [1, 2], late))
+
+
+def test_an_mpi_that_is_not_the_launchers() -> None:
+    """Each process would be a world of its own, and train alone."""
+    pytest.importorskip("mpi4py")
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import ringattn; ringattn.init(transport='mpi')"],
+        env={**os.environ, **told},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "InputError: environment started 2 ranks, and MPI knows of 1. Start with the mpirun of" in done.stderr

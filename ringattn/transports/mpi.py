@@ -63,6 +63,13 @@ class Mpi(Transport):
             sys.excepthook = functools.partial(_end_job, sys.excepthook)
         return cls(MPI.COMM_WORLD.Dup(), limit)
 
+    @staticmethod
+    def library() -> str:
+        """Name and version of the MPI library."""
+        from mpi4py import MPI
+
+        return " ".join(MPI.Get_library_version().split()[:3]).rstrip(",")
+
     def among(self, ranks: Sequence[int], limit: datetime.timedelta | None = None) -> Transport:
         from mpi4py import MPI
 

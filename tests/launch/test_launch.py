@@ -187,10 +187,25 @@ def test_mpirun_saves_and_goes_on(tmp_path: Path, losses: Any) -> None:
     assert found == pytest.approx(losses.expected[1:], rel=1e-6)
 
 
+OPEN_MPI = shutil.which("mpirun.openmpi")
+OPEN_MPI_LIBRARY = next(Path("/usr/lib").glob("*/libmpi.so.40"), None)
+
+
+@pytest.mark.skipif(
+    not (OPEN_MPI and OPEN_MPI_LIBRARY), reason="Open MPI is not installed: apt-get install openmpi-bin"
+)
+def test_open_mpi(tmp_path: Path, losses: Any) -> None:
+    """mpi4py's wheel takes Debian's library by its path; that root and few cores are meant, Open MPI must be told."""
+    asked = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    asked |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "MPI4PY_LIBMPI": str(OPEN_MPI_LIBRARY)}
+    assert train([LAUNCH / "mpirun.sh"], tmp_path, RANKS="2", MPIRUN=str(OPEN_MPI), **asked) == losses
+
+
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
         ("HYDRA build details:", "-n 16 -genv OMP_NUM_THREADS 3 -f hosts -ppn 8 python"),
+        ("mpirun.openmpi (OpenRTE) 4.1.4", "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile hosts"),
         ("mpirun (Open MPI) 4.1.4", "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile hosts --map-by ppr:8:node"),
     ],
 )
