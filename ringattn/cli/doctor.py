@@ -91,6 +91,7 @@ def for_machines(found: Examination) -> dict[str, Any]:
         "bandwidth": found.bandwidth,
         "ring": found.ring,
         "all_to_all": found.all_to_all,
+        "hidden_from": found.hidden_from,
         "kernel": found.trial.kernel,
         "rates": rates,
         "findings": findings(found),
@@ -152,6 +153,10 @@ def _show_links(found: Examination, console: Console) -> None:
     console.print(
         f"all ranks at once: {readable_bytes(found.ring or 0)}/s round the ring, "
         f"{readable_bytes(found.all_to_all or 0)}/s from each to all others",
+        highlight=False,
+    )
+    console.print(
+        f"a ring's messages hide behind its computing from some {found.hidden_from} tokens a rank (8 heads of 128)",
         highlight=False,
     )
 

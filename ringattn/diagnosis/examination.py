@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -12,8 +13,11 @@ from ringattn.diagnosis.facts import Facts
 from ringattn.diagnosis.instruments import Instruments
 from ringattn.diagnosis.links import Link, Wire
 from ringattn.mesh import Mesh
+from ringattn.plans.links import ROW_BYTES
 from ringattn.profile import Profile
 from ringattn.transports.base import Transport
+
+PAIR_FLOPS = 4 * 8 * 128  # of a query and a key, forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,19 @@ class Examination:
         return Profile(self.transport, *tables, self.trial.entries)
 
     @property
+    def hidden_from(self) -> int | None:
+        """Tokens of a rank from which on its messages are there before they are needed; None where there are none.
+
+        In a phase of a ring a rank meets n keys with n queries, and receives the next n: of 8 heads of 128, in two
+        bytes, on the slowest link and the slowest rank. n^2 pairs take as long as n keys on the wire.
+        """
+        if self.size < 2 or not min(self.speeds):
+            return None
+        pair = PAIR_FLOPS / min(self.speeds) / 1e9
+        key = ROW_BYTES / min(x for row in self.bandwidth for x in row if x)
+        return math.ceil((key + math.sqrt(key * key + 4 * pair * max(map(max, self.latency)))) / (2 * pair))
+
+    @property
     def size(self) -> int:
         return len(self.facts)
 
@@ -74,8 +91,7 @@ def examine(mesh: Mesh, instruments: Instruments | None = None) -> Examination:
     latency, bandwidth = ([[getattr(x, name) for x in row] for row in table] for name in ("latency", "bandwidth"))
     ring = around = None
     if transport.size > 1:
-        slow = min(x for row in bandwidth for x in row if x) < patterns.LEAST
-        size = patterns.SLOW if slow else patterns.BYTES
+        size = links.worth_sending(min(x for row in bandwidth for x in row if x), max(map(max, latency)))
         ring = patterns.ring(transport, used, size)
         used.advance()
         around = patterns.all_to_all(transport, used, size)

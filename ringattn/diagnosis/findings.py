@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from ringattn.diagnosis.examination import Examination
 from ringattn.readable import readable_bytes, readable_seconds
 
-SLOW_RANK = 0.75  # of the median rank's rate, below which a rank is slow
+SLOW_RANK = 0.67  # of the median rank's rate, below which a rank is slow
 LATE = 5.0  # times the median latency of links of its kind
 FAR = 1e-3  # seconds: what is less is late for nobody
 NARROW = 0.4  # of the median bandwidth of links of its kind

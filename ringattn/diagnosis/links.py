@@ -15,7 +15,8 @@ from ringattn.transports.base import Transport
 
 PINGS = 10
 PROBE = 1 << 18  # bytes, whose time says how many are worth sending
-WORTH = 0.05  # seconds
+WORTH = 0.05  # seconds that a message should take
+TRIPS = 20  # latencies that it should take at least
 MOST = 1 << 26  # bytes
 BULKS = 3
 
@@ -74,8 +75,9 @@ class Wire:
             trip, offset = self._swapped_numbers([0.0, 0.0])
             offset = -offset
         rate = self._rate(PROBE, trip / 2)
-        size = int(min(MOST, max(PROBE, WORTH * rate)))
-        return Link(trip / 2, max(self._rate(size, trip / 2) for _ in range(BULKS)), offset)
+        for _ in range(BULKS):  # a connection gets faster as it is used
+            rate = max(rate, self._rate(worth_sending(rate, trip / 2), trip / 2))
+        return Link(trip / 2, rate, offset)
 
     def _called(self) -> tuple[float, float]:
         """Seconds of a round trip, and how far ahead the other's clock was in its middle."""
@@ -118,6 +120,11 @@ class Wire:
         there, here = ([(self._peer, x) for x in each] for each in (sends, receives))
         self._transport.exchange(there, here, label=self._label).wait()
         settle(self._transport)
+
+
+def worth_sending(rate: float, latency: float) -> int:
+    """Bytes of a message that shows what a link carries, at about this rate."""
+    return int(min(MOST, max(PROBE, rate * max(WORTH, TRIPS * latency))))
 
 
 def settle(transport: Transport) -> None:

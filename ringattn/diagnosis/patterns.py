@@ -9,10 +9,6 @@ from ringattn.diagnosis.links import BULKS, settle
 from ringattn.runtime.agreement import exchanged
 from ringattn.transports.base import Message, Transport
 
-BYTES = 1 << 22  # that each rank sends
-SLOW = 1 << 16  # the same where links are slow
-LEAST = 1e8  # bytes a second, below which they are
-
 
 def ring(transport: Transport, instruments: Instruments, size: int) -> float:
     """Bytes a second that each rank passes to its right neighbour while all do so, as the slowest rank sees it."""

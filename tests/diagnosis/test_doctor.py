@@ -116,6 +116,12 @@ def test_the_planted_figures_are_measured() -> None:
         assert found.bandwidth[i][j] == pytest.approx(BANDWIDTH / 2, rel=0.35)
     assert found.offsets == pytest.approx((0, 0, 3, 0, 0), abs=1e-3)
     assert found.ring is not None and found.all_to_all is not None
+    # the slowest link and rank: 4096 operations a pair at 100 GFLOP/s, 4096 bytes a key, and 20 ms
+    assert found.hidden_from is not None
+    key = 4096 / min(x for row in found.bandwidth for x in row if x)
+    left, right = found.hidden_from**2 * 4096 / 100e9, found.hidden_from * key + 0.02
+    assert left == pytest.approx(right, rel=0.01)
+    assert examined(1).hidden_from is None
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])
