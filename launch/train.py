@@ -72,11 +72,12 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     launch = Launch.found(os.environ)
     on_gpu = torch.cuda.device_count() >= launch.local_world
     if not launch.started:
-        mesh = ringattn.init(transport="local")
+        mesh = ringattn.init(transport="local", profile=config.profile)
     else:
         fewer_gpus = torch.cuda.is_available() and not on_gpu  # than ranks: NCCL wants one each
         transport: Literal["auto", "gloo"] = "gloo" if fewer_gpus else "auto"
-        mesh = ringattn.init(ring=config.world // config.replicas, transport=transport, timeout=config.timeout)
+        ring = config.world // config.replicas
+        mesh = ringattn.init(ring, transport=transport, timeout=config.timeout, profile=config.profile)
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+import torch
 
 from ringattn.diagnosis import facts, links, patterns
 from ringattn.diagnosis.computing import Trial
@@ -82,6 +83,7 @@ def examine(mesh: Mesh, instruments: Instruments | None = None) -> Examination:
         TransportError: a rank is lost.
     """
     used, transport = instruments or Instruments(), mesh.everyone
+    transport.sum(torch.zeros(1, device=transport.device))  # NCCL wants all ranks in a group's first exchange
     known = facts.of_all(transport, Facts.here(transport))
     used.advance()
     trial = used.trial(transport.device)

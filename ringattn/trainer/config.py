@@ -76,6 +76,7 @@ class Config:
     layout: Annotated[str, _ranks(f"Who holds which tokens: auto, {_names(layouts.NAMED)}.")] = "auto"
     schedule: Annotated[str, _ranks(f"What moves when: auto, {_names(by_name(schedules.MEMBERS))}.")] = "auto"
     kernel: Annotated[str, _ranks(f"How attention is computed: auto, {_names(by_name(kernels.MEMBERS))}.")] = "auto"
+    profile: Annotated[Path | None, _ranks("What ringattn doctor --profile measured: auto goes by it.")] = None
     wrap: Annotated[Wrap, _ranks("What is around the model.")] = "none"
     zero: Annotated[int, _ranks("Stage of DeepSpeed's ZeRO.", min=0, max=3)] = 2
     dtype: Annotated[Dtype, _ranks("Arithmetic of the model; its weights stay float32.")] = "float32"

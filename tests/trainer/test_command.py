@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ringattn.profile import Profile
 from ringattn.trainer.config import Config, run_command
 from ringattn.trainer.meter import Cost
 from ringattn.trainer.model import Decoder
@@ -257,3 +259,14 @@ def test_where_there_is_no_bar_a_line_now_and_then(
         ["step", "12"],
         ["step", "18"],
     ]
+
+
+def test_a_profile_is_read_or_refused_in_one_line(
+    trainer: ModuleType, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.profile"
+    line = ["--ranks", "1", "--data", str(texts), "--length", "40", "--steps", "0", "--check", "1", *MODEL]
+    assert run_command(trainer.main, [*line, "--profile", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: The profile {path} cannot be read: No such file or directory.")
+    Profile("local", np.zeros((1, 1)), np.zeros((1, 1)), ()).write(path)
+    assert run_command(trainer.main, [*line, "--profile", str(path)]) == 0
