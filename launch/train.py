@@ -28,7 +28,7 @@ import ringattn
 from ringattn.rendezvous import Launch
 from ringattn.trainer.config import Config, launched, run_command
 from ringattn.trainer.data import Corpus, read_corpus
-from ringattn.trainer.launcher import cores, start_ranks
+from ringattn.trainer.launcher import cores, end_with_launcher, start_ranks
 from ringattn.trainer.meter import Meter
 from ringattn.trainer.model import Decoder, Shape
 from ringattn.trainer.parity import TOLERANCE, Trace, compare
@@ -70,6 +70,8 @@ def main(config: Config, arguments: Sequence[str]) -> int:
 def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     """(1) The mesh: which ranks share a sequence, and how they talk. One process needs no launcher."""
     launch = Launch.found(os.environ)
+    if launch.started:
+        end_with_launcher()
     on_gpu = torch.cuda.device_count() >= launch.local_world
     if not launch.started:
         mesh = ringattn.init(transport="local", profile=config.profile)
@@ -157,7 +159,7 @@ def train(
             loss, stopping = gradients(model, batch_of(corpus, step, config), config, stop.asked)
             rate, norm = float(scheduler.get_last_lr()[0]), model.step()
             scheduler.step()
-            measured = {"loss": float(loss), "gradient_norm": norm, "learning_rate": rate}
+            measured = {"loss": float(loss), "gradient_norm": norm, "learning_rate": rate, "ranks": mesh.size}
             recorder.step(step, config.batch * config.length, meter.lap(), **measured)
             if step % config.eval_every == 0 or step == config.steps:
                 recorder.held_out(step, evaluate(model, held_out_packs, config), model.weights())

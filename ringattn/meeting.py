@@ -98,7 +98,9 @@ class Meeting:
         try:
             name, verdict = self._judged(json.dumps(said)) if self.rank == 0 else self._heard(json.dumps(said))
         except RuntimeError as error:
-            raise TransportError(f"Rank {self.rank} lost the others as they started: {error}") from error
+            late = f"no other called init as it did, within {self.limit.total_seconds():g} seconds"
+            why = late if isinstance(error, dist.DistStoreError) else str(error)
+            raise TransportError(f"Rank {self.rank} lost the others as they started: {why}.") from error
         if refusal is not None:
             raise refusal
         if verdict["missing"]:

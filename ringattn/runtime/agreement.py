@@ -82,8 +82,9 @@ def check(transport: Transport, fields: Mapping[str, str], advice: str = ADVICE)
     ]
     if refused:
         raise AgreementError(" ".join(refused))
+    names = FIELDS if all(text.keys() == texts[0].keys() for text in texts) else FIELDS[:1]  # calls of other kinds
     raise AgreementError(
-        f"The ranks of one call were called with different arguments: they differ in {differing(texts, FIELDS)}. "
+        f"The ranks of one call were called with different arguments: they differ in {differing(texts, names)}. "
         f"{advice}"
     )
 
@@ -101,7 +102,7 @@ def decide(transport: Transport, fields: Mapping[str, str], subject: str, choose
         own = choose() if transport.rank == 0 else 0
         if transport.size > 1:
             check(transport, {**fields, "call": "choice"})
-            own = int.from_bytes(exchanged(transport, own.to_bytes(8, "little"), subject)[0], "little")
+            own = int.from_bytes(_spread(transport, own.to_bytes(8, "little"), subject)[0], "little")
         transport.decisions[subject] = own
     return transport.decisions[subject]
 
@@ -129,7 +130,7 @@ def _difference(transport: Transport, fields: Mapping[str, str], label: str) -> 
         return None
     transport.forget_calls()
     shown = json.dumps({name: _shown(name, text) for name, text in fields.items()}, ensure_ascii=False).encode()
-    texts = exchanged(transport, shown.ljust(_TEXT_BYTES), label)
+    texts = _spread(transport, shown.ljust(_TEXT_BYTES), label)
     return [json.loads(text) for text in texts]
 
 
@@ -158,8 +159,18 @@ def alike(transport: Transport, own: bytes, label: str) -> bool:
 def exchanged(transport: Transport, own: bytes, label: str) -> list[bytes]:
     """What every rank has to say, by rank, all of one size; a few bytes of bookkeeping before a payload moves.
 
-    ceil(log2 P) messages a rank: each hands on all that it has heard (Bruck et al. 1997, section 3).
+    ceil(log2 P) messages a rank, and as many by which they make sure that all of them are here: what one rank sent for
+    something else would be taken for it, or end the process where it is longer.
+
+    Raises:
+        AgreementError: on every rank, where one of them is somewhere else.
     """
+    check(transport, {"call": label})
+    return _spread(transport, own, label)
+
+
+def _spread(transport: Transport, own: bytes, label: str) -> list[bytes]:
+    """Each hands on all that it has heard (Bruck et al. 1997, section 3)."""
     control, me, size = transport.control, transport.rank, transport.size
     heard = torch.empty((size, len(own)), dtype=torch.uint8, device="cpu")  # of this rank, the next one, and so on
     heard[0] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
@@ -177,5 +188,5 @@ def gathered(transport: Transport, value: T, label: str) -> list[T]:
     """Every rank's value, by rank: anything that pickles, of any size."""
     raw = pickle.dumps(value)
     sizes = [int.from_bytes(each, "little") for each in exchanged(transport, len(raw).to_bytes(8, "little"), label)]
-    every = exchanged(transport, raw.ljust(max(sizes)), label)
+    every = _spread(transport, raw.ljust(max(sizes)), label)
     return [pickle.loads(each[:size]) for each, size in zip(every, sizes, strict=True)]

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -68,6 +70,19 @@ def _hand_on() -> None:
     if ranks.exists():  # on Linux
         sys.argv[1:1] = ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
         signal.signal(signal.SIGTERM, tell)
+
+
+def end_with_launcher() -> None:
+    """Has this process end when the one that started it is gone: one that was killed has nobody end its ranks."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        sys.stderr.write(f"error: The launcher of this rank (process {launcher}) has ended, and so does the rank.\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def cores() -> int:

@@ -52,6 +52,10 @@ class Mpi(Transport):
         Raises:
             MissingDependencyError: mpi4py is not installed, or finds no MPI library.
         """
+        import faulthandler
+
+        # MPI's own start waits for ever for a rank that is missing, and lets no thread of Python's run meanwhile.
+        faulthandler.dump_traceback_later(limit.total_seconds(), exit=True, file=sys.__stderr__ or sys.stderr)
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # the latter where there is no library
@@ -59,6 +63,8 @@ class Mpi(Transport):
                 f"transport='mpi' needs mpi4py and an MPI library ({str(error).splitlines()[0]}). Install both with "
                 f"pip install 'ringattn[mpi]', and start with its mpirun."
             ) from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         if getattr(sys.excepthook, "func", None) is not _end_job:
             sys.excepthook = functools.partial(_end_job, sys.excepthook)
         return cls(MPI.COMM_WORLD.Dup(), limit)
