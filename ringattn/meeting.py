@@ -180,10 +180,13 @@ def agree_over(transport: Transport, given: Mapping[str, object], refusal: Input
 def _store(launch: Launch, address: str, port: int, limit: datetime.timedelta) -> Store:
     """The store of the launcher's agent, or the one that rank 0 keeps."""
     server = launch.rank == 0 and not launch.agent
-    try:
-        return TCPStore(address, port, launch.world, server, limit, multi_tenant=server)
+    try:  # nobody waits here for all the others: who is missing is told by name
+        return TCPStore(address, port, launch.world, server, limit, wait_for_workers=False, multi_tenant=server)
     except RuntimeError as error:  # of torch's stores
-        raise TransportError(f"The ranks could not meet at {address}:{port}: {error}") from error
+        whose = f"{launch.launcher}'s agent" if launch.agent else "rank 0"
+        raise TransportError(
+            f"The ranks could not meet at {address}:{port}, where {whose} keeps their store: {error}"
+        ) from error
 
 
 def _difference(said: list[dict[str, Any]]) -> str:

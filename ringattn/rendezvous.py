@@ -177,7 +177,8 @@ def _hydra(environment: Environment) -> _Said | None:
     """MPICH and Intel MPI. srun sets PMI_RANK too, but none of the local names."""
     names = {"RANK": "PMI_RANK", "WORLD_SIZE": "PMI_SIZE"}
     names |= {"LOCAL_RANK": "MPI_LOCALRANKID", "LOCAL_WORLD_SIZE": "MPI_LOCALNRANKS"}
-    by_srun = "MPI_LOCALRANKID" not in environment and environment.get("SLURM_PROCID") == environment.get("PMI_RANK")
+    task = environment.get("SLURM_PROCID", "no task")
+    by_srun = "MPI_LOCALRANKID" not in environment and environment.get("PMI_RANK") == task
     if not {"PMI_RANK", "PMI_SIZE"} & environment.keys() or by_srun:
         return None
     return _of_mpirun("mpirun (MPICH's or Intel MPI's) set PMI_RANK", *_read(environment, **names), "")

@@ -153,7 +153,7 @@ def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement:
 def _start_default_group(transport: str, ranks: Meeting) -> None:
     backend = ("nccl" if torch.cuda.is_available() else "gloo") if transport == "auto" else transport
     if backend == "nccl":
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())  # srun may show each rank its own alone
     dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=ranks.limit)
 
 

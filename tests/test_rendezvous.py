@@ -141,6 +141,7 @@ def test_each_launcher(name: str) -> None:
         ({**PLAIN, "RANK": "²"}, "RANK .*; got '²'"),
         ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun set TORCHELASTIC_RUN_ID; torchrun given.*: RANK, WORLD_SIZE"),
         ({"PMI_RANK": "0"}, "PMI_SIZE is not set"),
+        ({"PMI_SIZE": "4"}, "PMI_RANK is not set"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is not set"),
         ({**HYDRA, "PMI_RANK": "x"}, r"RANK \(PMI_RANK\) in the environment is a number .*; got 'x'"),
         ({**HYDRA, "RANK": "0"}, "RANK=0 is set, WORLD_SIZE is not, and mpirun says PMI_RANK=1. Set both, or unset"),

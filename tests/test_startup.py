@@ -202,6 +202,24 @@ def _meet(store: Any, rank: int, world: int, ring: int, limit: float = 20.0) -> 
     return "met"
 
 
+def test_a_rank_that_never_starts_is_named_by_those_that_did() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import ringattn; ringattn.init(transport='gloo', timeout=5)"],
+            env={**os.environ, **told, "RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in started:
+        said = process.communicate(timeout=90)[1].splitlines()
+        assert said[-1] == "ringattn.errors.TransportError: Rank 2 did not start within 5 seconds."
+
+
 def test_a_store_that_outlives_its_ranks_misleads_nobody() -> None:
     """torchrun keeps one store over restarts: of a world of other size, of meetings that never came about."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
