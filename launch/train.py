@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,7 @@ from ringattn.trainer.run_folder import RunFolder, load
 from ringattn.trainer.sampling import generate
 from ringattn.trainer.stopping import Stop
 from ringattn.trainer.wrapping import Plain, wrap
-from ringattn.training import Batch, Sample, accumulate, checkpoint, token_loss, total
+from ringattn.training import Batch, Sample, accumulate, check_finite, checkpoint, token_loss, total
 
 CHECK_RATE = 0.1  # of SGD: enough to move every parameter within a few steps
 UNCLIPPED = 1e30
@@ -156,7 +157,8 @@ def train(
             recorder.held_out(0, held_out_loss, model.weights())
         for step in range(start + 1, config.steps + 1):
             meter.restart()
-            loss, stopping = gradients(model, batch_of(corpus, step, config), config, stop.asked)
+            with check_finite(mesh, step, model.module) if config.check_finite else nullcontext():
+                loss, stopping = gradients(model, batch_of(corpus, step, config), config, stop.asked)
             rate, norm = float(scheduler.get_last_lr()[0]), model.step()
             scheduler.step()
             measured = {"loss": float(loss), "gradient_norm": norm, "learning_rate": rate, "ranks": mesh.size}

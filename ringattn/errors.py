@@ -8,6 +8,7 @@ RingAttentionError
 ├── TransportError                     an exchange failed
 │   ├── DeadlockError                  no virtual rank can go on
 │   └── InFlightError                  a buffer was written while an exchange still needed it
+├── NotFiniteError (ArithmeticError)   a NaN or an infinity, where none may be
 ├── CheckpointError                    a checkpoint could not be written, or is not one that can be read
 └── MissingDependencyError (ImportError)   an optional dependency is not installed
 """
@@ -45,6 +46,10 @@ class DeadlockError(TransportError):
 
 class InFlightError(TransportError):
     """A buffer was written while an exchange was still reading from it or writing to it."""
+
+
+class NotFiniteError(RingAttentionError, ArithmeticError):
+    """A number is NaN or infinite: says on which rank, in which call, in which step. Raised on every rank."""
 
 
 class CheckpointError(RingAttentionError):

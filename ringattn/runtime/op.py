@@ -129,7 +129,9 @@ def _attention(
     call = found(handle, "plan")
     with _running(call.transport, f"attention forward {number}", q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
+        _observe(call.transport, q=q, k=k, v=v)
         out, aux = _engine(call).forward(call, q, k, v, params, seed, number)
+        _observe(call.transport, output=out)
     return out, list(aux)
 
 
@@ -165,9 +167,11 @@ def _attention_backward(
     call = found(handle, "plan")
     with _running(call.transport, f"attention backward {number}", q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        _observe(call.transport, output_gradient=dout)
         dq, dk, dv, dparams = _engine(call).backward(
             call, q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
         )
+        _observe(call.transport, q_gradient=dq, k_gradient=dk, v_gradient=dv)
     return list(itertools.compress((dq, dk, dv, *dparams), wanted))
 
 
@@ -270,6 +274,11 @@ def _running(transport: Transport, what: str, device: str) -> contextlib.ExitSta
     if torch.is_autocast_enabled(device):
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+def _observe(transport: Transport, **tensors: torch.Tensor) -> None:
+    if transport.observer is not None:
+        transport.observer(transport.doing, tensors)
 
 
 def _abandon(transport: Transport, _: Any, error: BaseException | None, __: Any) -> None:

@@ -104,6 +104,8 @@ class Config:
     resume: Annotated[str | None, _record("Go on from a checkpoint: auto for --folder's last, or a path.")] = None
     check: Annotated[int, _record("Then N SGD steps on all ranks and on one; exit 1 if unlike.", min=0)] = 0
 
+    check_finite: Annotated[bool, _record("Name the rank and call of the first NaN; reads every tensor again.")] = False
+
     sample: Annotated[str | None, _sampling("Train nothing: print what follows this text by --folder.")] = None
     sample_bytes: Annotated[int, _sampling("Bytes to print.", min=1)] = 400
     temperature: Annotated[float, _sampling("0 takes the likeliest byte each time.", min=0)] = 0.7

@@ -2,6 +2,7 @@
 
 from ringattn.training.activations import save_attention, tiled
 from ringattn.training.batch import Batch, accumulate
+from ringattn.training.finite import check_finite
 from ringattn.training.gradients import clip_grad_norm, gradient_factor, scale_gradients, sum_gradients, total
 from ringattn.training.loader import Loader
 from ringattn.training.loss import linear_cross_entropy, token_loss
@@ -13,6 +14,7 @@ __all__ = [
     "Loader",
     "Sample",
     "accumulate",
+    "check_finite",
     "clip_grad_norm",
     "gradient_factor",
     "linear_cross_entropy",

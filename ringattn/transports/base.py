@@ -16,7 +16,7 @@ import datetime
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -107,6 +107,7 @@ class Transport(ABC):
         buffers: this rank's reusable buffers.
         decisions: what its ranks have decided on together, by subject.
         doing: the call that is being made, shown in errors.
+        observer: is told of every call, and the tensors that go into it and come out, by name.
     """
 
     def __init__(self, name: str, rank: int, size: int, agreement: bool) -> None:
@@ -118,6 +119,7 @@ class Transport(ABC):
         self.buffers = Buffers()
         self.decisions: dict[str, int] = {}
         self.doing = "no call"
+        self.observer: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None
         self._calls = 0
 
     def next_call(self) -> int:

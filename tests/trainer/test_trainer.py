@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ringattn
-from ringattn.errors import CheckpointError, UnsupportedError
+from ringattn.errors import CheckpointError, NotFiniteError, UnsupportedError
 from ringattn.trainer.config import Config, Positions, Wrap
 from ringattn.trainer.data import Corpus, join_documents, read_corpus
 from ringattn.trainer.parity import TOLERANCE, Trace, compare, relative
@@ -316,3 +316,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(
         monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
     with pytest.raises(CheckpointError, match=r"run could not be written: .*--resume auto"):
         folder.record(step=2, loss=1.0)
+
+
+def test_check_finite_names_the_rank_and_the_step(gloo: Workers, tiny: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        tiny, steps=3, folder=tmp_path / "run", check_finite=True, lr=float("inf"), optimizer="sgd"
+    )
+    said = gloo.run(2, first_error, config)
+    assert said[0] == said[1] and said[0].startswith("Step 2: the first numbers that are not finite are on rank 0 of 2")
+
+
+def first_error(mesh: ringattn.Mesh, config: Config) -> str:
+    try:
+        trained(mesh, config)
+    except NotFiniteError as error:
+        return str(error)
+    return "none"
