@@ -31,7 +31,7 @@ from ringattn.trainer.config import Config, launched, run_command
 from ringattn.trainer.data import Corpus, read_corpus
 from ringattn.trainer.launcher import cores, end_with_launcher, start_ranks
 from ringattn.trainer.meter import Meter
-from ringattn.trainer.model import Decoder, Shape
+from ringattn.trainer.model import Decoder
 from ringattn.trainer.parity import TOLERANCE, Trace, compare
 from ringattn.trainer.recorder import Recorder
 from ringattn.trainer.run_folder import RunFolder, load
@@ -250,14 +250,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def sample(config: Config) -> int:
     """Prints text from a run's weights. One process is enough, and the model does not know the difference."""
     assert config.folder is not None and config.sample is not None  # validated
-    options, weights = load(config.folder)
-    model = Decoder(Shape(*(options[field.name] for field in dataclasses.fields(Shape))), seed=0)
-    model.load_state_dict(weights)
+    model, length = load(config.folder)
     text = generate(
         model,
         config.sample.encode(),
         config.sample_bytes,
-        context=options["length"],
+        context=length,
         temperature=config.temperature,
         top_k=config.top_k,
         seed=config.seed,

@@ -91,6 +91,8 @@ class Profile:
             InputError: there is no file, it cannot be read, or it is cut short, changed, of another version or kind.
         """
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise InputError(f"The profile {path} is no file. {AGAIN}")
             with path.open("rb") as file:
                 data = file.read(MOST_BYTES)
         except OSError as error:

@@ -75,7 +75,7 @@ def init(
             read = Profile.read(Path(profile))
         except InputError as error:  # which all ranks will hear of
             refusal = error
-    limit = datetime.timedelta(seconds=PATIENCE if refusal else timeout)
+    limit = datetime.timedelta(seconds=PATIENCE if refusal else float(timeout))
     given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement, "profile": profile}
     mesh = _started(launch, given, refusal, limit)
     return mesh if profile is None else _profiled(mesh, read)

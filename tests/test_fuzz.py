@@ -7,13 +7,18 @@ that does not come back.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
-from tests.fuzzing import calls, commands, ranks
+from tests.fuzzing import calls, commands, environments, files, ranks
 from tests.fuzzing.kinds import Call
+from tests.trainer.conftest import trainer  # noqa: F401 (a fixture)
 
 CALLS = 4400  # of functions
 COMMANDS = 400
+ENVIRONMENTS = 2000
+FILES = 90
 TOGETHER = 700  # of three ranks, one of which is called with nonsense
 
 
@@ -37,4 +42,21 @@ def test_commands() -> None:
 @pytest.mark.timeout(600)
 def test_one_rank_of_several() -> None:
     report = ranks.fuzzed(TOGETHER)
+    assert not report.faults, str(report)
+
+
+def test_environments() -> None:
+    report = environments.fuzzed(ENVIRONMENTS)
+    assert not report.faults, str(report)
+
+
+@pytest.mark.timeout(600)
+def test_damaged_files(trainer: ModuleType) -> None:  # noqa: F811
+    report = files.fuzzed(FILES, trainer)
+    assert not report.faults, str(report)
+
+
+@pytest.mark.timeout(600)
+def test_places_that_cannot_be_written(trainer: ModuleType) -> None:  # noqa: F811
+    report = files.unwritable(trainer)
     assert not report.faults, str(report)

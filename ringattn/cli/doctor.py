@@ -52,8 +52,8 @@ def doctor(plot: Plot = None, profile: ProfileFile = None, as_json: options.AsJs
 
       torchrun --nproc-per-node 8 --no-python ringattn doctor --profile cluster.profile
     """
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InputError(f"--plot writes a PNG: the file's name must end in .png; got {plot}.")
+    options.check_writable(plot, "--plot", ".png")
+    options.check_writable(profile, "--profile")
     mesh = ringattn.init()
     try:
         with options.bar("measuring", steps(mesh.size), shown=mesh.rank == 0) as advance:

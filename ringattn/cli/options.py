@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -134,6 +135,26 @@ def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress
 def where(mesh: Mesh) -> str:
     """The ranks of a mesh, and how they talk."""
     return f"{mesh.size} rank{'s' * (mesh.size > 1)}, transport {mesh.connected().name}"
+
+
+def check_writable(path: Path | None, option: str, suffix: str = "") -> None:
+    """Refuses a file that cannot be written, before anything is measured for it.
+
+    Raises:
+        InputError: its name does not end so, or there is no folder for it that can be written to.
+    """
+    if path is None:
+        return
+    if not path.name.lower().endswith(suffix):
+        raise InputError(f"{option} writes a {suffix[1:].upper()}: the file's name must end in {suffix}; got {path}.")
+    folder = path.absolute().parent
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{option} cannot write {path}: there is no folder {path.parent}.")
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"{option} cannot write {path}: it is a folder, or lies in one that cannot be written to.")
+    except OSError as error:  # a name that no disk takes
+        raise InputError(f"{option} cannot write {path}: {error.strerror}.") from error
 
 
 def print_json(value: Any) -> None:

@@ -109,10 +109,7 @@ def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ring: i
     choice(verified, "--verify", CHECKED)
     if rank is not None and rank >= ring:
         raise InputError(f"--rank must be below --ring ({ring}); got {rank}.")
-    if draw is not None and draw.suffix.lower() != ".png":
-        raise InputError(f"--draw writes a PNG: the file's name must end in .png; got {draw}.")
-    if draw is not None and not draw.absolute().parent.is_dir():
-        raise InputError(f"--draw cannot write {draw}: there is no folder {draw.parent}.")
+    options.check_writable(draw, "--draw", ".png")
 
 
 def _compared(

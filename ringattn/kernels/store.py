@@ -79,9 +79,9 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All that is kept; nothing where the file is missing or is not what `keep` writes."""
-        if self.path is None:
-            return []
         try:
+            if self.path is None or not self.path.is_file():  # a pipe would be waited for
+                return []
             return [Entry.from_values(x) for x in json.loads(self.path.read_text())["rates"]]
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return []

@@ -147,15 +147,21 @@ class Config:
             if importlib.util.find_spec(name) is None:
                 raise MissingDependencyError(f"Training needs {name}: pip install 'ringattn[train]'")
         if self.folder is not None:
-            free = self.overwrite or self.resume == "auto" or not holds_a_run(self.folder)
-            _need(
-                free,
-                f"{self.folder} holds a run. Choose another --folder, go on with it by --resume auto, or replace it "
-                f"with --overwrite.",
-            )
-            there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-            _need(there.is_dir() and os.access(there, os.W_OK), f"{there} is no folder that can be written to.")
+            try:
+                self._validate_folder(self.folder)
+            except OSError as error:  # a name that no disk takes
+                raise InputError(f"--folder cannot be used: {error}.") from error
         self._rehearse()
+
+    def _validate_folder(self, folder: Path) -> None:
+        free = self.overwrite or self.resume == "auto" or not holds_a_run(folder)
+        _need(
+            free,
+            f"{folder} holds a run. Choose another --folder, go on with it by --resume auto, or replace it with "
+            f"--overwrite.",
+        )
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        _need(there.is_dir() and os.access(there, os.W_OK), f"{there} is no folder that can be written to.")
 
     def _rehearse(self) -> None:
         """The library itself says whether it knows these names: this rank's plan, and attention over two tokens."""

@@ -11,6 +11,7 @@ Files are replaced whole, so that a run that is interrupted leaves the last comp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -21,13 +22,19 @@ from typing import Any
 
 from torch import Tensor
 
+from ringattn.checking import integer
 from ringattn.errors import CheckpointError
+from ringattn.readable import shortened
+from ringattn.trainer.model import Decoder, Shape
 
 CONFIG, METRICS, PICTURE, WEIGHTS = FILES = ("config.json", "metrics.jsonl", "loss.png", "model.safetensors")
 CHECKPOINTS = "checkpoints"
+SIZES = tuple(field.name for field in dataclasses.fields(Shape))
+MOST = 1 << 20  # of each size of a model that is read: a damaged one is refused, and not made
 
 
 def holds_a_run(folder: Path) -> bool:
+    """Whether there is one. Raises OSError where the name is one that no disk takes."""
     return (folder / CONFIG).exists()
 
 
@@ -56,10 +63,9 @@ class RunFolder:
 
     def _forget(self, start: int) -> None:
         """Leaves out what was measured after a step, and a line that was being written when the run was killed."""
-        lines = (self.path / METRICS).read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        whole = [line for line in _measured(self.path / METRICS, whole=False) if line["step"] <= start]
         with replacing(self.path / METRICS) as new:
-            new.write_text("".join(whole))
+            new.write_text("".join(f"{json.dumps(line)}\n" for line in whole))
 
     def record(self, **measured: float) -> None:
         """Appends a line of metrics; it is in the file when this returns."""
@@ -75,18 +81,67 @@ class RunFolder:
             draw_losses(self.path)
 
 
-def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options and the weights of a run."""
+def load(folder: Path) -> tuple[Decoder, int]:
+    """The model of a run, and the length of its context.
+
+    Raises:
+        CheckpointError: the run's options or weights are missing, damaged, or do not belong together.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    try:
+        config, weights = (_regular(folder / name) for name in (CONFIG, WEIGHTS))
+        options = json.loads(config.read_text())
+        length, *sizes = (integer(options[name], name, least=1, below=MOST) for name in ("length", *SIZES))
+        model = Decoder(Shape(*sizes), seed=0)
+        model.load_state_dict(load_file(weights))
+    except (OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        what = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f"{folder} holds no run that can be read: {shortened(' '.join(what.split()), 300)}. Name the --folder of a "
+            f"run that has {CONFIG} and {WEIGHTS}, or train again."
+        ) from error
+    return model, length
+
+
+def _regular(path: Path) -> Path:
+    """The path of a file, and of nothing that is only called so: reading a pipe would wait for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    return path
+
+
+def _measured(path: Path, *, whole: bool = True) -> list[dict[str, float]]:
+    """The lines of a file of metrics.
+
+    Args:
+        whole: whether the last line is; otherwise it may have been cut off, and is left out then.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        *lines, last = _regular(path).read_text().split("\n")
+        found = [json.loads(line) for line in ([*lines, last] if whole and last else lines)]
+        if not all({"step"} <= line.keys() and all(map(_is_number, line.values())) for line in found):
+            raise ValueError("a line has no step, or what is no number")
+    except (OSError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no file of metrics ({error}). Remove it to go on without it, or begin anew with --overwrite."
+        ) from error
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def draw_losses(folder: Path) -> None:
     """loss.png from metrics.jsonl."""
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    lines = _measured(folder / METRICS)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):

@@ -112,8 +112,8 @@ def _weights(label_smoothing: float, z_loss: float) -> tuple[float, float]:
 
 def _check_tensors(tensors: dict[str, Tensor], batch: Labelled) -> None:
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise InputError(f"{name} must be a tensor of floating-point numbers; got {shown(x)}.")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta:
+            raise InputError(f"{name} must be a tensor of floating-point numbers, with data; got {shown(x)}.")
     if not isinstance(getattr(batch, "labels", None), Tensor) or not isinstance(getattr(batch, "count", None), int):
         raise InputError(f"batch must be a ringattn.training.Batch, or have its labels and count; got {shown(batch)}.")
 

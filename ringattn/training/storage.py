@@ -121,6 +121,8 @@ class Manifest:
             CheckpointError: it is no checkpoint, one of a later version, or damaged.
         """
         try:
+            if not (path / MANIFEST).is_file():  # a pipe would be waited for
+                raise FileNotFoundError
             head, _, body = (path / MANIFEST).read_bytes().partition(b"\n")
             said = json.loads(head)
             if said["format"] != FORMAT:
@@ -172,6 +174,8 @@ def complete(folder: Path) -> dict[int, Path]:
 
 def _is_ours(path: Path) -> bool:
     try:
+        if not (path / MANIFEST).is_file():
+            return False
         with (path / MANIFEST).open("rb") as file:
             return bool(json.loads(file.readline(_HEAD_BYTES))["format"] == FORMAT)
     except PARSING:

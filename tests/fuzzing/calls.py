@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from random import Random
@@ -13,6 +17,7 @@ import torch
 
 import ringattn
 from ringattn import conformance, masks, mechanisms, schedules, training
+from ringattn.training import checkpoint
 from tests.fuzzing.judging import Report, judged, text
 from tests.fuzzing.kinds import (
     ARRAY,
@@ -59,8 +64,10 @@ def calls() -> Iterator[Call]:
     tensors = {"q": TENSOR, "k": TENSOR, "v": TENSOR}
     members = {"mechanism": MECHANISMS, "schedule": SCHEDULES, "kernel": KERNELS}
     own = Kind((OWN,), SHARDINGS.may_be)
+    plain = Kind((False, True), FLAG.may_be)
     request = {**tensors, "mask": MASKS, "sharding": own, "kv_sharding": SHARDINGS.optional, **members}
-    yield Call("attention", ringattn.attention, {**request, "return_lse": Kind((False, True), FLAG.may_be)})
+    request["deterministic"] = plain
+    yield Call("attention", ringattn.attention, {**request, "return_lse": plain})
     yield Call("explain", ringattn.explain, request)
     shape = {
         "heads": PAIR.optional,
@@ -101,6 +108,7 @@ def calls() -> Iterator[Call]:
             "agreement": Kind(
                 ("auto", True, False), lambda x: isinstance(x, bool) or (isinstance(x, str) and x == "auto")
             ),
+            "profile": Kind((None,), lambda x: x is None),
         },
     )
     yield Call(
@@ -134,10 +142,17 @@ def calls() -> Iterator[Call]:
         lambda **x: _refused(ringattn.Mesh.from_device_mesh, **x),
         {name: Kind((None,), lambda x: True) for name in ("device_mesh", "ring", "ulysses", "data", "agreement")},
     )
+    for mesh in (MESH, VIRTUAL):  # neither has groups of torch.distributed
+        yield Call(
+            "device_mesh",
+            lambda flat, mesh=mesh: _refused(mesh.device_mesh, flat=flat),
+            {"flat": Kind((True,), lambda x: True)},
+        )
     yield from _calls_of_masks()
     yield from _calls_of_members()
     yield from _calls_of_the_oracle()
     yield from _calls_of_training()
+    yield from _calls_of_checkpoints()
     yield Call(
         "conformance.check",
         conformance.check,
@@ -293,6 +308,42 @@ def _calls_of_training() -> Iterator[Call]:
             "shift": FLAG,
         },
     )
+
+
+def _calls_of_checkpoints() -> Iterator[Call]:
+    def as_json(x: Any) -> bool:
+        try:
+            json.dumps(x)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    folder = tempfile.mkdtemp(prefix="ringattn-fuzz-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    kinds = {
+        "folder": Kind((f"{folder}/saved",), lambda x: isinstance(x, str)),
+        "model": Kind((linear,), lambda x: isinstance(x, torch.nn.Module)),
+        "mesh": Kind((MESH,), lambda x: isinstance(x, ringattn.Mesh)),
+        "optimizer": Kind((None, optimizer), lambda x: x is None or isinstance(x, torch.optim.Optimizer)),
+    }
+    more = {"data": Kind((None, {"epoch": 1}), as_json), "keep": integer(1, LAST, 1).optional, "background": FLAG}
+    step = integer(0, LAST, 3, 4)
+
+    def save(inside: Any, folder: Any, **arguments: Any) -> None:
+        if isinstance(folder, str) and not folder.startswith(str(inside)):
+            folder = f"{inside}/x{folder}"
+        checkpoint.save(folder, **arguments).wait()
+
+    yield Call("checkpoint.save", partial(save, folder), {**kinds, "step": step, **more})
+    yield Call("checkpoint.load", partial(_loaded, folder), {**kinds, "step": step.optional})
+    yield Call("checkpoint.last", checkpoint.last, {name: kinds[name] for name in ("folder", "mesh")})
+
+
+def _loaded(inside: str, folder: Any, step: Any, **arguments: Any) -> None:
+    checkpoint.save(f"{inside}/saved", model=torch.nn.Linear(2, 2), step=3, mesh=MESH)
+    checkpoint.load(folder, step=step, **arguments)
 
 
 def _backward(probe: torch.nn.Module, x: torch.Tensor) -> None:

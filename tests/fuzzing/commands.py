@@ -64,7 +64,11 @@ OPTIONS = {
     "simulate": (*SHAPE, *MEMBERS, *MORE, "kernel", "ring", "value-dim", "batch", "seed"),
     "plan": (*SHAPE, *MEMBERS, *MORE, "ring", "value-dim", "verify", "rank", "draw"),
     "verify": (*SHAPE, *MEMBERS, *MORE, "kernel", "seed"),
-    "train": (*SHAPE, *MEMBERS, "kernel", "data", "batch", "positions", "ranks", "replicas", "layers", "lr", "folder"),
+    "train": (
+        *(*SHAPE, *MEMBERS, "kernel", "data", "batch", "positions", "ranks", "replicas", "layers", "lr", "folder"),
+        *("wrap", "zero", "width", "optimizer", "warmup", "clip", "seed", "eval-every", "eval-packs", "save-every"),
+        *("resume", "check", "sample", "sample-bytes", "temperature", "top-k", "timeout"),
+    ),
 }
 
 
