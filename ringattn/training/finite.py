@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -77,8 +76,7 @@ def check_finite(mesh: Mesh, step: int, model: nn.Module | None = None) -> Itera
     if model is not None:
         gradients = {f"the gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.note(LAST, {name: _local(gradient) for name, gradient in gradients.items()})
-    said = gathered(mesh.everyone, json.dumps((found.order, found.what)), "check_finite")
-    (order, what), rank = min((json.loads(each), rank) for rank, each in enumerate(said))
+    order, rank, what = min(gathered(mesh.everyone, (found.order, mesh.rank, found.what), "check_finite"))
     if order <= LAST:
         raise NotFiniteError(
             f"Step {step}: the first numbers that are not finite are on rank {rank} of {mesh.size}, in {what}. Look at "
