@@ -7,6 +7,7 @@ that does not come back.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,11 +15,13 @@ import pytest
 from tests.fuzzing import calls, commands, environments, files, ranks
 from tests.fuzzing.kinds import Call
 from tests.trainer.conftest import trainer  # noqa: F401 (a fixture)
+from tests.workers import Workers
 
 CALLS = 4400  # of functions
 COMMANDS = 400
 ENVIRONMENTS = 2000
 FILES = 90
+PROCESSES = 70
 TOGETHER = 700  # of three ranks, one of which is called with nonsense
 
 
@@ -43,6 +46,12 @@ def test_commands() -> None:
 def test_one_rank_of_several() -> None:
     report = ranks.fuzzed(TOGETHER)
     assert not report.faults, str(report)
+
+
+def test_one_of_several_processes(gloo: Workers, tmp_path: Path) -> None:
+    ended = gloo.run(ranks.RANKS, ranks.run, PROCESSES, 1, str(tmp_path))
+    report = ranks.judged_together(ended, 1, str(tmp_path))
+    assert report.calls == PROCESSES and not report.faults, str(report)
 
 
 def test_environments() -> None:

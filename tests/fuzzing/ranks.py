@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -102,54 +102,96 @@ def calls(folder: str) -> Iterator[Together]:
     yield Together("total", training.total, lambda mesh: {"share": torch.ones(()), "mesh": mesh})
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A call, and what is wrong with it on one rank alone."""
+
+    call: Together
+    rank: int
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.name}={text(self.value)}"
+
+
+def drawn(count: int, seed: int, folder: str) -> Iterator[Drawn]:
+    """So many calls, the same wherever they are drawn."""
+    random, every = Random(seed), list(calls(folder))
+    names = [[x for x in call.arguments(ringattn.Mesh.local()) if x not in JOINING] for call in every]
+    for nth in range(count):
+        which = nth % len(every)
+        rank, name = random.randrange(RANKS), random.choice(names[which])
+        yield Drawn(every[which], rank, name, random.choice((*NONSENSE, *UNLIKE, *TENSORS)))
+
+
 def fuzzed(count: int, seed: int = 0) -> Report:
-    """So many calls with one argument of one rank replaced."""
-    random, report = Random(seed), Report()
+    """So many calls of virtual ranks with one argument of one rank replaced."""
+    report = Report()
     with tempfile.TemporaryDirectory() as folder:
-        every = list(calls(folder))
-        ringattn.simulate(lambda mesh: checkpoint.save(**_saved(mesh, f"{folder}/there")), ring=RANKS)
-        for nth in range(count):
-            call, rank = every[nth % len(every)], random.randrange(RANKS)
-            name = random.choice([x for x in call.arguments(ringattn.Mesh.local()) if x not in JOINING])
-            value = random.choice((*NONSENSE, *UNLIKE, *TENSORS))
-            report.add(call.name, _judged(call, rank, name, value), f"rank {rank}: {name}={text(value)}")
+        ringattn.simulate(partial(_begin, folder), ring=RANKS)
+        for each in drawn(count, seed, folder):
+            report.add(each.call.name, _simulated(each), str(each))
     return report
 
 
-def _judged(call: Together, rank: int, name: str, value: Any) -> Exception | str | None:
-    """What has become of a call with this argument on this rank alone."""
+def _simulated(each: Drawn) -> Exception | str | None:
     try:
         with within(PATIENCE):
-            ended = ringattn.simulate(partial(_on_a_rank, call, rank, {name: value}), ring=RANKS).results
+            return _judged(each, ringattn.simulate(partial(_on_a_rank, each), ring=RANKS).results)
     except TooLongError:
         return "does not come back"
     except TransportError as error:
         return f"ranks are told nothing: {error}"
+
+
+def run(mesh: ringattn.Mesh, count: int, seed: int, folder: str) -> list[Outcome]:
+    """The same calls by ranks that are processes: how each ended on this one."""
+    _begin(folder, mesh)
+    return [_on_a_rank(each, mesh) for each in drawn(count, seed, folder)]
+
+
+def judged_together(ended: Sequence[Sequence[Outcome]], seed: int, folder: str) -> Report:
+    """What has become of the calls of `run`, by rank."""
+    report, outcomes = Report(), list(zip(*ended, strict=True))
+    for each, said in zip(drawn(len(outcomes), seed, folder), outcomes, strict=True):
+        report.add(each.call.name, _judged(each, said), str(each))
+    return report
+
+
+def _begin(folder: str, mesh: ringattn.Mesh) -> None:
+    """A checkpoint to load."""
+    checkpoint.save(**_saved(mesh, f"{folder}/there"))
+
+
+def _judged(each: Drawn, ended: Sequence[Outcome]) -> Exception | str | None:
+    """What has become of a call, from how it ended on every rank."""
     faults = [said for said, _ in ended if isinstance(said, str)]
     errors = [said for said, _ in ended if isinstance(said, Exception)]
+    private = each.name in each.call.private
     if faults:
         return faults[0]
     if not errors:
         return None
-    if len(errors) < RANKS and name not in call.private:
+    if len(errors) < RANKS and not private:
         return f"{RANKS - len(errors)} ranks went on where others say: {errors[0]}"
     untold = [error for error in errors if isinstance(error, TransportError)]
     if untold:
         return f"a rank is told nothing and says {str(untold[0])[:200]}"
     sent = sum(messages for _, messages in ended)
-    return f"{sent} messages were sent before {errors[0]}" if sent and name not in call.private else errors[0]
+    return f"{sent} messages were sent before {errors[0]}" if sent and not private else errors[0]
 
 
-def _on_a_rank(call: Together, wrong: int, changed: Arguments, mesh: ringattn.Mesh) -> Outcome:
-    arguments, counters = call.arguments(mesh), mesh.connected().counters
+def _on_a_rank(each: Drawn, mesh: ringattn.Mesh) -> Outcome:
+    arguments, counters = each.call.arguments(mesh), mesh.connected().counters
     before = counters.messages
-    if mesh.rank == wrong:
-        arguments |= changed
+    if mesh.rank == each.rank:
+        arguments[each.name] = each.value
     said: Exception | str | None = None
     try:
-        call.function(**arguments)
+        each.call.function(**arguments)
     except RingAttentionError as error:
-        said = error
+        said = type(error)(str(error))  # which travels between processes without what it holds
     except Exception as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
     return said, counters.messages - before
