@@ -8,12 +8,14 @@ The README shows what differs from the script that trains on one rank: five line
 """
 
 import argparse
+import os
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ringattn
 from ringattn.integrations.huggingface import attach
+from ringattn.rendezvous import Launch
 from ringattn.trainer.data import Corpus, read_corpus
 from ringattn.training import sum_gradients, total
 
@@ -43,6 +45,7 @@ def main(given: argparse.Namespace) -> None:
     attached = attach(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr)
     corpus = Corpus(read_corpus(None)[0], seed=0)  # the source of Python's standard library
+    rank = Launch.found(os.environ).rank
 
     for step in range(given.steps):
         ids = corpus.pack(step, given.length).tokens
@@ -53,10 +56,10 @@ def main(given: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         loss = total(loss, mesh)
-        if mesh.rank == 0:
+        if rank == 0:
             print(f"step {step + 1:4d}  loss {loss.item():.7f}", flush=True)
 
-    if given.save and mesh.rank == 0:
+    if given.save and rank == 0:
         model.save_pretrained(given.save)
 
 
