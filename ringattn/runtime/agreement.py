@@ -82,7 +82,9 @@ def check(transport: Transport, fields: Mapping[str, str], advice: str = ADVICE)
     ]
     if refused:
         raise AgreementError(" ".join(refused))
-    names = FIELDS if all(text.keys() == texts[0].keys() for text in texts) else FIELDS[:1]  # calls of other kinds
+    names: tuple[str, ...] = FIELDS
+    if any(text.keys() != texts[0].keys() for text in texts):  # calls of other kinds: the rest follows from it
+        names, advice = FIELDS[:1], ADVICE
     raise AgreementError(
         f"The ranks of one call were called with different arguments: they differ in {differing(texts, names)}. "
         f"{advice}"

@@ -216,7 +216,8 @@ def _checked(
         text = json.dumps(data, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise InputError(f"data must be what JSON can hold; got {shown(data)}: {error}.") from error
-    names = json.dumps([contents.shapes(), contents.outline()], sort_keys=True)
+    dtypes = {name: str(parameter.dtype) for name, parameter in contents.parameters.items()}
+    names = json.dumps([contents.shapes(), dtypes, contents.outline()], sort_keys=True)
     return {
         "folder": str(folder),
         "step": str(step),
