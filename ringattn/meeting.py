@@ -34,7 +34,8 @@ from ringattn.transports.news import News
 
 BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
-GLANCE = datetime.timedelta(seconds=0.2)  # between two looks at the name of the meeting
+GLANCE = datetime.timedelta(seconds=0.1)  # before the first look again at the name of the meeting; then twice as long
+SELDOM = datetime.timedelta(seconds=2)  # between two looks of a thousand ranks, when one is late
 NAME = "ringattn/meeting"
 
 
@@ -142,15 +143,16 @@ class Meeting:
 
     def _joined(self, said: str) -> str:
         """Says it in the meeting that rank 0 holds; its name, when it has been judged."""
-        deadline, spoken = time.monotonic() + (self.limit + FAREWELL).total_seconds(), ""
+        deadline, spoken, glance = time.monotonic() + (self.limit + FAREWELL).total_seconds(), "", GLANCE
         self.store.wait([NAME], self.limit)
         while time.monotonic() < deadline:
             key = self.store.get(NAME).decode()
             if spoken and self.store.check([f"{spoken}/verdict"]):
                 return spoken  # though rank 0 may hold the next one by now
             if key == spoken:
+                glance = min(2 * glance, SELDOM)
                 with contextlib.suppress(dist.DistStoreError):
-                    self.store.wait([f"{key}/verdict"], GLANCE)
+                    self.store.wait([f"{key}/verdict"], glance)
                     return key
             elif self.store.check([f"{key}/verdict"]):  # without this rank: a meeting that is over
                 time.sleep(GLANCE.total_seconds() / 4)
