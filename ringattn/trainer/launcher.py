@@ -44,6 +44,7 @@ def _torchrun() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)
+    end_with_launcher()
     _hand_on()
     try:
         run.main()
@@ -79,7 +80,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
-        sys.stderr.write(f"error: The launcher of this rank (process {launcher}) has ended, and so does the rank.\n")
+        sys.stderr.write(f"error: Process {launcher}, which started this one, has ended, and so does this one.\n")
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
