@@ -81,8 +81,8 @@ def attention(
         schedule: a schedule, its name, or ``auto``, which `ringattn.plan(...).explain()` explains.
         kernel: a kernel, its name, or ``auto``.
         deterministic: the same bits, of the output and of the gradients, for any number of ranks, layout, schedule and
-            transport: on processors and builds of PyTorch that are alike, with as many threads. It computes whole tiles
-            by the reference kernel, holds at once all the keys that a rank's queries need and, backward, the queries
+            transport: of finite numbers, on processors and builds of PyTorch that are alike. It computes whole tiles by
+            the reference kernel, holds at once all the keys that a rank's queries need and, backward, the queries
             that its keys need, and sends those too; `explain` says how much. A schedule that sums up keys (scan),
             another kernel, an additive bias, and learned parameters that need gradients are refused.
         return_lse: whether to return the log-sum-exp too, ``[B, Hq, S_local]`` in float32 (float64 for float64),

@@ -67,7 +67,7 @@ OPTIONS = {
     "train": (
         *(*SHAPE, *MEMBERS, "kernel", "data", "batch", "positions", "ranks", "replicas", "layers", "lr", "folder"),
         *("wrap", "zero", "width", "optimizer", "warmup", "clip", "seed", "eval-every", "eval-packs", "save-every"),
-        *("resume", "check", "sample", "sample-bytes", "temperature", "top-k", "timeout"),
+        *("resume", "sample", "sample-bytes", "temperature", "top-k", "timeout"),
     ),
 }
 
