@@ -13,6 +13,8 @@ SLOW_RANK = 0.67  # of the median rank's rate, below which a rank is slow
 LATE = 5.0  # times the median latency of links of its kind
 FAR = 1e-3  # seconds: what is less is late for nobody
 NARROW = 0.4  # of the median bandwidth of links of its kind
+FAR_APART = 2e-3  # seconds between hosts, which are less than a tenth of it apart where they share a room
+SHORT = 8192  # tokens of a rank, which should hide what it receives
 SKEW = 0.5  # seconds
 SHOWN = 8  # links by name
 
@@ -45,9 +47,22 @@ def _ranks(found: Examination) -> Iterator[str]:
 
 
 def _links(found: Examination) -> Iterator[str]:
+    named: list[str] = []
     for kind, pairs in kinds(found).items():
-        yield from _outliers(found, pairs, kind, _late, _latency_words)
-        yield from _outliers(found, pairs, kind, _narrow, _bandwidth_words)
+        named += _outliers(found, pairs, kind, _late, _latency_words)
+        named += _outliers(found, pairs, kind, _narrow, _bandwidth_words)
+    yield from named
+    latency = typical(found.latency, kinds(found).get("between hosts", [(0, 0)]))
+    if latency > FAR_APART:
+        yield (
+            f"links between hosts have {readable_seconds(latency)} one way, the median: they are far apart, and every "
+            f"message of every call takes that long. Ask for hosts in one place."
+        )
+    if not named and (found.hidden_from or 0) > SHORT:
+        yield (
+            f"links are slow for what these ranks compute: a ring's messages hide behind it only from some "
+            f"{found.hidden_from} tokens a rank. Take longer sequences, fewer ranks, or faster links."
+        )
 
 
 def _outliers(
