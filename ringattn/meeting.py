@@ -34,8 +34,8 @@ from ringattn.transports.news import News
 
 BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
-GLANCE = datetime.timedelta(seconds=0.1)  # before the first look again at the name of the meeting; then twice as long
-SELDOM = datetime.timedelta(seconds=2)  # between two looks of a thousand ranks, when one is late
+GLANCE = 0.05  # seconds before the first look again at the name of the meeting; then twice as long
+SELDOM = 1.0  # seconds between two looks of a thousand ranks, when one is late
 NAME = "ringattn/meeting"
 
 
@@ -150,12 +150,10 @@ class Meeting:
             if spoken and self.store.check([f"{spoken}/verdict"]):
                 return spoken  # though rank 0 may hold the next one by now
             if key == spoken:
+                time.sleep(glance)  # a wait of torch's that is over tells stderr so
                 glance = min(2 * glance, SELDOM)
-                with contextlib.suppress(dist.DistStoreError):
-                    self.store.wait([f"{key}/verdict"], glance)
-                    return key
             elif self.store.check([f"{key}/verdict"]):  # without this rank: a meeting that is over
-                time.sleep(GLANCE.total_seconds() / 4)
+                time.sleep(GLANCE)
             else:
                 self.store.set(f"{key}/{self.rank}", said)
                 spoken = key
