@@ -34,8 +34,7 @@ from ringattn.transports.news import News
 
 BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
-GLANCE = 0.05  # seconds before the first look again at the name of the meeting; then twice as long
-SELDOM = 1.0  # seconds between two looks of a thousand ranks, when one is late
+OFTEN, SELDOM = 1e-3, 0.2  # seconds between two looks at the store: first, and when one of a thousand ranks is late
 NAME = "ringattn/meeting"
 
 
@@ -143,20 +142,18 @@ class Meeting:
 
     def _joined(self, said: str) -> str:
         """Says it in the meeting that rank 0 holds; its name, when it has been judged."""
-        deadline, spoken, glance = time.monotonic() + (self.limit + FAREWELL).total_seconds(), "", GLANCE
+        # Looks, and no waits with a limit of their own: at each of these that passes torch prints warnings.
+        deadline, spoken, pause = time.monotonic() + (self.limit + FAREWELL).total_seconds(), "", OFTEN
         self.store.wait([NAME], self.limit)
         while time.monotonic() < deadline:
             key = self.store.get(NAME).decode()
             if spoken and self.store.check([f"{spoken}/verdict"]):
                 return spoken  # though rank 0 may hold the next one by now
-            if key == spoken:
-                time.sleep(glance)  # a wait of torch's that is over tells stderr so
-                glance = min(2 * glance, SELDOM)
-            elif self.store.check([f"{key}/verdict"]):  # without this rank: a meeting that is over
-                time.sleep(GLANCE)
-            else:
+            if key != spoken and not self.store.check([f"{key}/verdict"]):  # else, without this rank: one that is over
                 self.store.set(f"{key}/{self.rank}", said)
-                spoken = key
+                spoken, pause = key, OFTEN
+            time.sleep(pause)
+            pause = min(2 * pause, SELDOM)
         raise TransportError(f"Rank {self.rank} heard nothing of rank 0 within {self.limit.total_seconds():g} seconds.")
 
 
