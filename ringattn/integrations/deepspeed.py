@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ringattn.checking import instance, integer, shown
 from ringattn.errors import InputError, MissingDependencyError, UnsupportedError
 from ringattn.functional import attention
+from ringattn.integrations.members import check_members
 from ringattn.masks import Mask
 from ringattn.mesh import Mesh
 from ringattn.sharding import Sharding
@@ -226,15 +227,18 @@ class DistributedAttention(nn.Module):
     Args:
         mesh: the ranks, in place of a process group.
         mask: who attends to whom, in place of the arguments of a local attention.
-        options: of `ringattn.attention`: ``mechanism``, ``schedule``, ``kernel``.
+        options: of `ringattn.attention`: ``mechanism``, ``schedule``, ``kernel``, ``deterministic``.
     """
 
     def __init__(self, mesh: Mesh, mask: Mask, **options: Any) -> None:
         super().__init__()
         self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
         self.mask = instance(mask, Mask, "mask", "a ringattn mask, such as Causal()")
-        if unknown := options.keys() - {"mechanism", "schedule", "kernel"}:
-            raise InputError(f"The options are mechanism, schedule and kernel; got {', '.join(sorted(unknown))}.")
+        if unknown := options.keys() - {"mechanism", "schedule", "kernel", "deterministic"}:
+            raise InputError(
+                f"The options are mechanism, schedule, kernel and deterministic; got {', '.join(sorted(unknown))}."
+            )
+        check_members("contiguous", options.get("schedule", "auto"), options.get("kernel", "auto"))
         self.options = options
         self._sharding: Sharding | None = None
 
@@ -249,14 +253,13 @@ class DistributedAttention(nn.Module):
         """
         if rotary_pos_emb is not None:
             raise UnsupportedError("rotary_pos_emb is of the whole sequence, which no rank holds here. Rotate q and k.")
-        if batch_dim_idx not in (0, 1) or isinstance(batch_dim_idx, bool):
+        if not isinstance(batch_dim_idx, int) or isinstance(batch_dim_idx, bool) or batch_dim_idx not in (0, 1):
             raise InputError(f"batch_dim_idx is 0 for [B, S, H, D] or 1 for [S, B, H, D]; got {shown(batch_dim_idx)}.")
         order = (0, 2, 1, 3) if batch_dim_idx == 0 else (1, 2, 0, 3)
         back = (0, 2, 1, 3) if batch_dim_idx == 0 else (2, 0, 1, 3)
-        if not all(x.dim() == 4 for x in (query, key, value)):
-            raise InputError(
-                f"query, key and value have four dimensions; got {query.dim()}, {key.dim()}, {value.dim()}."
-            )
+        if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (query, key, value)):
+            said = ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else shown(x) for x in (query, key, value))
+            raise InputError(f"query, key and value are tensors of four dimensions; got {said}.")
         q, k, v = (x.permute(order) for x in (query, key, value))
         out = attention(q, k, v, self.mask, sharding=self._sharding_of(q.shape[2]), **self.options)
         assert isinstance(out, Tensor)  # without return_lse, which __init__ refuses

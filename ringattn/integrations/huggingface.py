@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ringattn.checking import instance, integer, shown
+from ringattn.checking import instance, integer, listed, shown
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError, UnsupportedError
 from ringattn.functional import explain
 from ringattn.integrations.architectures import SHIFTED, Reach, balance, check_router, reaches
+from ringattn.integrations.members import check_members
 from ringattn.kernels import Kernel
 from ringattn.layouts import Layout
 from ringattn.mechanisms.softmax import Softmax
@@ -71,6 +72,7 @@ class Attached:
         self.reaches = reaches(self.model.config)
         check_router(self.model.config)
         self._shifted = _loss(self.model)
+        check_members(layout, schedule, kernel)
         self._layout, self._schedule, self._kernel = layout, schedule, kernel
         self._random = torch.Generator().manual_seed(torch.initial_seed())
         self._original = str(self.model.config._attn_implementation)
@@ -124,7 +126,7 @@ class Attached:
             if position_ids is not None:
                 document_lengths = _documents_of(input_ids, document_lengths, position_ids)
         except RingAttentionError as error:
-            refuse(self.mesh, error, scatter=scatter)
+            refuse(self.mesh, error)
         return self._arguments(self._batch(input_ids, labels, document_lengths, scatter), labels is not None)
 
     def explain(self, batch: Mapping[str, Any]) -> str:
@@ -176,7 +178,7 @@ class Attached:
         try:
             columns = _end_to_end(features)
         except RingAttentionError as error:
-            refuse(self.mesh, error, scatter=scatter)
+            refuse(self.mesh, error)
         return self.batch(**columns, scatter=scatter)
 
     def _by_type(self) -> dict[str, Reach]:
@@ -260,8 +262,13 @@ class Repeated(torch.utils.data.Dataset[Any]):
             batch_size: samples of a rank's batch, ``per_device_train_batch_size``; what is left over is left out.
             seed: of the order, another in each epoch; None for the dataset's own.
         """
+        try:
+            len(dataset), dataset.__getitem__
+        except (AttributeError, TypeError) as error:
+            raise InputError(f"dataset must have a length and an index; got {shown(dataset)}.") from error
+        instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
         self._dataset, self._size, self._ranks = dataset, integer(batch_size, "batch_size", least=1), mesh.sequence_size
-        self._seed = seed
+        self._seed = None if seed is None else integer(seed, "seed, which None leaves out,")
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -315,7 +322,7 @@ def sharding_of(batch: Mapping[str, Any]) -> Sharding:
 
 def _layers_of(batch: Mapping[str, Any]) -> list[hooks.LayerMask]:
     """The masks of a batch of `Attached.batch`, one for each kind of layer."""
-    mask = batch.get("attention_mask")
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else batch
     layers = mask.layers if isinstance(mask, hooks.ShardedMask) else mask
     found = list(layers.values()) if isinstance(layers, Mapping) else []
     if not found or not all(isinstance(each, hooks.LayerMask) for each in found):
@@ -351,7 +358,11 @@ def _loss(model: PreTrainedModel) -> bool | None:
 
 def _end_to_end(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples as one row, of which each is a document, or those that it has."""
-    names = sorted(set().union(*features))
+    given = listed(features)
+    if not given or not all(isinstance(feature, Mapping) for feature in given):
+        raise InputError(f"features must be samples, dictionaries with input_ids, in a list; got {shown(features)}.")
+    features = given
+    names = sorted({str(name) for feature in features for name in feature})
     unknown = [name for name in names if name not in (*COLUMNS, "document_lengths")]
     if unknown or not all(name in feature for feature in features for name in names if name in COLUMNS):
         raise InputError(

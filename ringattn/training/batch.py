@@ -166,10 +166,9 @@ def accumulate(batches: Iterable[Batch]) -> list[Batch]:
     return together
 
 
-def refuse(mesh: Mesh, error: Exception, *, scatter: bool = False) -> NoReturn:
-    """Raises the error when the other ranks have been told, which are about to make a batch."""
-    failure = outlined(mesh, None, "", error) if scatter else compared(mesh, None, "", error)
-    counted(mesh, 0, failure if isinstance(failure, Exception) else error)
+def refuse(mesh: Mesh, error: Exception) -> NoReturn:
+    """Raises the error when the other ranks have been told, which are about to make a batch, of whatever kind."""
+    counted(mesh, 0, compared(mesh, None, "", error) or error)
     raise error
 
 

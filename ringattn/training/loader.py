@@ -116,7 +116,7 @@ class Loader:
                     raise made
                 break
             if isinstance(made, Exception):  # the other ranks are about to compare their samples with this one's
-                refuse(self.mesh, made, scatter=self._options["scatter"])
+                refuse(self.mesh, made)
             if made is None:
                 break
             self.consumed += self.share

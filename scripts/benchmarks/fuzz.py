@@ -20,11 +20,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.fuzzing import calls, commands, environments, files, ranks
+from tests.fuzzing import calls, commands, environments, files, integrations, ranks
 from tests.fuzzing.judging import Report
 from tests.trainer.conftest import load_trainer
 
-SHARES = {"functions": 60, "one rank of three": 10, "commands": 10, "damaged files": 5, "environments": 15}
+SHARES = {
+    "functions": 50,
+    "integrations": 10,
+    "one rank of three": 10,
+    "commands": 10,
+    "damaged files": 5,
+    "environments": 15,
+}
 """Of a hundred calls."""
 
 
@@ -38,6 +45,7 @@ def main() -> int:
     trainer = load_trainer()
     kinds: dict[str, Callable[[int, int], Report]] = {
         "functions": calls.fuzzed,
+        "integrations": partial(calls.fuzzed, every=integrations.calls()),
         "one rank of three": ranks.fuzzed,
         "commands": commands.fuzzed,
         "damaged files": lambda count, seed: files.fuzzed(count, trainer, seed),
