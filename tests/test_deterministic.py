@@ -18,8 +18,11 @@ from ringattn.conformance import Case, Results, attend, errors, joined, oracle, 
 from ringattn.conformance.drawing import cross_mask, draw, layout
 from ringattn.conformance.judging import limits
 from ringattn.errors import AgreementError, InputError, PlanError, UnsupportedError
+from ringattn.masks import Transposed
+from ringattn.plans import grid
 from ringattn.plans.demand import Demand
 from ringattn.plans.grid import TILE, Grid
+from ringattn.runtime import deterministic, gathering
 from tests.conformance import RANDOMS
 from tests.workers import Workers
 
@@ -96,6 +99,45 @@ def test_the_ordinary_call_gives_other_bits() -> None:
     case = dataclasses.replace(CASES[0], deterministic=False)
     several = dataclasses.replace(case, ranks=4, layout="zigzag")
     assert _bits(simulated(several)) != _bits(simulated(case))
+
+
+def test_rows_out_of_their_places_give_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two planted faults, by which results stay right: blocks that begin where a rank's rows do, and another order."""
+    case = dataclasses.replace(CASES[0], use_lse=False)
+    whole, parts = simulated(case), dataclasses.replace(case, ranks=3, layout="contiguous")
+    in_order = grid._tiles
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "_tiles", lambda *args: (tiles[::-1] for tiles in in_order(*args)))
+        turned = simulated(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "TILE", 90)
+        patch.setattr(deterministic, "TILE", 90)
+        patch.setattr(gathering, "TILE", 90)
+        moved = simulated(parts)
+    for found in (turned, moved):
+        assert _bits(found) != _bits(whole)
+        assert max(errors(found, oracle(case)).values()) <= 1e-6
+
+
+def test_bytes_on_the_wire_are_those_of_three_passes() -> None:
+    """Keys travel twice as the call's plan says, and queries with their outputs once, by the transposed mask's."""
+    case = dataclasses.replace(CASES[0], ranks=3, layout="zigzag", schedule="ring")
+    heads, dims = (case.heads, case.kv_heads), (case.dim, case.value_dim)
+    beside = 2 * case.value_dim + 2  # the output and its gradient, the log-sum-exp and its gradient
+
+    def run(mesh: Mesh) -> tuple[int, int]:
+        sharding = Sharding(case.length, mesh, "zigzag")
+        attend(mesh, case)
+        there = ringattn.plan(case.mask, sharding, "ring", heads=heads, head_dims=dims, dtype=case.dtype)
+        queries = (case.heads, case.heads), (case.dim, beside)
+        back = ringattn.plan(
+            Transposed(case.mask), sharding, "ring", heads=queries[0], head_dims=queries[1], dtype=case.dtype
+        )
+        planned = 2 * (there.traffic().sent_bytes or 0) + (back.traffic().sent_bytes or 0)
+        return mesh.connected().counters.sent_bytes, planned
+
+    for sent, planned in ringattn.simulate(run, ring=3).results:
+        assert sent == planned > 0
 
 
 def _called(mesh: Mesh, deterministic: object, **more: object) -> torch.Tensor:
