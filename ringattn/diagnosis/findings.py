@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ SKEW = 0.5  # seconds
 SHOWN = 8  # links by name
 
 Pair = tuple[int, int]
+Table = tuple[tuple[float, ...], ...]
 
 
 def findings(found: Examination) -> list[str]:
@@ -49,8 +52,12 @@ def _ranks(found: Examination) -> Iterator[str]:
 def _links(found: Examination) -> Iterator[str]:
     named: list[str] = []
     for kind, pairs in kinds(found).items():
-        named += _outliers(found, pairs, kind, _late, _latency_words)
-        named += _outliers(found, pairs, kind, _narrow, _bandwidth_words)
+        usual = statistics.median_low(_values(found.latency, pairs))  # of two the better one
+        late = [x for x, seconds in zip(pairs, _values(found.latency, pairs), strict=True) if _is_late(seconds, usual)]
+        named += _named(found, late, pairs, kind, functools.partial(_latency_words, found))
+        usual = statistics.median_high(_values(found.bandwidth, pairs))
+        narrow = [x for x, rate in zip(pairs, _values(found.bandwidth, pairs), strict=True) if rate < NARROW * usual]
+        named += _named(found, narrow, pairs, kind, functools.partial(_bandwidth_words, found))
     yield from named
     latency = typical(found.latency, kinds(found).get("between hosts", [(0, 0)]))
     if latency > FAR_APART:
@@ -65,52 +72,49 @@ def _links(found: Examination) -> Iterator[str]:
         )
 
 
-def _outliers(
-    found: Examination,
-    pairs: list[Pair],
-    kind: str,
-    wrong: Callable[[Examination, Pair, list[Pair]], bool],
-    words: Callable[[Examination, list[Pair], list[Pair]], str],
+def _named(
+    found: Examination, slow: list[Pair], pairs: list[Pair], kind: str, words: Callable[[list[Pair], list[Pair]], str]
 ) -> Iterator[str]:
     """The links that are unlike the rest of their kind; those of one rank are laid to it."""
-    slow = [pair for pair in pairs if wrong(found, pair, pairs)]
-    for rank in range(found.size):
+    links, of_them = collections.Counter(itertools.chain(*pairs)), collections.Counter(itertools.chain(*slow))
+    guilty = {rank for rank, count in of_them.items() if 1 < count == links[rank]} if len(slow) < len(pairs) else set()
+    for rank in sorted(guilty):
         own = [pair for pair in pairs if rank in pair]
-        if len(own) > 1 and set(own) <= set(slow) and len(slow) < len(pairs):
-            yield f"all links of rank {rank} {words(found, own, pairs)}: look at {found.facts[rank].host}'s network."
-            slow = [pair for pair in slow if pair not in own]
-    for first, second in slow[:SHOWN]:
+        yield f"all links of rank {rank} {words(own, pairs)}: look at {found.facts[rank].host}'s network."
+    left = [pair for pair in slow if not guilty & {*pair}]
+    for first, second in left[:SHOWN]:
         where = f"{found.facts[first].host} and {found.facts[second].host}"
-        yield f"the link {first}-{second} {words(found, [(first, second)], pairs)}, {kind} ({where})."
-    if len(slow) > SHOWN:
-        yield f"and {len(slow) - SHOWN} more links like these, {kind}."
+        yield f"the link {first}-{second} {words([(first, second)], pairs)}, {kind} ({where})."
+    if len(left) > SHOWN:
+        yield f"and {len(left) - SHOWN} more links like these, {kind}."
 
 
-def typical(table: tuple[tuple[float, ...], ...], pairs: list[Pair]) -> float:
+def typical(table: Table, pairs: list[Pair]) -> float:
     """The median of a table over some pairs."""
-    return statistics.median(table[first][second] for first, second in pairs)
+    return statistics.median(_values(table, pairs))
 
 
-def _late(found: Examination, pair: Pair, pairs: list[Pair]) -> bool:
-    latency = found.latency[pair[0]][pair[1]]
-    return latency > FAR and latency > LATE * typical(found.latency, [x for x in pairs if x != pair] or [pair])
+def _values(table: Table, pairs: list[Pair]) -> list[float]:
+    return [table[first][second] for first, second in pairs]
 
 
-def _narrow(found: Examination, pair: Pair, pairs: list[Pair]) -> bool:
-    others = [x for x in pairs if x != pair] or [pair]
-    return found.bandwidth[pair[0]][pair[1]] < NARROW * typical(found.bandwidth, others)
+def _is_late(seconds: float, usual: float) -> bool:
+    return seconds > FAR and seconds > LATE * usual
 
 
 def _latency_words(found: Examination, some: list[Pair], pairs: list[Pair]) -> str:
-    others = [pair for pair in pairs if pair not in some]
-    here, there = (readable_seconds(typical(found.latency, each)) for each in (some, others))
+    here, there = (readable_seconds(typical(found.latency, each)) for each in (some, _others(some, pairs)))
     return f"{'has' if len(some) == 1 else 'have'} {here} against {there} elsewhere"
 
 
 def _bandwidth_words(found: Examination, some: list[Pair], pairs: list[Pair]) -> str:
-    others = [pair for pair in pairs if pair not in some]
-    here, there = (readable_bytes(typical(found.bandwidth, each)) for each in (some, others))
+    here, there = (readable_bytes(typical(found.bandwidth, each)) for each in (some, _others(some, pairs)))
     return f"{'carries' if len(some) == 1 else 'carry'} {here}/s against {there}/s elsewhere"
+
+
+def _others(some: list[Pair], pairs: list[Pair]) -> list[Pair]:
+    without = {*some}
+    return [pair for pair in pairs if pair not in without]
 
 
 def _clocks(found: Examination) -> Iterator[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,26 @@ def test_a_narrow_link_and_a_rank_all_of_whose_links_are() -> None:
     narrow = {frozenset((2, other)): 5e5 for other in (0, 1, 3, 4, 5)}
     (all_of_one,) = findings(spread(examined(6, narrow=narrow), 6))
     assert all_of_one.startswith("all links of rank 2 carry ") and "look at host2's network" in all_of_one
+
+
+def test_hundreds_of_ranks_are_judged_at_once() -> None:
+    size, few = 512, spread(examined(2), 1)
+    narrow = [[BANDWIDTH / (4 if 7 in (i, j) or {i, j} == {1, 2} else 1) for j in range(size)] for i in range(size)]
+    facts = tuple(dataclasses.replace(few.facts[0], host=f"host{i // 8}") for i in range(size))
+    many = dataclasses.replace(
+        few,
+        facts=facts,
+        latency=((LATENCY,) * size,) * size,
+        bandwidth=tuple(map(tuple, narrow)),
+        speeds=(SPEED,) * size,
+        offsets=(0.0,) * size,
+    )
+    started = time.monotonic()
+    said = findings(many)
+    assert time.monotonic() - started < 20
+    assert [each.split(" carr")[0] for each in said] == [
+        "all links of rank 7", "the link 1-2", "all links of rank 7",
+    ]  # fmt: skip
 
 
 def test_links_between_hosts_are_compared_with_each_other() -> None:
