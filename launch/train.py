@@ -71,7 +71,7 @@ def main(config: Config, arguments: Sequence[str]) -> int:
 def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     """(1) The mesh: which ranks share a sequence, and how they talk. One process needs no launcher."""
     launch = Launch.found(os.environ)
-    if launch.started:
+    if launch.launcher in ("torchrun", "deepspeed"):  # which leave their ranks behind when they are killed
         end_with_launcher()
     on_gpu = torch.cuda.device_count() >= launch.local_world
     if not launch.started:

@@ -250,6 +250,10 @@ def run_command(run: Callable[[Config, Sequence[str]], int], arguments: Sequence
         message, code = str(error), 1
     except typer.Abort:  # typer's word for Ctrl-C
         return 130
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            raise
+        message, code = f"A wrapper's collective failed, for another rank is lost: {str(error).splitlines()[0]}", 1
     sys.stderr.write(f"{_speaker()}error: {' '.join(message.split())}\n")
     end_job(code)
     return code

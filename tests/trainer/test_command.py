@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ringattn.errors import CheckpointError, TransportError
 from ringattn.profile import Profile
 from ringattn.trainer.config import Config, run_command
 from ringattn.trainer.meter import Cost
@@ -270,3 +272,31 @@ def test_a_profile_is_read_or_refused_in_one_line(
     assert capsys.readouterr().err.startswith(f"error: The profile {path} cannot be read: No such file or directory.")
     Profile("local", np.zeros((1, 1)), np.zeros((1, 1)), ()).write(path)
     assert run_command(trainer.main, [*line, "--profile", str(path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TransportError("Rank 0 of 2 lost rank 1 in the loss."), 1),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer\nmore"), 1),
+        (torch.distributed.DistBackendError("NCCL watchdog"), 1),
+        (CheckpointError("runs/x could not be written."), 2),
+    ],
+)
+def test_what_ends_a_run_under_way_is_one_line(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    def run(_: Config, __: Sequence[str]) -> int:
+        raise error
+
+    assert run_command(run, ["--ranks", "1", "--data", str(texts), "--length", "40", *MODEL]) == code
+    _, said = capsys.readouterr()
+    assert said.count("\n") == 1 and said.startswith("error: ")
+
+
+def test_what_nobody_expects_shows_where_it_was(texts: Path) -> None:
+    def run(_: Config, __: Sequence[str]) -> int:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run_command(run, ["--ranks", "1", "--data", str(texts), "--length", "40", *MODEL])
