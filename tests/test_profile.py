@@ -102,7 +102,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value) and "ringattn doctor --profile" in str(refused.value)
     with pytest.raises(InputError, match="cannot be read: No such file"):
         Profile.read(tmp_path / "missing")
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="is no file"):
         Profile.read(tmp_path)
 
 
