@@ -77,8 +77,10 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
     if not launch.started:
         mesh = ringattn.init(transport="local", profile=config.profile)
     else:
-        fewer_gpus = torch.cuda.is_available() and not on_gpu  # than ranks: NCCL wants one each
-        transport: Literal["auto", "gloo"] = "gloo" if fewer_gpus else "auto"
+        # Gloo, though there are GPUs, fewer than ranks: NCCL wants one each. And where mpirun starts wrappers, which
+        # are torch.distributed's: MPI is what auto takes there.
+        of_torch = not on_gpu and (torch.cuda.is_available() or config.wrap != "none")
+        transport: Literal["auto", "gloo"] = "gloo" if of_torch else "auto"
         ring = config.world // config.replicas
         mesh = ringattn.init(ring, transport=transport, timeout=config.timeout, profile=config.profile)
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -187,6 +187,11 @@ def test_mpirun_saves_and_goes_on(tmp_path: Path, losses: Any) -> None:
     assert found == pytest.approx(losses.expected[1:], rel=1e-6)
 
 
+@pytest.mark.skipif(shutil.which("mpirun", path=TOOLS) is None, reason="mpirun is not installed")
+def test_wrappers_under_mpirun_talk_over_gloo(tmp_path: Path, losses: Any) -> None:
+    assert train([LAUNCH / "mpirun.sh", "--wrap", "ddp"], tmp_path, RANKS="2") == losses
+
+
 OPEN_MPI = shutil.which("mpirun.openmpi")
 OPEN_MPI_LIBRARY = next(Path("/usr/lib").glob("*/libmpi.so.40"), None)
 
