@@ -99,7 +99,7 @@ MAY: dict[str, str] = {
     "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
     "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
     "schedules",
-    "conformance.case": "errors kernels.base layouts masks mechanisms naming schedules.base",
+    "conformance.case": "checking errors kernels.base layouts masks mechanisms naming schedules.base",
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
     "conformance.leaks": "conformance.case conformance.running",

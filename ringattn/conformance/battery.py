@@ -12,7 +12,7 @@ from random import Random
 
 from ringattn import layouts
 from ringattn.checking import MAX_TOKENS, instance, integer, shown
-from ringattn.conformance.case import Case
+from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.drawing import PARTIAL, RANKS, draw, draw_cross
 from ringattn.conformance.judging import errors, limits, oracle
 from ringattn.conformance.leaks import leaks
@@ -209,6 +209,7 @@ def _lengths(mask: Mask) -> dict[str, int | None]:
 
 def examine(case: Case, mesh: Mesh | None = None) -> Finding:
     """One case, from all sides: on the ranks of a mesh, which all ask for it, or on virtual ones."""
+    checked_case(case)
     try:
         results, moved = run(mesh, case)
     except InputError as error:
@@ -227,7 +228,7 @@ def examine(case: Case, mesh: Mesh | None = None) -> Finding:
         verify(made)
         traffic = [plan.traffic() for plan in made]
         planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in traffic]
-        if planned != moved:
+        if planned != moved and not case.deterministic:  # whose passes are three
             faults.append(f"the plans say that the ranks receive {planned} bytes; they received {moved}")
         if min(case.length, case.keys):
             token = case.seed % min(case.length, case.keys)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ringattn.checking import dtype, flag, instance, integer, number, shown, tokens
 from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
-from ringattn.masks import Mask
+from ringattn.masks import Mask, checked
 from ringattn.mechanisms import MEMBERS, Mechanism, Softmax
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
 FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout")
 """What may change the scores of softmax, and a case can draw."""
+MOST = 1 << 32  # numbers of all inputs: 16 GB of them
+SIZES = ("ranks", "batch", "kv_heads", "groups", "dim", "value_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,22 @@ class Case:
     backward: bool = True
     deterministic: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises InputError where a size is none; layouts, schedules, kernels and mechanisms are looked up in use."""
+        checked(self.mask)
+        keys = None if self.kv_length is None else tokens(self.kv_length, "kv_length")
+        sizes = {name: integer(getattr(self, name), name, least=1) for name in SIZES}
+        seed = integer(self.seed, "seed", below=1 << 63)
+        found = {"length": tokens(self.length, "length"), "kv_length": keys, "seed": seed, "dtype": dtype(self.dtype)}
+        for name, value in {**sizes, **found}.items():
+            object.__setattr__(self, name, value)
+        for name in ("use_lse", "backward", "deterministic"):
+            flag(getattr(self, name), name)
+        if not isinstance(self.features, frozenset) or not self.features <= {*FEATURES}:
+            raise InputError(f"features are a frozenset of {', '.join(FEATURES)}; got {shown(self.features)}.")
+        if self.scale is not None:
+            number(self.scale, "scale")
+
     @property
     def heads(self) -> int:
         """Query heads."""
@@ -76,6 +96,8 @@ class Case:
             (self.kv_heads, self.keys, self.value_dim),
             (self.heads, self.length, self.value_dim),
         ]
+        if (count := self.batch * sum(map(math.prod, shapes))) > MOST:
+            raise InputError(f"A case holds up to {MOST:,} numbers; got {count:,}. Take a shorter one, or fewer heads.")
         # drawn in float32, so that all dtypes see the same numbers up to rounding
         made = [torch.randn(self.batch, *shape, generator=generator) for shape in shapes]
         made.append(torch.randn(self.batch, self.heads, self.length, generator=generator) * self.use_lse)
@@ -114,3 +136,8 @@ class Case:
     def rows(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Rows of the dense mask, for sequences too long for all of it."""
         return self.mask.dense(range(start, stop), range(self.keys)).numpy()
+
+
+def checked_case(value: object) -> Case:
+    """The case, or an InputError where something else was given."""
+    return instance(value, Case, "case", "a ringattn.conformance.Case")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringattn import reference
-from ringattn.conformance.case import Case
+from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.running import Results, simulated
 from ringattn.errors import InputError
 from ringattn.mechanisms import Block, Hard, Linear, Mechanism, Problem, Softmax
@@ -41,7 +41,7 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
         seen(start)
         return case.rows(start, stop)
 
-    mechanism = case.attends
+    mechanism = checked_case(case).attends
     q, k, v, dout, dlse = (x.double().numpy() for x in case.inputs())
     backward = dout if case.backward else None
     match mechanism:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ringattn.conformance.case import Case
+from ringattn.conformance.case import Case, checked_case
 from ringattn.errors import PlanError
 from ringattn.functional import attention
 from ringattn.mesh import Mesh
@@ -47,7 +47,7 @@ def attend(
         inputs: of the whole sequence, if not those that the case draws.
         device: where it is computed. The results are on the CPU.
     """
-    own, kv = shardings(case, mesh)
+    own, kv = shardings(checked_case(case), mesh)
     pieces = zip((own, kv, kv, own, own), case.inputs() if inputs is None else inputs, strict=True)
     q, k, v, dout, dlse = (sharding.split(x, 2).clone().to(device) for sharding, x in pieces)
     mechanism = case.attends
