@@ -18,14 +18,22 @@ each="${EACH:-$ranks}"
 cores="$(getconf _NPROCESSORS_ONLN)"
 threads="${OMP_NUM_THREADS:-$((cores / each > 0 ? cores / each : 1))}"
 
+# Rank 0 is on the first machine. mpirun does not tell the ranks, and Gloo, which wrappers talk over, needs to know.
+if [ -n "${HOSTS:-}" ]; then
+    MASTER_ADDR="${MASTER_ADDR:-$(sed '/^ *\(#\|$\)/d; s/[ :].*//; q' "$HOSTS")}"
+    MASTER_PORT="${MASTER_PORT:-29500}"
+fi
+
 case "$("$mpirun" --version 2>&1)" in
     *"Open MPI"* | *OpenRTE*)
         how=(-x "OMP_NUM_THREADS=$threads" --bind-to none)
-        [ -z "${HOSTS:-}" ] || how+=(--hostfile "$HOSTS" --map-by "ppr:$each:node")
+        [ -z "${HOSTS:-}" ] || how+=(--hostfile "$HOSTS" --map-by "ppr:$each:node"
+            -x "MASTER_ADDR=$MASTER_ADDR" -x "MASTER_PORT=$MASTER_PORT")
         ;;
     *) # MPICH, Intel MPI and whatever else is made of Hydra
         how=(-genv OMP_NUM_THREADS "$threads")
-        [ -z "${HOSTS:-}" ] || how+=(-f "$HOSTS" -ppn "$each")
+        [ -z "${HOSTS:-}" ] || how+=(-f "$HOSTS" -ppn "$each"
+            -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "$MASTER_PORT")
         ;;
 esac
 

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import ringattn
 from ringattn.errors import InputError
 from ringattn.meeting import Meeting
+from ringattn.rendezvous import Launch
 from tests.workers import Workers
 
 api: Any = ringattn  # called with what its types forbid
@@ -258,3 +259,10 @@ def test_an_mpi_that_is_not_the_launchers() -> None:
     )
     assert done.returncode != 0
     assert "InputError: environment started 2 ranks, and MPI knows of 1. Start with the mpirun of" in done.stderr
+
+
+def test_gloo_under_an_mpirun_of_several_hosts_needs_to_be_told_where() -> None:
+    told = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    limit = datetime.timedelta(seconds=1)
+    with pytest.raises(InputError, match="where rank 0 is, and mpirun does not say: give all ranks MASTER_ADDR"):
+        Meeting.found(Launch.found(told), "gloo", limit)

@@ -209,16 +209,25 @@ def test_open_mpi(tmp_path: Path, losses: Any) -> None:
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        ("HYDRA build details:", "-n 16 -genv OMP_NUM_THREADS 3 -f hosts -ppn 8 python"),
-        ("mpirun.openmpi (OpenRTE) 4.1.4", "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile hosts"),
-        ("mpirun (Open MPI) 4.1.4", "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile hosts --map-by ppr:8:node"),
+        (
+            "HYDRA build details:",
+            "-n 16 -genv OMP_NUM_THREADS 3 -f HOSTS -ppn 8 -genv MASTER_ADDR machine0 -genv MASTER_PORT 29500 python",
+        ),
+        (
+            "mpirun.openmpi (OpenRTE) 4.1.4",
+            "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile HOSTS --map-by ppr:8:node -x MASTER_ADDR=machine0 "
+            "-x MASTER_PORT=29500 python",
+        ),
+        ("mpirun (Open MPI) 5.0.5", "-n 16 -x OMP_NUM_THREADS=3 --bind-to none --hostfile HOSTS --map-by"),
     ],
 )
-def test_each_mpirun_gets_options_of_its_own(tmp_path: Path, version: str, expected: str) -> None:
-    mpirun = tmp_path / "mpirun"
+@pytest.mark.parametrize("listed", ["machine0\nmachine1\n", "# ours\n\nmachine0:8\nmachine1:8\n", "machine0 slots=8\n"])
+def test_each_mpirun_gets_options_of_its_own(tmp_path: Path, version: str, expected: str, listed: str) -> None:
+    mpirun, hosts = tmp_path / "mpirun", tmp_path / "hosts"
+    hosts.write_text(listed)
     mpirun.write_text(f'#!/usr/bin/env bash\n[ "$1" = --version ] && echo "{version}" || printf "%s " "$@"\n')
     mpirun.chmod(0o755)
-    settings = {"MPIRUN": str(mpirun), "RANKS": "16", "EACH": "8", "HOSTS": "hosts", "OMP_NUM_THREADS": "3"}
+    settings = {"MPIRUN": str(mpirun), "RANKS": "16", "EACH": "8", "HOSTS": str(hosts), "OMP_NUM_THREADS": "3"}
     done = subprocess.run(
         [LAUNCH / "mpirun.sh", "--length", "64"],
         env={**os.environ, **settings},
@@ -226,7 +235,7 @@ def test_each_mpirun_gets_options_of_its_own(tmp_path: Path, version: str, expec
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(expected)
+    assert done.stdout.replace(str(hosts), "HOSTS").startswith(expected)
     assert done.stdout.endswith("launch/train.py --length 64 ")
 
 
