@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ringattn.checking import dtype, flag, instance, integer, number, shown, tokens
+from ringattn.checking import MAX_RANKS, dtype, flag, instance, integer, number, shown, tokens
 from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
@@ -65,7 +65,7 @@ class Case:
         """Raises InputError where a size is none; layouts, schedules, kernels and mechanisms are looked up in use."""
         checked(self.mask)
         keys = None if self.kv_length is None else tokens(self.kv_length, "kv_length")
-        sizes = {name: integer(getattr(self, name), name, least=1) for name in SIZES}
+        sizes = {name: integer(getattr(self, name), name, least=1, below=MAX_RANKS + 1) for name in SIZES}
         seed = integer(self.seed, "seed", below=1 << 63)
         found = {"length": tokens(self.length, "length"), "kv_length": keys, "seed": seed, "dtype": dtype(self.dtype)}
         for name, value in {**sizes, **found}.items():

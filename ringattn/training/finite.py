@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ringattn.checking import instance
+from ringattn.checking import instance, integer
 from ringattn.errors import NotFiniteError
 from ringattn.mesh import Mesh
 from ringattn.runtime.agreement import gathered
@@ -54,6 +54,7 @@ def check_finite(mesh: Mesh, step: int, model: nn.Module | None = None) -> Itera
         model: whose parameters' gradients are looked at too, at the end.
 
     Raises:
+        InputError: an argument is wrong.
         NotFiniteError: there is one; names the rank, the call and the step. On every rank.
 
     Example:
@@ -67,6 +68,9 @@ def check_finite(mesh: Mesh, step: int, model: nn.Module | None = None) -> Itera
         ringattn.errors.NotFiniteError: Step 12: the first numbers that are not finite are on rank 0 of 1, in q of ...
     """
     transport = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns").connected()
+    integer(step, "step", needed="the number of a step")
+    if model is not None:
+        instance(model, nn.Module, "model", "a torch.nn.Module, or None")
     found = _Found()
     before, transport.observer = transport.observer, found.look
     try:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
 from ringattn.checking import instance
 from ringattn.errors import CheckpointError, UnsupportedError
 from ringattn.mesh import Mesh
-from ringattn.runtime.agreement import exchanged
+from ringattn.runtime.agreement import gathered
 from ringattn.transports.base import Transport
 
 T = TypeVar("T")
-LENGTH = 8  # bytes that say how long a value is
 
 
 class Ranks:
@@ -30,15 +28,7 @@ class Ranks:
 
     def gathered(self, value: T) -> list[T]:
         """Every rank's value, by rank. A plain one, for it is pickled."""
-        if self._transport.size == 1:
-            return [value]
-        raw = pickle.dumps(value)
-        lengths = [int.from_bytes(x, "little") for x in self._exchanged(len(raw).to_bytes(LENGTH, "little"))]
-        every = self._exchanged(raw.ljust(max(lengths)))
-        return [pickle.loads(x[:length]) for x, length in zip(every, lengths, strict=True)]
-
-    def _exchanged(self, own: bytes) -> list[bytes]:
-        return exchanged(self._transport, own, "a checkpoint")
+        return [value] if self._transport.size == 1 else gathered(self._transport, value, "a checkpoint")
 
     def together(self, do: Callable[[], T]) -> T:
         """What this rank makes of it, when all ranks have done it.

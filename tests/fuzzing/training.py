@@ -78,6 +78,11 @@ def calls_of_training() -> Iterator[Call]:
         {"module": Kind((torch.nn.Linear(2, 2),), model.may_be), "tokens": integer(1, LAST, 3)},
     )
     yield Call("sum_gradients", training.sum_gradients, {"model": model, "mesh": mesh})
+    yield Call(
+        "check_finite",
+        _looked_at,
+        {"mesh": mesh, "step": LENGTH, "model": Kind((None, model.right[0]), lambda x: x is None or model.may_be(x))},
+    )
     yield Call("total", training.total, {"share": TENSOR, "mesh": mesh})
     yield Call("gradient_factor", training.gradient_factor, {"step": Kind((_backward,), callable), "mesh": mesh})
     held = Kind((torch.nn.Linear(2, 2),), lambda x: isinstance(x, torch.nn.Module) or hasattr(x, "__iter__"))
@@ -138,6 +143,11 @@ def calls_of_checkpoints() -> Iterator[Call]:
 def _loaded(inside: str, folder: Any, step: Any, **arguments: Any) -> None:
     checkpoint.save(f"{inside}/saved", model=torch.nn.Linear(2, 2), step=3, mesh=MESH)
     checkpoint.load(folder, step=step, **arguments)
+
+
+def _looked_at(**arguments: Any) -> None:
+    with training.check_finite(**arguments):
+        pass
 
 
 def _backward(probe: torch.nn.Module, x: torch.Tensor) -> None:
