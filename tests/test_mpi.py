@@ -54,6 +54,23 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout(tmp_path: Path) ->
     assert code != 0 and "Rank 0 of 2 lost rank 1 during the agreement before fwd 2" in said
 
 
+def test_what_comes_too_late_is_written_to_no_memory_of_others(tmp_path: Path) -> None:
+    program = """
+link, size = ringattn.init(timeout=1).transport, 1 << 12
+if mesh.rank:
+    time.sleep(2)
+    link.exchange([(0, torch.ones(size))], []).wait()
+else:
+    try: link.exchange([], [(1, torch.zeros(size))]).wait()
+    except ringattn.TransportError: others = [torch.zeros(size) for _ in range(64)]
+    end = time.monotonic() + 3
+    while time.monotonic() < end: link._communicator.Iprobe()
+    print("untouched", not any(map(torch.any, others)))
+"""
+    code, said, _ = _job(tmp_path, program)
+    assert code == 0 and "untouched True" in said
+
+
 def test_a_bad_command_ends_all_of_them_with_one_line_a_rank(tmp_path: Path) -> None:
     command = [*mpirun(2), sys.executable, "-m", "ringattn.cli", "verify", "--layout", "unheard-of"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

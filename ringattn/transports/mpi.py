@@ -43,6 +43,7 @@ class Mpi(Transport):
     def __init__(self, communicator: Any, limit: datetime.timedelta, agreement: bool = True) -> None:
         self._communicator = communicator
         self._limit = limit
+        self._under_way: dict[int, object] = {}  # MPI writes to buffers whether or not anybody still waits for them
         super().__init__("mpi", communicator.Get_rank(), communicator.Get_size(), agreement)
 
     @classmethod
@@ -95,6 +96,7 @@ class Mpi(Transport):
         _settle(messages)
         start = [self._communicator.Irecv] * len(receives) + [self._communicator.Isend] * len(sends)
         requests = [post(_bytes(x), peer, TAG) for post, (peer, x) in zip(start, messages, strict=True)]
+        self._under_way[id(requests)] = requests, messages
 
         def complete() -> None:
             statuses = self._wait(requests, [peer for peer, _ in messages], label)
@@ -116,12 +118,13 @@ class Mpi(Transport):
         kinds = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}
         kinds |= {torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
         _settle([(self.rank, x)])
-        request = self._communicator.Iallreduce(MPI.IN_PLACE, [_address(x), kinds[x.dtype]], MPI.SUM)
+        requests = [self._communicator.Iallreduce(MPI.IN_PLACE, [_address(x), kinds[x.dtype]], MPI.SUM)]
+        self._under_way[id(requests)] = requests, x
         others = [rank for rank in range(self.size) if rank != self.rank]
-        self._collective(x, functools.partial(self._wait, [request], others, label))
+        self._collective(x, functools.partial(self._wait, requests, others, label))
 
     def _wait(self, requests: list[Any], peers: list[int], label: str) -> list[Any]:
-        """Returns when all are complete, and how they ended."""
+        """Returns when all are complete, and how they ended. Until then, after an error too, their buffers are kept."""
         from mpi4py import MPI
 
         statuses, began, polls = [MPI.Status() for _ in requests], time.monotonic(), 0
@@ -135,6 +138,7 @@ class Mpi(Transport):
                 f"Rank {self.rank} of {self.size} failed in {label or 'an exchange'} with rank {_listed(peers)}. MPI "
                 f"says: {error}."
             ) from error
+        del self._under_way[id(requests)]
         return statuses
 
     def _be_patient(self, waited: float, requests: list[Any], peers: list[int], label: str) -> None:
