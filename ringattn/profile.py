@@ -90,6 +90,8 @@ class Profile:
         Raises:
             InputError: there is no file, it cannot be read, or it is cut short, changed, of another version or kind.
         """
+        if "\0" in str(path):
+            raise InputError(f"No path holds a NUL character; got {str(path)!r} for the profile.")
         try:
             if path.exists() and not path.is_file():  # a pipe would be waited for
                 raise InputError(f"The profile {path} is no file. {AGAIN}")

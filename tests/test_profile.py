@@ -243,3 +243,8 @@ def test_one_process(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(InputError, match="is no profile of ringattn"):
         ringattn.init(profile=path)
+
+
+def test_a_name_that_no_file_has_is_refused() -> None:
+    with pytest.raises(InputError, match="NUL"):
+        Profile.read(Path("a\0b"))
