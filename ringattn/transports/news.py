@@ -174,7 +174,7 @@ class News:
             elsewhere = [rank for rank, place in said.items() if place and place.what != loss.where]
             return silent or elsewhere, loss.why, said
         lost, why, said = loss.lost, loss.why, {loss.lost: self._said(loss.lost, end)}
-        while (place := said[lost]) and place.peer is not None and (place.why or why.startswith(LATE)):
+        while (place := said[lost]) and place.peer is not None and LATE in f"{place.why} {why}":
             if place.peer in (loss.teller, *said):
                 break
             lost, why = place.peer, place.why or why  # of a live rank that waits for another
