@@ -127,6 +127,7 @@ def _over_mpi(launch: Launch, given: Mapping[str, Any], refusal: InputError | No
     sizes = _divide(everyone.size, given["ring"], given["ulysses"])
     everyone.agreement = given["agreement"] is not False
     own = everyone.among(_together(everyone.rank, sizes))
+    everyone.close()
     return Mesh(sizes["ring"], sizes["ulysses"], sizes["data"], everyone.rank, own)
 
 

@@ -82,6 +82,22 @@ def test_ranks_that_start_differently_learn_in_what(tmp_path: Path) -> None:
     assert code != 0 and "they differ in ring (rank 0: 1; rank 1: 2)" in said
 
 
+def test_meshes_beyond_what_mpi_has_are_a_typed_error(tmp_path: Path) -> None:
+    program = """
+count = 0
+try:
+    while count < 5000:
+        ringattn.init()
+        count += 1
+except ringattn.TransportError as error:
+    print("after more than 1,500:", count > 1500, str(error)[:36], flush=True)
+else:
+    print("never", flush=True)
+"""
+    code, said, _ = _job(tmp_path, program, ranks=1)
+    assert code == 0 and ("after more than 1,500: True MPI has no communicator left" in said or "never" in said)
+
+
 def _refused(mesh: ringattn.Mesh) -> str | None:
     return mesh.connected().refusal(torch.device("cuda"))
 

@@ -30,6 +30,7 @@ TAG = 7  # every message has it: they arrive in the order they were sent, and a 
 EAGER_POLLS = 100  # before a waiting rank gives its core to others between polls: ranks may share cores
 PATIENT_AFTER = 0.01  # seconds, after which it also sleeps
 NAP = 1e-4  # seconds
+FAREWELL = 0.5  # seconds for the launcher to show what a rank has said, before the job is ended
 
 
 class Mpi(Transport):
@@ -68,7 +69,7 @@ class Mpi(Transport):
             faulthandler.cancel_dump_traceback_later()
         if getattr(sys.excepthook, "func", None) is not _end_job:
             sys.excepthook = functools.partial(_end_job, sys.excepthook)
-        return cls(MPI.COMM_WORLD.Dup(), limit)
+        return cls(_communicator(MPI.COMM_WORLD.Dup), limit)
 
     @staticmethod
     def library() -> str:
@@ -81,7 +82,12 @@ class Mpi(Transport):
         from mpi4py import MPI
 
         members = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
-        return Mpi(MPI.COMM_WORLD.Create_group(members, TAG), limit or self._limit, self.agreement)
+        own = _communicator(lambda: MPI.COMM_WORLD.Create_group(members, TAG))
+        return Mpi(own, limit or self._limit, self.agreement)
+
+    def close(self) -> None:
+        """Gives the communicator back, of which MPI has some thousands. All ranks do so together."""
+        self._communicator.Free()
 
     def refusal(self, device: torch.device) -> str | None:
         if device.type == "cpu" or (device.type == "cuda" and gpu_aware()):
@@ -183,7 +189,19 @@ def _end_job(
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(FAREWELL)
     MPI.COMM_WORLD.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+
+def _communicator(make: Callable[[], Any]) -> Any:
+    from mpi4py import MPI
+
+    try:
+        return make()
+    except MPI.Exception as error:
+        raise TransportError(
+            f"MPI has no communicator left for this mesh: {error}. Each mesh keeps one; make it once, and use it again."
+        ) from error
 
 
 def _settle(messages: Sequence[Message]) -> None:
