@@ -12,7 +12,8 @@ import torch
 
 import ringattn
 from ringattn.errors import TransportError
-from tests.workers import Workers, mpirun
+from scripts.benchmarks.teams import mpirun
+from tests.workers import Workers
 
 START = """
 import os, signal, sys, time, torch, ringattn

@@ -15,7 +15,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import TCPStore
 import ringattn
 from ringattn.transports.mpi import Mpi
 from ringattn.transports.torch_distributed import TorchDistributed
+from scripts.benchmarks.teams import start_job
 
 SIZE = 4
 LIMIT = datetime.timedelta(seconds=60)
@@ -98,12 +99,8 @@ class MpiWorkers(Workers):
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         address = str(Path(self._folder.name) / "socket")
-        with Listener(address, "AF_UNIX") as listener:
-            self._job = subprocess.Popen(
-                [*mpirun(SIZE), sys.executable, "-m", "tests.workers", address], cwd=Path(__file__).parents[1]
-            )
-            pipes = [listener.accept() for _ in range(SIZE)]
-        super().__init__([pipe for _, pipe in sorted((pipe.recv(), pipe) for pipe in pipes)])
+        self._job, pipes = start_job(SIZE, [sys.executable, "-m", "tests.workers", address], address)
+        super().__init__(pipes)
 
     def _end(self) -> None:
         try:
@@ -111,11 +108,6 @@ class MpiWorkers(Workers):
         except subprocess.TimeoutExpired:
             self._job.kill()
         self._folder.cleanup()
-
-
-def mpirun(ranks: int) -> list[str]:
-    """The launcher beside this Python, which the mpich wheel brings."""
-    return [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)]
 
 
 def _serve_gloo(rank: int, port: int, pipe: Connection) -> None:

@@ -14,7 +14,7 @@ from ringattn.kernels.choice import chosen_kernel, contenders
 from ringattn.kernels.machine import Machine
 from ringattn.kernels.rates import Rates, Workload
 from ringattn.kernels.store import Entry
-from ringattn.kernels.trial import measure, pairs_of
+from ringattn.kernels.trial import measure, pairs_of, problem_of
 from ringattn.masks import Causal
 from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.softmax import Softmax
@@ -25,8 +25,6 @@ DTYPES = ("float32", "bfloat16")
 SIDES = (256, 1024)  # of a trial's tiles: packed documents, and one long one
 HEADS = (64, 128)
 HEAD = HEADS[0]
-
-
 GPU_LENGTH, GPU_HEADS, GPU_ROUNDS = 8192, 16, 3
 PASSES = 3.5  # of a forward pass, that forward and backward together take
 
@@ -55,17 +53,7 @@ def workloads() -> list[Workload]:
 
 def able(workload: Workload) -> list[Kernel]:
     """The kernels that ``auto`` chooses among for this class on a CPU."""
-    problem = Problem(
-        Softmax(),
-        1,
-        workload.heads,
-        workload.kv_heads,
-        workload.dim,
-        workload.value_dim,
-        getattr(torch, workload.dtype),
-        torch.device("cpu"),
-    )
-    return contenders(problem)
+    return contenders(problem_of(Softmax(), workload))
 
 
 def measured(device: torch.device) -> Trial:

@@ -29,7 +29,7 @@ def measure(
 
     A first round that is not counted compiles what is compiled at first use. PyTorch's random state is left alone.
     """
-    problem, tiles = _problem(mechanism, workload), _tiles(workload)
+    problem, tiles = problem_of(mechanism, workload), _tiles(workload)
     run = _runner(problem, tiles)
     fastest = dict.fromkeys(map(str, kernels), math.inf)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -43,7 +43,8 @@ def measure(
     return Rates(workload, tuple(fastest.items()))
 
 
-def _problem(mechanism: Mechanism, workload: Workload) -> Problem:
+def problem_of(mechanism: Mechanism, workload: Workload) -> Problem:
+    """One of the class, on a CPU."""
     return Problem(
         mechanism,
         1,

@@ -9,7 +9,6 @@ on its stage and on what it was told of the sequence; and some add up over repli
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +59,11 @@ def total(share: Tensor, mesh: Mesh) -> Tensor:
     """
     _check_mesh(mesh)
     with _heard(mesh.everyone):
-        added = instance(share, Tensor, "share", "a tensor, this rank's share").detach().contiguous().clone()
+        added = (
+            instance(share, Tensor, "share", "a tensor, this rank's share")
+            .detach()
+            .clone(memory_format=torch.contiguous_format)
+        )
         if added.dtype not in SUMMED or added.is_meta:
             raise InputError(
                 f"share must be a tensor of float32, float64, bfloat16, float16, int64 or int32; got {added.dtype} on "
@@ -308,8 +311,7 @@ def _compare(parameters: Iterable[nn.Parameter], transport: Transport) -> None:
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype and device whose gradients travel together."""
-    kind = functools.partial(_kind_of)
-    for _, equal in itertools.groupby(sorted(parameters, key=kind), key=kind):
+    for _, equal in itertools.groupby(sorted(parameters, key=_kind_of), key=_kind_of):
         bucket: list[nn.Parameter] = []
         size = 0
         for parameter in equal:

@@ -17,13 +17,16 @@ T = TypeVar("T")
 class Ranks:
     """All ranks of a mesh, over whatever joins them.
 
+    Args:
+        transport: what joins them, if not `Mesh.everyone`.
+
     Attributes:
         rank: this one, among them.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, transport: Transport | None = None) -> None:
         self._mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
-        self._transport: Transport = mesh.everyone
+        self._transport = mesh.everyone if transport is None else transport
         self.rank = self._transport.rank
 
     def gathered(self, value: T) -> list[T]:
@@ -57,14 +60,10 @@ class Ranks:
         Raises:
             UnsupportedError: these ranks have no second way to each other.
         """
-        return self if self._transport.size == 1 else _Apart(self._mesh)
-
-
-class _Apart(Ranks):
-    def __init__(self, mesh: Mesh) -> None:
-        if mesh.everyone.name == "simulator":
+        if self._transport.size == 1:
+            return self
+        if self._transport.name == "simulator":
             raise UnsupportedError(
                 "Virtual ranks take turns and save nothing in a thread beside; leave background out."
             )
-        self._mesh, self._transport = mesh, mesh.beside
-        self.rank = self._transport.rank
+        return Ranks(self._mesh, self._mesh.beside)

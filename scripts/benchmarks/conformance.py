@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ import ringattn
 from ringattn import conformance
 from ringattn.conformance import Case
 from ringattn.rendezvous import Launch
+from scripts.benchmarks.teams import mpirun
 
 MEMBERS = ("mask", "layout", "schedule", "mechanism", "kernel")
 PROGRAM = ["-m", "scripts.benchmarks.conformance"]
@@ -37,13 +37,13 @@ def _shown(cases: Sequence[Case]) -> Iterator[Case]:
 
 def _everywhere(arguments: Sequence[str]) -> int:
     """Runs this program on every transport. Virtual ranks are as many as the others are, in a mesh of their own."""
-    mpirun, failed = str(Path(sys.executable).parent / "mpirun"), 0
+    failed = 0
     starts = {"local": [sys.executable, *PROGRAM, "--local"]}
     for size in SIZES:
         starts[f"simulator, {size} ranks"] = [sys.executable, *PROGRAM, "--ranks", str(size)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         starts[f"gloo, {size} ranks"] = [*torchrun, *PROGRAM]
-        starts[f"mpi, {size} ranks"] = [mpirun, "-n", str(size), sys.executable, *PROGRAM]
+        starts[f"mpi, {size} ranks"] = [*mpirun(size), sys.executable, *PROGRAM]
     for name, command in starts.items():
         began = time.monotonic()
         run = subprocess.run([*command, *arguments, "--brief"], stdout=subprocess.PIPE, text=True, check=False)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -80,12 +80,8 @@ class Team:
             self._processes.append(process)
 
     def _start_job(self, threads: int, meeting: str) -> None:
-        mpirun = [str(Path(sys.executable).parent / "mpirun"), "-n", str(self.size), sys.executable]
-        with Listener(meeting, "AF_UNIX") as listener:
-            self._job = subprocess.Popen([*mpirun, "-m", "scripts.benchmarks.teams", str(threads), meeting])
-            pipes = [listener.accept() for _ in range(self.size)]
-        by_rank = {pipe.recv(): pipe for pipe in pipes}
-        self._pipes = [by_rank[rank] for rank in range(self.size)]
+        program = [sys.executable, "-m", "scripts.benchmarks.teams", str(threads), meeting]
+        self._job, self._pipes = start_job(self.size, program, meeting)
 
     def call(self, function: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(worker, ...)` on every rank; the results by rank, or an error with every rank's traceback."""
@@ -132,6 +128,20 @@ class Team:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+def mpirun(ranks: int) -> list[str]:
+    """The launcher beside this Python, which the mpich wheel brings."""
+    return [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)]
+
+
+def start_job(size: int, program: Sequence[str], meeting: str) -> tuple[subprocess.Popen[bytes], list[Connection]]:
+    """Starts a program on MPI ranks, which call at a socket and say their rank; the job, and the pipes by rank."""
+    with Listener(meeting, "AF_UNIX") as listener:
+        job = subprocess.Popen([*mpirun(size), *program], cwd=Path(__file__).parents[2])
+        pipes = [listener.accept() for _ in range(size)]
+    by_rank = {pipe.recv(): pipe for pipe in pipes}
+    return job, [by_rank[rank] for rank in range(size)]
 
 
 def _serve_gloo(pipe: Connection, rank: int, size: int, threads: int, meeting: str) -> None:

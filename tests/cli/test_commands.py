@@ -18,7 +18,7 @@ import ringattn
 from ringattn import conformance, kernels, layouts, schedules
 from ringattn.cli import app, options
 from ringattn.naming import by_name
-from tests.workers import mpirun
+from scripts.benchmarks.teams import mpirun
 
 ROOT = Path(__file__).parents[2]
 OF_KEYS = [name for name, member in by_name(schedules.MEMBERS).items() if member.payload.per_key]

@@ -28,7 +28,8 @@ from ringattn.diagnosis.links import opponent, rounds
 from ringattn.mesh import Mesh
 from ringattn.profile import Profile
 from ringattn.transports.base import Message, Transport
-from tests.workers import Workers, mpirun
+from scripts.benchmarks.teams import mpirun
+from tests.workers import Workers
 
 LATENCY, BANDWIDTH, SPEED = 1e-4, 1e7, 10.0
 Links = dict[frozenset[int], float]
