@@ -258,7 +258,7 @@ class DistributedAttention(nn.Module):
         order = (0, 2, 1, 3) if batch_dim_idx == 0 else (1, 2, 0, 3)
         back = (0, 2, 1, 3) if batch_dim_idx == 0 else (2, 0, 1, 3)
         if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (query, key, value)):
-            said = ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else shown(x) for x in (query, key, value))
+            said = ", ".join(str(x.dim()) if isinstance(x, Tensor) else shown(x) for x in (query, key, value))
             raise InputError(f"query, key and value are tensors of four dimensions; got {said}.")
         q, k, v = (x.permute(order) for x in (query, key, value))
         out = attention(q, k, v, self.mask, sharding=self._sharding_of(q.shape[2]), **self.options)

@@ -62,7 +62,7 @@ def check_finite(mesh: Mesh, step: int, model: nn.Module | None = None) -> Itera
         >>> from ringattn.training import check_finite
         >>> mesh = ringattn.init()
         >>> q = torch.full((1, 1, 4, 8), float("nan"))
-        >>> with check_finite(mesh, step=12):
+        >>> with check_finite(mesh, step=12):  # doctest: +ELLIPSIS
         ...     _ = ringattn.attention(q, q, q, ringattn.Causal(), sharding=ringattn.Sharding(4, mesh))
         Traceback (most recent call last):
         ringattn.errors.NotFiniteError: Step 12: the first numbers that are not finite are on rank 0 of 1, in q of ...
