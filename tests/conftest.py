@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.trainer.conftest import load_trainer
 from tests.workers import GlooWorkers, MpiWorkers, Workers
 
 INTEGRATIONS = ("accelerate", "deepspeed", "peft", "transformers")
@@ -50,6 +53,14 @@ def mpi(cache: Path) -> Iterator[Workers]:
     workers = MpiWorkers()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Iterator[ModuleType]:
+    """`launch/train.py` as a module."""
+    module = load_trainer()
+    yield module
+    del sys.modules[module.__name__]
 
 
 def pytest_report_header() -> list[str]:

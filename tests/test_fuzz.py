@@ -14,7 +14,6 @@ import pytest
 
 from tests.fuzzing import calls, commands, environments, files, ranks
 from tests.fuzzing.kinds import Call
-from tests.trainer.conftest import trainer  # noqa: F401 (a fixture)
 from tests.workers import Workers
 
 CALLS = 4400  # of functions
@@ -60,12 +59,12 @@ def test_environments() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_damaged_files(trainer: ModuleType) -> None:  # noqa: F811
+def test_damaged_files(trainer: ModuleType) -> None:
     report = files.fuzzed(FILES, trainer)
     assert not report.faults, str(report)
 
 
 @pytest.mark.timeout(600)
-def test_places_that_cannot_be_written(trainer: ModuleType) -> None:  # noqa: F811
+def test_places_that_cannot_be_written(trainer: ModuleType) -> None:
     report = files.unwritable(trainer)
     assert not report.faults, str(report)

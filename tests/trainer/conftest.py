@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,13 +22,6 @@ def load_trainer() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session")
-def trainer() -> Iterator[ModuleType]:
-    module = load_trainer()
-    yield module
-    del sys.modules[module.__name__]
 
 
 @pytest.fixture
