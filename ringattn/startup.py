@@ -143,12 +143,11 @@ def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement:
         if not dist.is_initialized():
             _start_default_group(transport, ranks)
         own = new_group(_together(ranks.rank, sizes), ranks.limit)
-    except RuntimeError as error:  # of torch's groups, and of their stores
+        news = ranks.news()
+    except (RuntimeError, OSError) as error:  # of torch's groups and their stores, and of the connection to one
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
     world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
-    return Mesh(
-        **sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement, ranks.news()), groups=Groups(world, own)
-    )
+    return Mesh(**sizes, rank=ranks.rank, transport=TorchDistributed(own, agreement, news), groups=Groups(world, own))
 
 
 def _start_default_group(transport: str, ranks: Meeting) -> None:
