@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn.conformance import Case, attend, errors, joined, limits, oracle, simulated
 from ringattn.errors import InputError, PlanError, UnsupportedError
+from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.payloads import summaries
 from ringattn.payloads.keys import Keys
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
@@ -175,3 +177,40 @@ def test_a_summary_is_attended_to_whole() -> None:
     partial = _table("tile_rows", tiles.PARTIAL, 1)(plans[1])
     with pytest.raises(PlanError, match=r"not the sum over exactly its keys|wrong pairs"):
         partial.verify()
+
+
+class _InOrder(ringattn.Linear):
+    """Values are positions, and a fold that gets summaries in another order fails. Its gradients are three times as
+    large as they should be, to show that they are asked for."""
+
+    def fold(self, problem: Problem, rows: torch.Tensor) -> torch.Tensor:
+        sums = rows.unflatten(-1, (problem.dim, problem.value_dim + 1))[..., 0, :]
+        means = sums[..., 0] / sums[..., -1]
+        assert bool((means[1:] > means[:-1]).all())
+        return super().fold(problem, rows)
+
+    def fold_grad(self, problem: Problem, rows: torch.Tensor, dfolded: torch.Tensor) -> torch.Tensor:
+        self.fold(problem, rows)
+        return 3 * dfolded
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "zigzag", ringattn.Explicit([[(9, 30)], [(0, 9), (40, 64)], [(30, 40)]])]
+)
+def test_summaries_are_folded_in_the_order_of_positions(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summaries, "AT_ONCE", 4)
+
+    def gradients(mesh: ringattn.Mesh, mechanism: Mechanism) -> tuple[torch.Tensor, torch.Tensor]:
+        sharding = ringattn.Sharding(64, mesh, layout)
+        g = torch.Generator().manual_seed(1)
+        q, k = (sharding.split(torch.randn(1, 1, 64, 3, generator=g, dtype=torch.float64), 2).clone() for _ in "qk")
+        v = sharding.split(torch.arange(64.0).double().reshape(1, 1, 64, 1), 2).clone().requires_grad_()
+        out = ringattn.attention(
+            q, k, v, ringattn.Causal(), sharding=sharding, mechanism=mechanism, schedule="scan", kernel="reference"
+        )
+        (dv,) = torch.autograd.grad((out * sharding.positions[:, None]).sum(), v)
+        return out.detach(), dv
+
+    ordered, sums = (ringattn.simulate(gradients, m, ring=3).results for m in (_InOrder(), ringattn.Linear()))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(ordered, sums, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(ordered[:2], sums[:2], strict=True))  # its own fold_grad

@@ -287,7 +287,8 @@ class Mechanism(ABC):
 class Summarising(Mechanism):
     """A mechanism whose keys can be summed up: ``tile(q, k, v)`` without a mask is ``attend(q, summarise(k, v))``.
 
-    Summaries ``[B, Hkv, size]`` of disjoint keys add up to the summary of all of them.
+    Summaries ``[B, Hkv, size]`` of disjoint keys fold to the summary of all of them. They add up, unless `fold` says
+    otherwise: it need not commute, and gets them in the order of the positions they sum up.
     """
 
     @abstractmethod
@@ -297,6 +298,14 @@ class Summarising(Mechanism):
     @abstractmethod
     def summarise(self, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The summary ``[B, Hkv, size]`` of keys and values, in the accumulator's dtype."""
+
+    def fold(self, problem: Problem, summaries: torch.Tensor) -> torch.Tensor:
+        """The summary ``[B, Hkv, size]`` of the keys of all these, ``[R, B, Hkv, size]``, R > 0. Associative."""
+        return summaries.sum(dim=0)
+
+    def fold_grad(self, problem: Problem, summaries: torch.Tensor, dfolded: torch.Tensor) -> torch.Tensor:
+        """The gradients of the summaries ``[R, B, Hkv, size]``, or what broadcasts to them, from that of their fold."""
+        return dfolded
 
     @abstractmethod
     def attend(self, problem: Problem, q: torch.Tensor, summary: torch.Tensor) -> State:

@@ -1,9 +1,9 @@
 """Summaries of keys and values: what a mechanism exchanges in place of them where keys can be summed up.
 
 A rank sums up the keys that others may see and sends one summary for each set of them; keys and values stay where
-they are, so that what travels does not depend on how long the sequence is. Whoever receives summaries adds up, in the
-order of the ranks, those that a run of its queries may see, and attends to the sum. Backward, the gradient of a
-summary goes to the rank whose keys it sums up, which takes it apart.
+they are, so that what travels does not depend on how long the sequence is. Whoever receives summaries folds, in the
+order of the positions they sum up, those that a run of its queries may see, and attends to the outcome: a sum, for
+most. Backward, the gradient of a summary goes to the rank whose keys it sums up, which takes it apart.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Summaries(Payload):
         mechanism = _summarising(problem)
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
         for at, which in tiles.memo(_folds, problem.device):
-            part = mechanism.attend(problem, q[:, :, at].to(problem.accumulator), _folded(rows, which))
+            part = mechanism.attend(problem, q[:, :, at].to(problem.accumulator), mechanism.fold(problem, rows[which]))
             mechanism.merge(tuple(x[:, :, at] for x in state), part)
         return state
 
@@ -75,24 +75,28 @@ class Summaries(Payload):
     ) -> None:
         mechanism, accumulator = _summarising(problem), problem.accumulator
         for at, which in tiles.memo(_folds, problem.device):
-            part, folded = mechanism.attend_grad(
-                problem, q[:, :, at].to(accumulator), _folded(rows, which), output_grad.select(rows_at(at), accumulator)
+            seen = rows[which]
+            part, dfolded = mechanism.attend_grad(
+                problem,
+                q[:, :, at].to(accumulator),
+                mechanism.fold(problem, seen),
+                output_grad.select(rows_at(at), accumulator),
             )
             if part is not None:
                 dq[:, :, at] += part
-            if folded is not None:
-                # a sum hands its gradient on to every part; no part is in a fold twice
-                drows[which] += folded
+            if dfolded is not None:
+                drows[which] += mechanism.fold_grad(problem, seen, dfolded)  # no row is in a fold twice
 
     def unpack_grad(self, problem: Problem, own: Pair, parcels: Sequence[Parcel], grads: Pair) -> None:
-        totals: dict[tuple[int, int], torch.Tensor] = {}
+        mechanism, totals = _summarising(problem), dict[tuple[int, int], torch.Tensor]()
         for parcel in parcels:
             for row, span in zip(parcel.rows, parcel.spans, strict=True):
                 part = row.to(problem.accumulator)
                 totals[span] = totals[span] + part if span in totals else part
         for span, total in totals.items():
-            for at, k, v in _parts(problem, own, *span):
-                for grad, part in zip(grads, _summarising(problem).summarise_grad(problem, k, v, total), strict=True):
+            parts = zip(_parts(problem, own, *span), _parts_grad(problem, own, *span, total), strict=True)
+            for (at, k, v), dsummary in parts:
+                for grad, part in zip(grads, mechanism.summarise_grad(problem, k, v, dsummary), strict=True):
                     if part is not None:
                         grad[:, :, at] += part
 
@@ -107,8 +111,18 @@ def _summary(problem: Problem, own: Pair, start: int, stop: int) -> torch.Tensor
     mechanism = _summarising(problem)
     first, *others = (mechanism.summarise(problem, k, v) for _, k, v in _parts(problem, own, start, stop))
     for other in others:
-        first += other
+        first = mechanism.fold(problem, torch.stack([first, other]))
     return first
+
+
+def _parts_grad(problem: Problem, own: Pair, start: int, stop: int, dsummary: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The gradients of the summaries of `_parts`, which were folded."""
+    if stop - start <= AT_ONCE:
+        yield dsummary
+        return
+    mechanism = _summarising(problem)
+    summaries = torch.stack([mechanism.summarise(problem, k, v) for _, k, v in _parts(problem, own, start, stop)])
+    yield from mechanism.fold_grad(problem, summaries, dsummary).expand_as(summaries)
 
 
 def _parts(problem: Problem, own: Pair, start: int, stop: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -119,19 +133,15 @@ def _parts(problem: Problem, own: Pair, start: int, stop: int) -> Iterator[tuple
         yield at, k[:, :, at].to(problem.accumulator), v[:, :, at].to(problem.accumulator)
 
 
-def _folded(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """The sum of these rows, ``[B, Hkv, size]``."""
-    return rows.index_select(0, which).sum(dim=0)
-
-
 def _folds(tiles: Tiles, device: torch.device) -> list[tuple[slice, torch.Tensor]]:
-    """Runs of queries, some rows at a time, and the rows of the summaries they attend to, ascending."""
-    rows: dict[tuple[int, int, int], list[int]] = {}
+    """Runs of queries, some rows at a time, and the rows of the summaries they see, in the order of positions."""
+    rows: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for row in tiles.rows.tolist():
-        rows.setdefault((row[t.Q], row[t.M], row[t.Q_STEP]), []).append(row[t.K])
+        last = row[t.K_POSITION] + (row[t.N] - 1) * row[t.K_STRIDE]
+        rows.setdefault((row[t.Q], row[t.M], row[t.Q_STEP]), []).append((last, row[t.K]))
     folds = []
     for (first, count, step), which in rows.items():
-        summaries = torch.tensor(sorted(which)).to(device, non_blocking=True)
+        summaries = torch.tensor([row for _, row in sorted(which)]).to(device, non_blocking=True)
         for start in range(0, count, AT_ONCE):
             stop = min(start + AT_ONCE, count)
             folds.append((slice(first + start * step, first + (stop - 1) * step + 1, step), summaries))

@@ -2,7 +2,7 @@
 
 For mechanisms whose keys can be summed up (`mechanisms.base.Summarising`), such as linear attention. In one exchange,
 behind which own keys are attended to, every rank gets from each other rank one summary of each set of keys that its
-queries see alike, and folds them in the order of the ranks: an exclusive scan when the mask is causal (LASP-2, arXiv
+queries see alike, and folds them in the order of positions: an exclusive scan when the mask is causal (LASP-2, arXiv
 2502.07563, section 3), an all-reduce when it is full. What travels depends on the number of ranks and not on the
 sequence's length. It takes a mask and a layout by which a query sees all of a run of another rank's keys or none of it:
 between ranks, no diagonals.
