@@ -20,7 +20,7 @@ from ringattn.sharding import Sharding
 
 
 @overload
-def attention(
+def attention(  # type: ignore[overload-overlap]  # of an empty tuple, which is one of names too
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -33,6 +33,7 @@ def attention(
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
+    extras: tuple[()] = ...,
 ) -> torch.Tensor: ...
 
 
@@ -50,7 +51,26 @@ def attention(
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[True],
+    extras: tuple[()] = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    sharding: Sharding,
+    kv_sharding: Sharding | None = ...,
+    mechanism: Mechanism = ...,
+    schedule: Schedule | str = ...,
+    kernel: Kernel | str = ...,
+    deterministic: bool = ...,
+    return_lse: bool = ...,
+    extras: Sequence[str],
+) -> tuple[torch.Tensor, ...]: ...
 
 
 def attention(
@@ -66,7 +86,8 @@ def attention(
     kernel: Kernel | str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    extras: Sequence[str] = (),
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention over a sequence that is sharded over ranks. Every rank calls it with its own part.
 
     Args:
@@ -88,27 +109,32 @@ def attention(
         return_lse: whether to return the log-sum-exp too, ``[B, Hq, S_local]`` in float32 (float64 for float64),
             -inf for a query that no key may reach. It is differentiable. With learned sinks it includes them, and is
             the sink where no key is. Only softmax has one.
+        extras: names of further results of the mechanism (its ``extras``), each ``[B, Hq, S_local]``, numbers in
+            float32 (float64 for float64) and differentiable.
 
     Returns:
-        ``[B, Hq, S_local, Dv]`` in q's dtype; 0 for a query that no key may reach.
+        ``[B, Hq, S_local, Dv]`` in q's dtype; 0 for a query that no key may reach. With ``return_lse`` or ``extras`` a
+        tuple of it, the log-sum-exp if asked for, and the extras in the order of their names.
 
     Raises:
         InputError: an argument is wrong; nothing was sent.
         UnsupportedError: the schedule or kernel asked for cannot do this; nothing was sent.
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
-    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic)
-    out, aux = (_compiled if torch.compiler.is_compiling() else _eager)(request, q, k, v, return_lse)
-    if return_lse:
-        return out, aux[mechanism.extras.index("lse")].to(torch.promote_types(q.dtype, torch.float32))
-    return out
+    request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic, return_lse, extras)
+    out, aux = (_compiled if torch.compiler.is_compiling() else _eager)(request, q, k, v)
+    if not request.results:
+        return out
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    found = (aux[mechanism.extras.index(name)] for name in request.results)
+    return out, *(x.to(accumulator) if x.is_floating_point() else x for x in found)
 
 
 def _eager(
-    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
+    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """The output and the mechanism's extras."""
-    call, ticket, params = op.prepared(request, q, k, v, return_lse)
+    """The output, and the mechanism's extras and what it keeps."""
+    call, ticket, params = op.prepared(request, q, k, v)
     if any(call.wanted):
         out, *aux = op.Attention.apply(call, ticket, q, k, v, *params)  # type: ignore[no-untyped-call]
         return out, aux
@@ -117,11 +143,11 @@ def _eager(
 
 
 def _compiled(
-    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
+    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The same as two ops of a graph. What the arguments hold is looked at when they run, but for the mechanism."""
     refuse_export("ringattn.attention")
-    request.check_kinds(q, k, v, return_lse)
+    request.check_kinds(q, k, v)
     mechanism, params = request.mechanism, list(request.mechanism.params.values())
     numbers: list[float] = []
     text, schedule, kernel = (spelled(x, numbers) for x in (mechanism, request.schedule, request.kernel))

@@ -313,7 +313,7 @@ def test_opcheck(mechanism: Any) -> None:
     params = [x.detach().requires_grad_() for x in mechanism.params.values()]
     mechanism = dataclasses.replace(mechanism, **dict(zip(mechanism.params, params, strict=True)))
     request = Request(CAUSAL, sharding, None, mechanism, "auto", "auto")
-    call, ticket, _ = op.prepared(request, *inputs, False)
+    call, ticket, _ = op.prepared(request, *inputs)
     numbers: list[float] = []
     text = spelled(mechanism, numbers)
     tokens, seed = [CAUSAL.token, sharding.token, sharding.token], torch.tensor(0)

@@ -58,7 +58,8 @@ MAY: dict[str, str] = {
     "plans.tiles",
     "mechanisms.base": "checking errors",
     "mechanisms.dropout": "",
-    "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout",
+    "mechanisms.scores": "checking errors mechanisms.base",
+    "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout mechanisms.scores",
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",
@@ -88,8 +89,8 @@ MAY: dict[str, str] = {
     "runtime.messages": "mechanisms.base payloads.base plans.plan plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
-    "kernels.reference schedules.base",
-    "runtime.engine": "mechanisms.base runtime.call",
+    "kernels.reference schedules.base transports.base",
+    "runtime.engine": "mechanisms.base runtime.agreement runtime.call runtime.messages",
     "runtime.op": "errors handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
     "runtime.transforms transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",

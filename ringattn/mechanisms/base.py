@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from ringattn.checking import shown
-from ringattn.errors import InputError
+from ringattn.errors import InputError, UnsupportedError
 
 State = tuple[torch.Tensor, ...]
 Params = Mapping[str, torch.Tensor]
@@ -46,6 +46,7 @@ class Problem:
         allows: asked for the pairs of partial tiles: int64 positions ``[M, 1]`` and ``[1, N]`` to booleans. None
             where the mask is made of bands alone.
         constants: names among q, k, v and the params; nobody asked for their gradients, which need not be computed.
+        known: what the passes before this one have found of this rank's queries, see `Mechanism.preparation`.
     """
 
     mechanism: Mechanism
@@ -60,6 +61,7 @@ class Problem:
     seed: int = 0
     allows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.bool_]] | None = None
     constants: frozenset[str] = frozenset()
+    known: State = ()
 
     def wants(self, *names: str) -> bool:
         """Whether the gradient of any of these is asked for."""
@@ -73,6 +75,19 @@ class Problem:
     def without_partial(self) -> Problem:
         """The same for a mask of bands alone."""
         return self if self.allows is None else dataclasses.replace(self, allows=None)
+
+    def over_keys(self, mechanism: Mechanism, known: State = ()) -> Problem:
+        """The problem of a pass over keys alone, by the mechanism of such passes."""
+        constants = frozenset({"q", "k", "v", *self.mechanism.params})
+        return dataclasses.replace(self, mechanism=mechanism, value_dim=0, known=known, constants=constants)
+
+    def unprepared(self, queries: int) -> Problem:
+        """The problem of this many queries that no key may reach, as far as passes over keys would know."""
+        mechanism = self.mechanism.preparation
+        if mechanism is None:
+            return self
+        before = self.over_keys(mechanism)
+        return dataclasses.replace(self, known=mechanism.finish(before, mechanism.empty(before, queries))[1])
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -99,7 +114,7 @@ class OutputGrad:
     """The output side of a backward pass, for some queries.
 
     Attributes:
-        saved: the output and the extras, over *all* keys.
+        saved: the output, the extras and what is kept, over *all* keys.
         dout, grad_extras: the gradients that arrive at them; None for an extra nobody used.
     """
 
@@ -167,8 +182,10 @@ class Mechanism(ABC):
 
     Attributes:
         tensors: the fields that may hold learned tensors, which get gradients.
-        sharded: the tensors of which each rank holds a part of its own.
-        extras: names of what `finish` saves besides the output, such as ``lse``.
+        sharded: the tensors of which each rank holds a part of its own, and the dim that is cut.
+        extras: names of the results beside the output that callers may ask for, such as ``lse``. Those of floating
+            point numbers get gradients.
+        kept: names of what the backward pass needs besides.
         words: what fields are called in messages, where their names do not say it.
         by_rows: whether what a tile of one shape gives to a query or a key depends on its own row and on what it may
             meet alone, to the bit, and a tile in which it meets nothing merges without a trace: what
@@ -176,8 +193,9 @@ class Mechanism(ABC):
     """
 
     tensors: ClassVar[tuple[str, ...]] = ()
-    sharded: ClassVar[tuple[str, ...]] = ()
+    sharded: ClassVar[Mapping[str, int]] = {}
     extras: ClassVar[tuple[str, ...]] = ()
+    kept: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[Mapping[str, str]] = {}
     by_rows: ClassVar[bool] = False
 
@@ -190,6 +208,20 @@ class Mechanism(ABC):
         """The fields that are set and not among the known ones, in words: what a kernel would drop."""
         fields = (field for field in dataclasses.fields(self) if field.name not in known)
         return [self.words.get(x.name, x.name) for x in fields if not _equal(getattr(self, x.name), x.default)]
+
+    @property
+    def preparation(self) -> Mechanism | None:
+        """What must be known of the queries before keys and values are: the mechanism of passes over keys alone.
+
+        Such a pass is an ordinary one in which values have no dims, so that only keys travel, with the tensors of this
+        mechanism as its params. What its `finish` gives beside the output is `Problem.known` to the next pass.
+        It is repeated until all ranks are `settled`; then this mechanism's pass follows. None for most.
+        """
+        return None
+
+    def settled(self, known: State) -> bool:
+        """Of the mechanism of a pass over keys alone: whether this rank needs no other, given what this one found."""
+        return True
 
     @property
     def without_tensors(self) -> Mechanism:
@@ -259,7 +291,10 @@ class Mechanism(ABC):
 
     @abstractmethod
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
-        """The output ``[B, Hq, M, Dv]`` in the inputs' dtype, and the `extras`. May take over the state's tensors."""
+        """The output ``[B, Hq, M, Dv]`` in the inputs' dtype; the `extras` and what is `kept`, each [B, Hq, M, ...].
+
+        May take over the state's tensors.
+        """
 
     @abstractmethod
     def tile_grad(
@@ -279,6 +314,17 @@ class Mechanism(ABC):
         Returns:
             dq ``[B, Hq, M, D]``, dk ``[B, Hkv, N, D]``, dv ``[B, Hkv, N, Dv]``.
         """
+
+    def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
+        """What each key of a block weighs in each query's output, ``[B, Hkv, Hq / Hkv, M, N]``.
+
+        Args:
+            saved: what `finish` gave for the block's queries, over all keys; the output may have no dims.
+
+        Raises:
+            UnsupportedError: the mechanism has no weights.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no weights of single pairs to show.")
 
     def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:  # noqa: B027
         """Adds what `finish` does with the params to their gradients. Called once, for all of a rank's queries."""

@@ -26,7 +26,7 @@ from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Prob
 class Linear(Summarising):
     """``phi(q) phi(k)^T v``, normalised over the allowed keys, with phi(x) = elu(x) + 1."""
 
-    extras: ClassVar[tuple[str, ...]] = ("denominator",)
+    kept: ClassVar[tuple[str, ...]] = ("denominator",)
     by_rows: ClassVar[bool] = True
 
     def empty(self, problem: Problem, length: int) -> State:
@@ -136,7 +136,6 @@ def _safe(denominator: torch.Tensor) -> torch.Tensor:
 
 def _at_the_sums(output_grad: OutputGrad) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of numerator ``[B, Hq, M, Dv]`` and denominator ``[B, Hq, M]``."""
-    (out, denominator), (dextra,) = output_grad.saved, output_grad.grad_extras
+    out, denominator = output_grad.saved
     dn = output_grad.dout / _safe(denominator).unsqueeze(-1)
-    dd = -(dn * out).sum(dim=-1)
-    return dn, dd if dextra is None else dd + dextra
+    return dn, -(dn * out).sum(dim=-1)

@@ -18,6 +18,12 @@ class Plan(Program):
         """Checks this rank's part: see `verification.verify_rank`. Raises PlanError."""
         verify_rank(self)
 
+    @property
+    def over_keys(self) -> Plan:
+        """The same pass over keys alone, whose values have no dims."""
+        shape = self.shape and dataclasses.replace(self.shape, value_dim=0)
+        return dataclasses.replace(self, shape=shape)
+
     def traffic(self) -> Traffic:
         """What this rank moves: key positions, messages and, where the shape is known, bytes."""
         return cost.traffic(self)

@@ -13,7 +13,7 @@ from ringattn.mechanisms.base import Problem
 from ringattn.plans.plan import Plan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.gathering import Gathering
-from ringattn.runtime.messages import Passes
+from ringattn.runtime.messages import Moves, Passes
 from ringattn.transports.base import Transport
 
 
@@ -25,6 +25,7 @@ class Call:
         fields: what the ranks must agree on, for `agreement`.
         wanted: which of q, k, v and the params need gradients.
         spelling: the mechanism as compiled code holds it.
+        before: the passes over keys alone that go before it; None for most mechanisms.
         to_queries, to_keys: how keys and queries are gathered where the bits must not depend on the ranks; None where
             they may, or no gradient of keys or values is wanted.
         handle: by which the ops find the call.
@@ -37,6 +38,7 @@ class Call:
     fields: Mapping[str, str]
     wanted: tuple[bool, ...]
     spelling: tuple[list[float], str]
+    before: Call | None = None
     to_queries: Gathering | None = None
     to_keys: Gathering | None = None
     handle: int = dataclasses.field(init=False)
@@ -58,9 +60,18 @@ class Call:
         return dataclasses.replace(self.problem, params=named, seed=seed)
 
     @property
+    def key_passes(self) -> Moves:
+        """The exchanges of a pass over keys alone."""
+        return self.transport.buffers.views(self, _key_passes)
+
+    @property
     def passes(self) -> Passes:
         """The exchanges of both passes over the transport's buffers."""
         return self.transport.buffers.views(self, _passes)
+
+
+def _key_passes(call: Call) -> Moves:
+    return messages.gathering(call.plan, call.problem, call.transport.buffers)
 
 
 def _passes(call: Call) -> Passes:

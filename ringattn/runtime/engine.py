@@ -8,12 +8,15 @@ Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from ringattn.mechanisms.base import OutputGrad, State
+from ringattn.mechanisms.base import OutputGrad, Problem, State
+from ringattn.runtime import agreement
 from ringattn.runtime.call import Call
+from ringattn.runtime.messages import Moves
 
 
 def forward(
@@ -25,12 +28,34 @@ def forward(
     seed: int,
     number: int,
 ) -> tuple[torch.Tensor, State]:
-    """The output ``[B, Hq, Sq, Dv]`` and the mechanism's extras. ``number`` is the call's, for `agreement`."""
+    """The output ``[B, Hq, Sq, Dv]``, and the extras and what is kept. ``number`` is the call's, for `agreement`."""
     compare = call.compare(f"fwd {number}", seed)
     problem = call.problem_of(params, seed)
+    if call.before is not None:
+        problem = dataclasses.replace(problem, known=_known(call.before, problem, q, k))
+    finished = _finished(call, problem, call.passes.forward, q, k, v)
+    compare()
+    return finished
+
+
+def _known(before: Call, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> State:
+    """What passes over keys alone find of this rank's queries: as many as one of the ranks needs."""
+    mechanism, known, unsettled = before.problem.mechanism, State(), True
+    while unsettled:
+        asked = dataclasses.replace(before.problem, params=problem.params, seed=problem.seed, known=known)
+        _, known = _finished(before, asked, before.key_passes, q, k, k[..., :0])
+        done = agreement.exchanged(before.transport, bytes([mechanism.settled(known)]), "whether all rows are settled")
+        unsettled = not all(map(any, done))
+    return known
+
+
+def _finished(
+    call: Call, problem: Problem, passes: Moves, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, State]:
+    """What one pass over keys and values gives."""
     kernel, payload = call.kernel, call.plan.payload
     state: State | None = None
-    for step, move in call.passes.forward:
+    for step, move in passes:
         under_way = move.start(call.transport, payload, problem, (k, v))
         if step.tiles:
             state = (
@@ -39,7 +64,6 @@ def forward(
                 else payload.attend(problem, kernel, q, move.rows, step.tiles, state)
             )
         under_way.wait()
-    compare()
     return problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]) if state is None else state)
 
 
@@ -55,7 +79,7 @@ def backward(
     dout: torch.Tensor,
     grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The gradients of q, k, v and the params. ``saved`` is the output and the extras, ``number`` the forward's."""
+    """The gradients of q, k, v and the params. ``saved`` is all that `forward` gave, ``number`` the forward's."""
     compare = call.compare(f"bwd {number}", seed)
     problem = call.problem_of(params, seed)
     kernel, payload = call.kernel, call.plan.payload

@@ -92,14 +92,15 @@ class OutputSide:
     """How the output side of a backward pass travels beside the queries.
 
     Attributes:
-        fields: dtype and numbers of the gradient of the output, of the output, of each extra, and of the gradient of
-            each extra that has one.
-        extras: how many extras there are.
+        fields: dtype and numbers of the gradient of the output, of the output, of each extra and what is kept, and of
+            the gradient of each extra that has one.
+        extras, kept: how many of them there are.
         dtype: as which it travels.
     """
 
     fields: tuple[tuple[torch.dtype, int], ...]
     extras: int
+    kept: int
     dtype: torch.dtype
 
     @classmethod
@@ -108,10 +109,10 @@ class OutputSide:
         mechanism = problem.mechanism
         params = {name: torch.zeros_like(x, device=problem.device) for name, x in mechanism.params.items()}
         problem = dataclasses.replace(problem, params=params)  # which decide on dtypes
-        out, extras = mechanism.finish(problem, mechanism.empty(problem, 0))
-        row = out.dtype, problem.value_dim
-        fields = row, row, *((x.dtype, 1) for x in extras), *((x.dtype, 1) for x in extras if x.is_floating_point())
-        return cls(fields, len(extras), problem.dtype)
+        out, others = mechanism.finish(problem, mechanism.empty(problem, 0))
+        row, extras = (out.dtype, problem.value_dim), others[: len(mechanism.extras)]
+        fields = row, row, *((x.dtype, 1) for x in others), *((x.dtype, 1) for x in extras if x.is_floating_point())
+        return cls(fields, len(extras), len(others) - len(extras), problem.dtype)
 
     @property
     def size(self) -> int:
@@ -124,13 +125,13 @@ class OutputSide:
 
     def packed(self, output_grad: OutputGrad) -> torch.Tensor:
         """``[B, Hq, Sq, size]``."""
-        extras = output_grad.saved[1:]
+        out, *others = output_grad.saved
         grads = [
             x.new_zeros(x.shape) if grad is None else grad.to(x.dtype)
-            for x, grad in zip(extras, output_grad.grad_extras, strict=True)
+            for x, grad in zip(others[: self.extras], output_grad.grad_extras, strict=True)
             if x.is_floating_point()
         ]
-        columns = (output_grad.dout, output_grad.saved[0], *(x.unsqueeze(-1) for x in (*extras, *grads)))
+        columns = (output_grad.dout, out, *(x.unsqueeze(-1) for x in (*others, *grads)))
         return torch.cat([x.contiguous().view(self.dtype) for x in columns], dim=-1)
 
     def unpacked(self, rows: torch.Tensor) -> OutputGrad:
@@ -138,7 +139,7 @@ class OutputSide:
         parts = rows.split(self._sizes, dim=-1)
         columns = [x.contiguous().view(dtype) for x, (dtype, _) in zip(parts, self.fields, strict=True)]
         dout, out, *numbers = columns
-        saved, grads = numbers[: self.extras], iter(numbers[self.extras :])
-        extras = tuple(x.squeeze(-1) for x in saved)
-        grad_extras = tuple(next(grads).squeeze(-1) if x.is_floating_point() else None for x in extras)
-        return OutputGrad((out, *extras), dout, grad_extras)
+        known = self.extras + self.kept
+        others, grads = [x.squeeze(-1) for x in numbers[:known]], iter(numbers[known:])
+        grad_extras = tuple(next(grads).squeeze(-1) if x.is_floating_point() else None for x in others[: self.extras])
+        return OutputGrad((out, *others), dout, grad_extras)

@@ -52,6 +52,10 @@ class Move:
         return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
 
 
+Moves = tuple[tuple[Step, Move], ...]
+"""The steps of one pass, each with its exchange."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Passes:
     """The exchanges of a call, one for each step of the plan.
@@ -60,8 +64,8 @@ class Passes:
         forward, backward: of both passes. Where no gradient of keys or values is wanted, none travels.
     """
 
-    forward: tuple[tuple[Step, Move], ...]
-    backward: tuple[tuple[Step, Move], ...]
+    forward: Moves
+    backward: Moves
 
 
 def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
@@ -76,7 +80,7 @@ def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     )
 
 
-def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> tuple[tuple[Step, Move], ...]:
+def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
     """The exchanges of a plan's forward pass alone, which brings rows."""
     rooms = _Rooms(plan, problem, buffers, gradients=False)
     return tuple((step, rooms.move(step)) for step in plan.steps)

@@ -68,12 +68,10 @@ def ticket_of(call: Call, seed: int) -> torch.Tensor:
     return torch.from_numpy(owner)
 
 
-def prepared(
-    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
-) -> tuple[Call, torch.Tensor, Tensors]:
+def prepared(request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Call, torch.Tensor, Tensors]:
     """The call, the ticket of one run, and the params. A rank that refuses tells the others, which wait for it."""
     try:
-        request.check_kinds(q, k, v, return_lse)
+        request.check_kinds(q, k, v)
         refuse_transforms("ringattn.attention", q, k, v)
         params = list(request.mechanism.params.values())
         call = request.call((q, k, v, *params), wanted_gradients(q, k, v, *params))
@@ -146,7 +144,7 @@ def _attention_fake(
     _wanted: Flags,
 ) -> tuple[torch.Tensor, Tensors]:
     asked = unspelled(mechanism, numbers, params)
-    problem = problem_of(asked, q, k, v, params=asked.params)
+    problem = problem_of(asked, q, k, v, params=asked.params).unprepared(q.shape[2])
     out, aux = asked.finish(problem, asked.empty(problem, q.shape[2]))
     return out, list(aux)
 
@@ -165,11 +163,12 @@ def _attention_backward(
     handle, number, seed = ticket.tolist()
     dout = torch.zeros_like(saved[0]) if dout is None else dout
     call = found(handle, "plan")
+    mechanism = call.problem.mechanism
     with _running(call.transport, f"attention backward {number}", q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         _observe(call.transport, output_gradient=dout)
         dq, dk, dv, dparams = _engine(call).backward(
-            call, q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux)
+            call, q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux[: len(mechanism.extras)])
         )
         _observe(call.transport, q_gradient=dq, k_gradient=dk, v_gradient=dv)
     return list(itertools.compress((dq, dk, dv, *dparams), wanted))
@@ -212,7 +211,8 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *params, *map(torch._lazy_clone, (out, *aux)))
         ctx.call, ctx.ticket, ctx.params = call, ticket, len(params)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in aux if not x.is_floating_point()))
+        extras = len(call.problem.mechanism.extras)
+        ctx.mark_non_differentiable(*(x for x in aux[:extras] if not x.is_floating_point()), *aux[extras:])
         return out, *aux
 
     @staticmethod

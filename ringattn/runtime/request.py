@@ -28,6 +28,7 @@ from ringattn.runtime.gathering import Gathering, OutputSide, to_keys, to_querie
 from ringattn.runtime.spelling import spelled
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
+from ringattn.transports.base import Transport
 
 _SHAPE = operator.attrgetter("shape", "dtype", "device")
 
@@ -39,6 +40,7 @@ class Request:
     Attributes:
         kv_sharding: None where the keys are sharded as the queries are.
         deterministic: whether the bits must not depend on the ranks.
+        return_lse, extras: which results are returned beside the output.
     """
 
     mask: Mask
@@ -48,13 +50,20 @@ class Request:
     schedule: Schedule | str
     kernel: Kernel | str
     deterministic: bool = False
+    return_lse: bool = False
+    extras: Sequence[str] = ()
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The mechanism's extras that are returned."""
+        return (*(("lse",) if self.return_lse else ()), *self.extras)
 
     @property
     def kv(self) -> Sharding:
         """Who holds the keys."""
         return self.sharding if self.kv_sharding is None else self.kv_sharding
 
-    def check_kinds(self, q: object, k: object, v: object, return_lse: object = False) -> None:
+    def check_kinds(self, q: object, k: object, v: object) -> None:
         """Raises InputError where an argument is not even of the kind that is needed."""
         fine = (
             isinstance(self.mask, Mask)
@@ -68,10 +77,10 @@ class Request:
             and _is_dense(k)
             and _is_dense(v)
         )
-        if not fine or return_lse is not False:
-            self._check_each({"q": q, "k": k, "v": v}, return_lse)
+        if not fine or self.return_lse is not False or self.extras != ():
+            self._check_each({"q": q, "k": k, "v": v})
 
-    def _check_each(self, tensors: Mapping[str, object], return_lse: object) -> None:
+    def _check_each(self, tensors: Mapping[str, object]) -> None:
         if not isinstance(self.sharding, Sharding):
             raise InputError(f"attention needs a ringattn.Sharding; got {shown(self.sharding)}.")
         for name, x in tensors.items():
@@ -92,10 +101,14 @@ class Request:
         if not isinstance(self.kernel, (str, Kernel)):
             raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
         flag(self.deterministic, "deterministic")
-        if not isinstance(return_lse, bool):
-            raise InputError(f"return_lse is True or False; got {shown(return_lse)}.")
-        if return_lse and "lse" not in self.mechanism.extras:
-            raise UnsupportedError(f"{self.mechanism} has no log-sum-exp to return; leave return_lse out.")
+        flag(self.return_lse, "return_lse")
+        given: object = self.extras
+        if not isinstance(given, (tuple, list)) or not all(isinstance(x, str) for x in given):
+            raise InputError(f"extras are a tuple of names, such as ('lse',); got {shown(given)}.")
+        for name in self.results:
+            if name not in self.mechanism.extras:
+                has = ", ".join(self.mechanism.extras) or "none"
+                raise UnsupportedError(f"{self.mechanism} has no extra {name!r} to return; it has {has}.")
 
     def call(self, tensors: Sequence[torch.Tensor], wanted: tuple[bool, ...]) -> Call:
         """The call, planned, verified and kept by the sharding until 64 others have been used since.
@@ -133,6 +146,9 @@ class Request:
         problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
         decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
         said = f"{planned.explain()}\n  layout: {self.sharding.reason}"
+        if problem.mechanism.preparation is not None:
+            bytes_ = planned.over_keys.traffic().received_bytes
+            said += f"\n  before it, passes over keys alone, as many as a rank needs: {bytes_} bytes received in each"
         if self.deterministic:
             return "\n".join([said, *(x.explain() for x in self._gatherings(problem, planned) if x is not None)])
         work = Work.from_plan(planned)
@@ -149,10 +165,19 @@ class Request:
         problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
         if self.deterministic:
             gatherings = self._gatherings(problem, own)
-            return Call(own, problem, Reference(), transport, fields, wanted, self._spelling(), *gatherings)
+            return Call(own, problem, Reference(), transport, fields, wanted, self._spelling(), None, *gatherings)
         decide = functools.partial(agreement.decide, transport, fields)
+        before = self._before(problem, own, transport, fields)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
-        return Call(own, problem, kernel, transport, fields, wanted, self._spelling())
+        return Call(own, problem, kernel, transport, fields, wanted, self._spelling(), before)
+
+    def _before(self, problem: Problem, plan: Plan, transport: Transport, fields: Mapping[str, str]) -> Call | None:
+        """The passes over keys alone, where the mechanism has any: by the same plan."""
+        mechanism = problem.mechanism.preparation
+        if mechanism is None:
+            return None
+        asked = problem.over_keys(mechanism)
+        return Call(plan.over_keys, asked, Reference(), transport, fields, (False,) * 3, ([], ""))
 
     @property
     def _rates(self) -> Measure:

@@ -70,7 +70,7 @@ def one_rank(length: int, rounds: int) -> tuple[dict[str, Parts], Parts, Parts]:
         return lambda: torch.autograd.grad(fn(*learned).sum(), learned)
 
     request = Request(_mask, sharding, None, ringattn.Softmax(), "auto", "sdpa")
-    call, ticket, params = op.prepared(request, *learned, False)
+    call, ticket, params = op.prepared(request, *learned)
     (step,) = call.plan.steps
     with torch.no_grad():
         out, aux = torch.ops.ringattn.attention.default(*learned, params, ticket, *call.spelling, call.wanted)
@@ -90,7 +90,7 @@ def one_rank(length: int, rounds: int) -> tuple[dict[str, Parts], Parts, Parts]:
     with torch.no_grad():
         parts = microseconds(
             {
-                "prepared": lambda: op.prepared(request, *plain, False),
+                "prepared": lambda: op.prepared(request, *plain),
                 "op": lambda: torch.ops.ringattn.attention.default(*plain, params, ticket, *call.spelling, call.wanted),
                 "engine": lambda: engine.forward(call, *plain, params, 0, 0),
                 "kernel": lambda: call.kernel.forward(problem, *plain, step.tiles, None),
@@ -130,7 +130,7 @@ def ring(ranks: int, rounds: int) -> Parts:
         sharding = ringattn.Sharding(ranks * 16, mesh, "zigzag")
         q, k, v = inputs(sharding.count, 2, 16, False)
         request = Request(_mask, sharding, None, ringattn.Softmax(), "ring", "sdpa")
-        call, *_ = op.prepared(request, q, k, v, False)
+        call, *_ = op.prepared(request, q, k, v)
         steps = len(call.plan.steps)
         agreed = {**call.fields, "call": "overhead"}
         times = microseconds(

@@ -1,0 +1,157 @@
+"""Scores of pairs, and their gradients: what softmax, entmax and sampling have in common.
+
+    S = cap tanh(scale Q K^T / cap) - alibi_h |i - j| + relative_h[i - j] + bias_h[i, j]
+
+(soft cap: Gemma 2, arXiv 2408.00118, section 2; ALiBi: arXiv 2108.12409, section 3, mirrored for keys that follow).
+Position terms may be a hundred times larger than what they decide, where a mask allows distant keys only: float32 would
+round them in the fifth digit of a weight. Scores that have any are float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ringattn.checking import shown
+from ringattn.errors import InputError
+from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, finite
+
+TABLES = ("alibi", "relative", "bias")
+"""Tensors that add to the scores."""
+
+WORDS: Mapping[str, str] = {
+    "softcap": "soft cap",
+    "alibi": "ALiBi",
+    "relative": "relative position bias",
+    "bias": "additive bias",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored(Mechanism):
+    """A mechanism of scores. Its `tensors` may be any of `TABLES`, and others of its own.
+
+    Attributes:
+        scale: of the scores; None for 1 / sqrt(D).
+        softcap: the scores' limit, above 0; None for none.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in ("scale", "softcap"):
+            value = getattr(self, field)
+            if value is not None:  # one text for one number, whatever its type: ranks compare it
+                object.__setattr__(self, field, finite(value, f"{name}'s {field}"))
+        if self.softcap is not None and self.softcap <= 0:
+            raise InputError(f"{name}'s softcap must be above 0, or None for none; got {shown(self.softcap)}.")
+        for field in self.tensors:
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+                raise InputError(f"{name}'s {field} must be a tensor of floating point numbers; got {shown(value)}.")
+
+    def check(self, problem: Problem, queries: int, keys: int) -> None:
+        heads, params = problem.heads, self.params
+        # the middle entry of a relative table is that of distance 0: an odd number of them
+        relative = params.get("relative")
+        distances = 0 if relative is None or relative.dim() != 2 else relative.shape[1] | 1
+        shapes = {
+            "alibi": ((heads,), f"[{heads}], one for each query head"),
+            "relative": ((heads, distances), f"[{heads}, 2 R + 1], query heads and an odd number of distances"),
+            "bias": (
+                (heads, queries, keys),
+                f"[{heads}, {queries}, {keys}]: query heads, this rank's queries (sharding.split(bias, 1)), all keys",
+            ),
+        }
+        for name, x in params.items():
+            shape, words = shapes.get(name, (tuple(x.shape), ""))
+            if tuple(x.shape) != shape:
+                raise InputError(f"{name} must have shape {words}; got {list(x.shape)}.")
+            if x.device != problem.device:
+                raise InputError(f"{name} must be where q, k and v are, on {problem.device}; got {x.device}.")
+
+    def scale_for(self, problem: Problem) -> float:
+        """The factor of the scores."""
+        return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
+
+    def scores(
+        self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[B, Hkv, Hq / Hkv, M, N]``, -inf where a pair is not allowed, and the soft cap's derivative there."""
+        grouped = q.unflatten(1, (problem.kv_heads, -1)) * self.scale_for(problem)
+        scores, slope = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)), None
+        if self.softcap is not None:
+            capped = torch.tanh(scores / self.softcap)
+            scores, slope = self.softcap * capped, 1 - capped * capped
+        for name, table in problem.params.items():
+            if name in TABLES:
+                added = _added(name, table.double() if name != "bias" else table, block)
+                scores = scores + added.unflatten(0, (problem.kv_heads, -1)).double()
+        return (scores if block.allowed is None else scores.masked_fill(~block.allowed, -math.inf)), slope
+
+    def wanted_tables(self, problem: Problem, dparams: Params) -> dict[str, torch.Tensor]:
+        """The accumulators of those tables whose gradients somebody asked for."""
+        return {name: total for name, total in dparams.items() if name in TABLES and problem.wants(name)}
+
+    def score_grads(
+        self,
+        problem: Problem,
+        block: Block,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        slope: torch.Tensor | None,
+        dscores: torch.Tensor,
+        tables: Params,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of queries and keys, where they are wanted; those of the tables are added to ``tables``.
+
+        Args:
+            slope: as `scores` gave it.
+            dscores: of the scores, 0 where a pair is not allowed; it is written over.
+        """
+        _add_table_grads(block, dscores, tables)
+        if slope is not None:
+            dscores *= slope
+        scale, dq, dk = self.scale_for(problem), None, None
+        if problem.wants("q"):
+            dq = (dscores @ k.unsqueeze(2)).flatten(1, 2) * scale
+        if problem.wants("k"):
+            dk = (dscores.transpose(-1, -2) @ q.unflatten(1, (problem.kv_heads, -1))).sum(dim=2) * scale
+        return dq, dk
+
+
+def _added(name: str, table: torch.Tensor, block: Block) -> torch.Tensor:
+    """What a table adds to the scores of a block, ``[Hq, M, N]``."""
+    if name == "alibi":
+        return -table[:, None, None] * _distances(block, table.device).abs()
+    if name == "relative":
+        return table[:, _entries(block, table)]
+    return table[:, block.queries, block.k_at]
+
+
+def _add_table_grads(block: Block, dscores: torch.Tensor, tables: Params) -> None:
+    """Adds the gradients of the tables, which are those of the scores, summed over what shares an entry."""
+    for name, total in tables.items():
+        each = dscores.sum(dim=0).flatten(0, 1)
+        if name == "alibi":
+            total -= (each * _distances(block, total.device).abs()).sum(dim=(1, 2))
+        elif name == "relative":
+            total.index_add_(1, _entries(block, total).flatten(), each.flatten(1))
+        else:
+            total[:, block.queries, block.k_at] += each
+
+
+def _distances(block: Block, device: torch.device) -> torch.Tensor:
+    """``i - j`` of global positions, ``[M, N]``."""
+    return block.q_positions(device)[:, None] - block.k_positions(device)
+
+
+def _entries(block: Block, table: torch.Tensor) -> torch.Tensor:
+    """The entry of a relative table for each pair, ``[M, N]``."""
+    reach = table.shape[1] // 2
+    return _distances(block, table.device).clamp(-reach, reach) + reach
