@@ -1,6 +1,8 @@
 """ringattn: exact attention over sequences too long for one device. See README.md."""
 
 from ringattn import conformance, reference
+from ringattn.collectives.neighbours import halo
+from ringattn.collectives.reduction import reduce
 from ringattn.errors import (
     AgreementError,
     CheckpointError,
@@ -77,10 +79,12 @@ __all__ = [
     "balance",
     "conformance",
     "explain",
+    "halo",
     "init",
     "lower_bound",
     "plan",
     "plan_all",
+    "reduce",
     "reference",
     "safe_globals",
     "simulate",

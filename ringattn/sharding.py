@@ -126,7 +126,7 @@ class Sharding(Handled):
         Raises:
             InputError: the tensor does not have ``length`` entries there.
         """
-        self._check_dim(x, dim, self.length, "split takes the full tensor")
+        self.check_dim(x, dim, self.length, "split takes the full tensor")
         return x.index_select(dim, self.positions.to(x.device))
 
     def join(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -142,14 +142,15 @@ class Sharding(Handled):
         transport = self.mesh.connected()
         number = transport.next_call()
         try:
-            self._check_dim(x, dim, self.count, f"join takes the part of rank {self.mesh.sequence_rank}")
+            self.check_dim(x, dim, self.count, f"join takes the part of rank {self.mesh.sequence_rank}")
             refuse_transforms("Sharding.join", x)
         except Exception as error:
             agreement.refuse(transport, error)
             raise
         return _Join.apply(x.movedim(dim, 0), self, number).movedim(0, dim)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
+    def check_dim(self, x: torch.Tensor, dim: int, needed: int, what: str) -> None:
+        """Raises InputError where a tensor has not so many entries there. ``what`` is who needs them of which part."""
         if not isinstance(x, torch.Tensor):
             raise InputError(f"{what}: a tensor; got {shown(x)}.")
         if isinstance(dim, bool) or not isinstance(dim, int):

@@ -49,6 +49,7 @@ MAY: dict[str, str] = {
     "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
+    "plans.tree": "errors plans.cost",
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
     "plans.links": "bands plans.assembly",
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
@@ -78,7 +79,7 @@ MAY: dict[str, str] = {
     "profile": "errors kernels.store plans.links transports.base",
     "mesh": "plans.links profile checking errors groups transports.base transports.local transports.torch_distributed",
     "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
-    "runtime.agreement": "errors readable runtime.transforms transports.base",
+    "runtime.agreement": "checking errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
     "runtime.call": "handles kernels.base mechanisms.base plans.plan transports.base runtime.agreement "
@@ -90,6 +91,12 @@ MAY: dict[str, str] = {
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
     "kernels.reference schedules.base transports.base",
+    "runtime.folding": "mechanisms.base plans.tree transports.base",
+    "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
+    "transports.base",
+    "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "
+    "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
+    "schedules.route sharding transports.base",
     "runtime.engine": "mechanisms.base runtime.agreement runtime.call runtime.messages",
     "runtime.op": "errors handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
     "runtime.transforms transports.base",

@@ -129,7 +129,7 @@ class Grid:
         """
         positions, keys = layouts.positions(plan.q_spans, plan.rank), Keys(plan.k_spans)
         own = Blocks.holding(positions)
-        used = {phase: _used(plan, phase, keys) for phase in plan.tiles}
+        used = {phase: used_rows(plan, phase, keys) for phase in plan.tiles}
         other = Blocks.holding(np.concatenate([np.empty(0, np.int64), *(at for _, at in used.values())]))
         demand = Demand(plan.mask, plan.regions, plan.partial, plan.q_spans, plan.k_spans, plan.size)
         table = demand.cut(
@@ -152,7 +152,7 @@ class Grid:
         return own, torch.from_numpy(self.row[own])
 
 
-def _used(plan: Plan, phase: int, keys: Keys) -> tuple[Array, Array]:
+def used_rows(plan: Plan, phase: int, keys: Keys) -> tuple[Array, Array]:
     """The rows of a phase's buffer that the plan's tiles use, and their positions."""
     rows = plan.tiles[phase].rows
     used = t.used_keys(np.concatenate([np.zeros((len(rows), 2), dtype=np.int64), rows], axis=1))

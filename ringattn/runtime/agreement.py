@@ -19,14 +19,15 @@ import hashlib
 import itertools
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 
-from ringattn.errors import AgreementError, TransportError
-from ringattn.readable import differing, shortened
-from ringattn.runtime.transforms import outside_transforms
+from ringattn.checking import shown
+from ringattn.errors import AgreementError, InputError, TransportError
+from ringattn.readable import differing, dtype_name, shortened
+from ringattn.runtime.transforms import outside_transforms, refuse_transforms
 from ringattn.transports.base import Transport
 
 T = TypeVar("T")
@@ -64,6 +65,27 @@ def begin(transport: Transport, fields: Mapping[str, str]) -> Callable[[], None]
 
 def nothing() -> None:
     """What is left to compare where all has been."""
+
+
+def about(transport: Transport, call: str, x: torch.Tensor, **fields: str) -> Callable[[], None]:
+    """`begin` for a call with one tensor, which is alike on all ranks but for its content."""
+    if not transport.agrees:
+        return nothing
+    return begin(transport, {"call": call, "shapes": str(list(x.shape)), "dtype": dtype_name(x.dtype), **fields})
+
+
+@contextlib.contextmanager
+def telling(transport: Transport, what: str, *tensors: torch.Tensor) -> Iterator[None]:
+    """Arguments are checked within: the other ranks, which wait for this one, hear of what it raises."""
+    try:
+        for x in tensors:
+            if not isinstance(x, torch.Tensor):
+                raise InputError(f"{what} takes tensors; got {shown(x)}.")
+        refuse_transforms(what, *tensors)
+        yield
+    except Exception as error:
+        refuse(transport, error)
+        raise
 
 
 def check(transport: Transport, fields: Mapping[str, str], advice: str = ADVICE) -> None:

@@ -80,6 +80,16 @@ def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     )
 
 
+def there_and_back(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
+    """The exchanges of a plan by which rows are brought, and only their gradients go back, nothing being recomputed."""
+    rooms = _Rooms(plan, problem, buffers)
+    backward = (step for step in map(_gradients_alone, plan.backward_steps) if step.exchange or step.tiles)
+    return Passes(
+        tuple((step, rooms.move(step)) for step in plan.steps),
+        tuple((step, rooms.move(step)) for step in backward),
+    )
+
+
 def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
     """The exchanges of a plan's forward pass alone, which brings rows."""
     rooms = _Rooms(plan, problem, buffers, gradients=False)
@@ -87,8 +97,18 @@ def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
 
 
 def _without_gradients(step: Step) -> Step:
-    sends, receives = ([x for x in items if not x.gradient] for items in (step.exchange.sends, step.exchange.receives))
-    return Step(Exchange(step.exchange.phase, tuple(sends), tuple(receives)), step.phase, step.tiles)
+    return _some(step, gradients=False)
+
+
+def _gradients_alone(step: Step) -> Step:
+    return _some(step, gradients=True)
+
+
+def _some(step: Step, *, gradients: bool) -> Step:
+    """The step with the messages of one kind."""
+    sides = step.exchange.sends, step.exchange.receives
+    sends, receives = (tuple(x for x in items if x.gradient == gradients) for items in sides)
+    return Step(Exchange(step.exchange.phase, sends, receives), step.phase, step.tiles)
 
 
 class _Rooms:
