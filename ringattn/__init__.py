@@ -1,7 +1,9 @@
 """ringattn: exact attention over sequences too long for one device. See README.md."""
 
 from ringattn import conformance, reference
+from ringattn.collectives.chosen_rows import attention_rows
 from ringattn.collectives.neighbours import halo
+from ringattn.collectives.pooling import pool
 from ringattn.collectives.reduction import reduce
 from ringattn.errors import (
     AgreementError,
@@ -76,6 +78,7 @@ __all__ = [
     "Window",
     "Zigzag",
     "attention",
+    "attention_rows",
     "balance",
     "conformance",
     "explain",
@@ -84,6 +87,7 @@ __all__ = [
     "lower_bound",
     "plan",
     "plan_all",
+    "pool",
     "reduce",
     "reference",
     "safe_globals",

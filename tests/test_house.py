@@ -92,14 +92,23 @@ MAY: dict[str, str] = {
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
     "kernels.reference schedules.base transports.base",
     "runtime.folding": "mechanisms.base plans.tree transports.base",
+    "runtime.preparing": "mechanisms.base runtime.agreement transports.base",
+    "runtime.running": "errors transports.base",
+    "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.tiles runtime.agreement "
+    "runtime.folding runtime.preparing sharding transports.base",
+    "collectives.pooling": "checking errors kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
+    "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
+    "collectives.chosen_rows": "bands checking errors kernels.reference masks mechanisms.base mechanisms.softmax "
+    "readable runtime.agreement runtime.folding runtime.replicated runtime.request runtime.running sharding "
+    "transports.base",
     "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
     "transports.base",
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "
     "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
     "schedules.route sharding transports.base",
-    "runtime.engine": "mechanisms.base runtime.agreement runtime.call runtime.messages",
-    "runtime.op": "errors handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.spelling "
-    "runtime.transforms transports.base",
+    "runtime.engine": "mechanisms.base runtime.call runtime.messages runtime.preparing",
+    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.running "
+    "runtime.spelling runtime.transforms transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "

@@ -40,7 +40,7 @@ class Reference(Kernel):
     ) -> State:
         dtype, mechanism = problem.accumulator, problem.mechanism
         state = mechanism.empty(problem, q.shape[2]) if state is None else state
-        for keys, block in self._blocks(tiles, problem):
+        for keys, block in self.blocks(tiles, problem):
             at = block.queries
             inputs = q[:, :, at].to(dtype), k[:, :, keys].to(dtype), v[:, :, keys].to(dtype)
             mechanism.merge(tuple(x[:, :, at] for x in state), mechanism.tile(problem, block, *inputs))
@@ -58,7 +58,7 @@ class Reference(Kernel):
         dparams: Params,
     ) -> None:
         dtype = problem.accumulator
-        for keys, block in self._blocks(tiles, problem):
+        for keys, block in self.blocks(tiles, problem):
             at = block.queries
             parts = problem.mechanism.tile_grad(
                 problem,
@@ -73,7 +73,7 @@ class Reference(Kernel):
                 if part is not None:
                     total[:, :, rows] += part
 
-    def _blocks(self, tiles: Tiles, problem: Problem) -> Iterator[tuple[slice, Block]]:
+    def blocks(self, tiles: Tiles, problem: Problem) -> Iterator[tuple[slice, Block]]:
         """The sub-tiles: rows of keys, and the pairs."""
         for row in tiles.rows.tolist():
             for i in range(0, row[t.M], self.rows):

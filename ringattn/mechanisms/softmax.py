@@ -157,6 +157,11 @@ class Softmax(Scored):
             dq, dk = self.score_grads(problem, block, q, k, slope, dscores, tables)
         return dq, dk, dv
 
+    def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
+        scores, _ = self.scores(problem, block, q, k)
+        lse = _finite(saved[1]).unflatten(1, (problem.kv_heads, -1)).unsqueeze(-1)
+        return torch.exp(scores - lse).to(problem.accumulator)
+
     def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:
         if "sinks" in problem.params and problem.wants("sinks"):
             total, lse = dparams["sinks"], output_grad.saved[1]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ringattn.mechanisms.base import OutputGrad, Problem, State
-from ringattn.runtime import agreement
+from ringattn.runtime import preparing
 from ringattn.runtime.call import Call
 from ringattn.runtime.messages import Moves
 
@@ -40,13 +40,12 @@ def forward(
 
 def _known(before: Call, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> State:
     """What passes over keys alone find of this rank's queries: as many as one of the ranks needs."""
-    mechanism, known, unsettled = before.problem.mechanism, State(), True
-    while unsettled:
+
+    def one_pass(known: State) -> State:
         asked = dataclasses.replace(before.problem, params=problem.params, seed=problem.seed, known=known)
-        _, known = _finished(before, asked, before.key_passes, q, k, k[..., :0])
-        done = agreement.exchanged(before.transport, bytes([mechanism.settled(known)]), "whether all rows are settled")
-        unsettled = not all(map(any, done))
-    return known
+        return _finished(before, asked, before.key_passes, q, k, k[..., :0])[1]
+
+    return preparing.found(before.transport, before.problem.mechanism, one_pass)
 
 
 def _finished(

@@ -16,8 +16,6 @@ the cost of autograd that is registered with an op.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 from collections.abc import Sequence
 from types import ModuleType
@@ -26,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringattn.errors import AgreementError, TransportError
 from ringattn.handles import found
 from ringattn.runtime import deterministic as deterministic_engine
 from ringattn.runtime import engine
 from ringattn.runtime.call import Call
 from ringattn.runtime.request import Request, problem_of, wanted_gradients
+from ringattn.runtime.running import running
 from ringattn.runtime.spelling import unspelled
 from ringattn.runtime.transforms import Once, refuse_transforms
 from ringattn.transports.base import Transport
@@ -125,7 +123,7 @@ def _attention(
 ) -> tuple[torch.Tensor, Tensors]:
     handle, number, seed = ticket.tolist()
     call = found(handle, "plan")
-    with _running(call.transport, f"attention forward {number}", q.device.type):
+    with running(call.transport, f"attention forward {number}", q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
         _observe(call.transport, q=q, k=k, v=v)
         out, aux = _engine(call).forward(call, q, k, v, params, seed, number)
@@ -164,7 +162,7 @@ def _attention_backward(
     dout = torch.zeros_like(saved[0]) if dout is None else dout
     call = found(handle, "plan")
     mechanism = call.problem.mechanism
-    with _running(call.transport, f"attention backward {number}", q.device.type):
+    with running(call.transport, f"attention backward {number}", q.device.type):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         _observe(call.transport, output_gradient=dout)
         dq, dk, dv, dparams = _engine(call).backward(
@@ -258,30 +256,6 @@ def _gradients(
     return [next(found_ones) if there else None for there in wanted]
 
 
-def _running(transport: Transport, what: str, device: str) -> contextlib.ExitStack:
-    """One pass, whose exceptions the ranks that wait for this one hear of.
-
-    Without autograd, which is ours, and without autocast: what is computed in float32 is so on purpose.
-
-    And without the caller's default device: every tensor says where it is.
-    """
-    transport.doing = what
-    stack = contextlib.ExitStack()
-    stack.push(functools.partial(_abandon, transport))
-    if torch._C._len_torch_function_stack():
-        stack.enter_context(torch._C.DisableTorchFunction())
-    stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
-    if torch.is_autocast_enabled(device):
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
 def _observe(transport: Transport, **tensors: torch.Tensor) -> None:
     if transport.observer is not None:
         transport.observer(transport.doing, tensors)
-
-
-def _abandon(transport: Transport, _: Any, error: BaseException | None, __: Any) -> None:
-    """What all ranks have raised together, nobody needs to be told."""
-    if error is not None and not isinstance(error, (AgreementError, TransportError)):
-        transport.abandon(error)

@@ -102,13 +102,8 @@ class Request:
             raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
         flag(self.deterministic, "deterministic")
         flag(self.return_lse, "return_lse")
-        given: object = self.extras
-        if not isinstance(given, (tuple, list)) or not all(isinstance(x, str) for x in given):
-            raise InputError(f"extras are a tuple of names, such as ('lse',); got {shown(given)}.")
-        for name in self.results:
-            if name not in self.mechanism.extras:
-                has = ", ".join(self.mechanism.extras) or "none"
-                raise UnsupportedError(f"{self.mechanism} has no extra {name!r} to return; it has {has}.")
+        check_extras(self.mechanism, self.extras)
+        check_extras(self.mechanism, self.results)
 
     def call(self, tensors: Sequence[torch.Tensor], wanted: tuple[bool, ...]) -> Call:
         """The call, planned, verified and kept by the sharding until 64 others have been used since.
@@ -261,7 +256,7 @@ class Request:
     def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
         """The problem the tensors pose, or an error that shows the whole call."""
         call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        _check_tensors(q, k, v, call)
+        check_tensors(q, k, v, call)
         for x, owner, what in ((q, self.sharding, "queries"), (k, self.kv, "keys")):
             if x.shape[2] != owner.count:
                 raise InputError(
@@ -279,6 +274,16 @@ def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.
     return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device, **more)
 
 
+def check_extras(mechanism: Mechanism, extras: object) -> None:
+    """Raises an error where these are no names, or not of results that the mechanism has."""
+    if not isinstance(extras, (tuple, list)) or not all(isinstance(x, str) for x in extras):
+        raise InputError(f"extras are a tuple of names, such as ('lse',); got {shown(extras)}.")
+    for name in extras:
+        if name not in mechanism.extras:
+            has = ", ".join(mechanism.extras) or "none"
+            raise UnsupportedError(f"{mechanism} has no extra {name!r} to return; it has {has}.")
+
+
 def _is_dense(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested
 
@@ -289,7 +294,8 @@ def wanted_gradients(*inputs: torch.Tensor) -> tuple[bool, ...]:
     return tuple([enabled and x.requires_grad for x in inputs])
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) -> None:
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) -> None:
+    """Raises InputError where the tensors do not fit together. ``call`` shows them."""
     if not (q.dim() == k.dim() == v.dim() == 4):
         raise InputError(f"attention takes [batch, heads, tokens, dim]; got {call}.")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
