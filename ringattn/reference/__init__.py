@@ -11,6 +11,7 @@ g·Hq/Hkv to (g+1)·Hq/Hkv − 1), Sq queries, Sk keys, D size of a query and ke
 """
 
 from ringattn.reference.measure import Evaluation, Gradients, Magnitudes, error
+from ringattn.reference.ordered import monotonic
 from ringattn.reference.others import hard, linear
 from ringattn.reference.softmax import Scores, attention, evaluate, gradients, kept, magnitudes
 
@@ -27,4 +28,5 @@ __all__ = [
     "kept",
     "linear",
     "magnitudes",
+    "monotonic",
 ]

@@ -1,0 +1,111 @@
+"""The recurrence of monotonic alignment over one block, by antidiagonals.
+
+    r_ij = (1 - p_i,j-1) r_i,j-1 + a_i-1,j        a_ij = p_ij r_ij
+
+In the plane of rows and keys, r needs its left neighbour and the one above it: all pairs of an antidiagonal are
+independent, and a block of M rows and N keys takes M + N steps. Every factor and term is a probability: nothing is
+divided, nothing cancels, and what underflows is below 1e-308. It is float64 throughout: in float32 saturated energies
+cost five digits over some hundred keys.
+
+Gradients, with g_ij that of the weight a_ij:
+
+    da_ij = g_ij + dr_i+1,j        dr_ij = p_ij da_ij + (1 - p_ij) dr_i,j+1
+    de_ij = a_ij (1 - p_ij) (da_ij - dr_i,j+1)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Flow(NamedTuple):
+    """What flows into a block, or out of it; of gradients, in the other direction.
+
+    Attributes:
+        left: float64 ``[B, Hq, M]``, of each row, the probability that its search goes on at the block's first key.
+        above: float64 ``[B, Hq, N]``, of each key, the weight that the row before the block has given it.
+    """
+
+    left: torch.Tensor
+    above: torch.Tensor
+
+
+class Walk:
+    """A block's recurrence.
+
+    Its planes ``[M + N, B Hq, M]`` are skewed: at ``[s, :, i]`` is the pair of row i and key s - i. Beyond both ends of
+    its keys a row stops nowhere and goes on with certainty, so that what flows out of it arrives at the last step.
+
+    Attributes:
+        alignment: ``[B, Hq, M, N]``, the probability of each row to stop at each key.
+    """
+
+    def __init__(self, stops: torch.Tensor, goes_on: torch.Tensor, flow: Flow) -> None:
+        """Takes p and 1 - p, float64 ``[B, Hq, M, N]``, each with all its digits, and what flows in."""
+        self._shape, self._flow = stops.shape, flow
+        self.alignment = stops
+        if not stops.numel():
+            return
+        arrives = torch.zeros_like(stops)
+        arrives[:, :, 0] += flow.above
+        arrives[:, :, :, 0] += flow.left
+        self._stops, self._goes_on, self._reached = _skewed(stops, 0), _skewed(goes_on, 1), _skewed(arrives, 0)
+        reached, go = self._reached.unbind(0), self._goes_on.unbind(0)
+        upper, lower = self._reached[:, :, :-1].unbind(0), self._reached[:, :, 1:].unbind(0)
+        stop_upper = self._stops[:, :, :-1].unbind(0)
+        for s in range(1, len(reached)):
+            reached[s].addcmul_(go[s - 1], reached[s - 1])
+            lower[s].addcmul_(stop_upper[s - 1], upper[s - 1])
+        self.alignment = _level(self._stops * self._reached, stops.shape)
+
+    @property
+    def out(self) -> Flow:
+        """What flows out: right, and below."""
+        if not self.alignment.numel():
+            return self._flow
+        return Flow(self._reached[-1].reshape(self._shape[:3]), self.alignment[:, :, -1].contiguous())
+
+    def backward(self, dalignment: torch.Tensor, dflow: Flow) -> tuple[torch.Tensor, Flow]:
+        """The gradients of the energies ``[B, Hq, M, N]`` and of what has flown in, from those of what came of it."""
+        if not dalignment.numel():
+            return dalignment, dflow
+        dalignment = dalignment.clone()
+        dalignment[:, :, -1] += dflow.above
+        given = _skewed(dalignment, 0)
+        reached = self._stops * given
+        reached[-1] += dflow.left.flatten(0, 1)
+        steps, go = reached.unbind(0), self._goes_on.unbind(0)
+        upper, lower = reached[:, :, :-1].unbind(0), reached[:, :, 1:].unbind(0)
+        stop_upper = self._stops[:, :, :-1].unbind(0)
+        for s in range(len(steps) - 2, -1, -1):
+            steps[s].addcmul_(go[s], steps[s + 1])
+            upper[s].addcmul_(stop_upper[s], lower[s + 1])
+        # what a row gains by stopping at a key, over going on
+        given[:-1, :, :-1] += reached[1:, :, 1:]
+        given[:-1] -= reached[1:]
+        energies = _level(self._stops * self._goes_on * self._reached * given, self._shape)
+        into = _level(reached, self._shape)
+        return energies, Flow(into[:, :, :, 0].contiguous(), into[:, :, 0].contiguous())
+
+
+def _skewed(x: torch.Tensor, beyond: float) -> torch.Tensor:
+    """``[B, Hq, M, N]`` as a skewed plane, with this number beyond both ends of the keys."""
+    rows, keys = x.shape[2:]
+    wide = torch.nn.functional.pad(x.flatten(0, 1), (rows, rows), value=beyond)
+    return _diagonals(wide, keys).contiguous()
+
+
+def _level(plane: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A skewed plane as ``[B, Hq, M, N]``."""
+    rows, keys = shape[2:]
+    wide = plane.new_empty(plane.shape[1], rows, keys + 2 * rows)
+    _diagonals(wide, keys).copy_(plane)
+    return wide[:, :, rows : rows + keys].reshape(shape)
+
+
+def _diagonals(wide: torch.Tensor, keys: int) -> torch.Tensor:
+    """The view ``[M + N, B Hq, M]`` of a plane ``[B Hq, M, M + N + M]`` whose entry s of row i is column M + s - i."""
+    heads, rows, width = wide.shape
+    return wide.as_strided((rows + keys, heads, rows), (1, rows * width, width - 1), rows)
