@@ -52,9 +52,13 @@ MAY: dict[str, str] = {
     "plans.tree": "errors plans.cost",
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
     "plans.links": "bands plans.assembly",
+    "plans.wavefront": "checking errors plans.plan plans.shape plans.verification",
+    "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.plan plans.planning plans.shape "
+    "plans.wavefront schedules.wave sharding",
     "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
     "plans.links readable plans.plan plans.shape plans.tiles naming schedules",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
+    "schedules.wave": "checking",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
     "mechanisms.base": "checking errors",

@@ -75,7 +75,7 @@ def plan(
     _check_mechanism(mechanism)
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
-    shape = _shape(heads, head_dims, dtype, batch, mechanism)
+    shape = shape_of(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
 
 
@@ -105,7 +105,7 @@ def verified_plan(
         kept = plan(mask, sharding, schedule, kv_sharding, mechanism=mechanism)
         kept.verify()
         sharding.plans.keep(key, kept)
-    return dataclasses.replace(kept, shape=_shape(mechanism=mechanism, **shape))
+    return dataclasses.replace(kept, shape=shape_of(mechanism=mechanism, **shape))
 
 
 def plan_all(
@@ -139,7 +139,7 @@ def plan_all(
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
-    words, shape = _words(mask, sharding, kv_sharding), _shape(heads, head_dims, dtype, batch, mechanism)
+    words, shape = _words(mask, sharding, kv_sharding), shape_of(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
@@ -167,13 +167,14 @@ def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
     )
 
 
-def _shape(
+def shape_of(
     heads: tuple[int, int] | None = None,
     head_dims: tuple[int, int] | None = None,
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     mechanism: Mechanism | None = None,
 ) -> Shape | None:
+    """The shape of these sizes; None where none is given."""
     integer(batch, "batch", least=1)
     given = [value is not None for value in (heads, head_dims, dtype)]
     if not any(given):

@@ -78,7 +78,8 @@ def verify(plans: Sequence[Program]) -> None:
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
     ):
-        _verify_progress(name, exchanges, _match(name, plans, exchanges, keys))
+        phases = [[exchange.phase for exchange in own] for own in exchanges]
+        verify_progress(name, phases, _match(name, plans, exchanges, keys))
 
 
 # -- one rank -------------------------------------------------------------------------------------------------------
@@ -308,12 +309,11 @@ def _match(
     return meets
 
 
-def _verify_progress(
-    name: str, exchanges: Sequence[Sequence[Exchange]], meets: list[list[list[tuple[int, int]]]]
-) -> None:
-    """Runs the exchanges in order: one completes when every exchange it meets has been started.
+def verify_progress(name: str, exchanges: Sequence[Sequence[int]], meets: list[list[list[tuple[int, int]]]]) -> None:
+    """Checks that the exchanges of all ranks, named by their phases, come to an end.
 
-    An exchange starts when the one before it on its rank has completed. Whoever is left cannot ever go on.
+    Runs them in order: one completes when every exchange it meets has been started. An exchange starts when the one
+    before it on its rank has completed. Whoever is left cannot ever go on.
     """
     at = [0] * len(exchanges)
     ready = list(range(len(exchanges)))
@@ -329,5 +329,5 @@ def _verify_progress(
         lines = []
         for rank in stuck:
             waits = sorted({peer for peer, j in meets[rank][at[rank]] if at[peer] < j})
-            lines.append(f"rank {rank} in the exchange of phase {exchanges[rank][at[rank]].phase} for rank {waits}")
+            lines.append(f"rank {rank} in the exchange of phase {exchanges[rank][at[rank]]} for rank {waits}")
         raise PlanError(f"{name}: the plans deadlock; in a circle wait " + ", ".join(lines) + ".")
