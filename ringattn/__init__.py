@@ -2,6 +2,7 @@
 
 from ringattn import conformance, reference
 from ringattn.collectives.chosen_rows import attention_rows
+from ringattn.collectives.cumulative import cumsum
 from ringattn.collectives.neighbours import halo
 from ringattn.collectives.pooling import pool
 from ringattn.collectives.reduction import reduce
@@ -81,6 +82,7 @@ __all__ = [
     "attention_rows",
     "balance",
     "conformance",
+    "cumsum",
     "explain",
     "halo",
     "init",

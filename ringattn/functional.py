@@ -8,15 +8,18 @@ from typing import Literal, overload
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.masks import Mask
+from ringattn.masks import Causal, Mask
 from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.mechanisms.total import Total
 from ringattn.runtime import op
 from ringattn.runtime.request import Request, wanted_gradients
 from ringattn.runtime.spelling import spelled
 from ringattn.runtime.transforms import refuse_export
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
+
+_UP_TO = Causal()  # which compiled code cannot make
 
 
 @overload
@@ -128,6 +131,12 @@ def attention(
     accumulator = torch.promote_types(q.dtype, torch.float32)
     found = (aux[mechanism.extras.index(name)] for name in request.results)
     return out, *(x.to(accumulator) if x.is_floating_point() else x for x in found)
+
+
+def running_sum(x: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+    """The sums ``[B, H, S_local, D]`` of x up to and at each position: attention that asks nothing of its keys."""
+    nothing = x.new_zeros(()).expand(*x.shape[:3], 1)
+    return attention(nothing, nothing, x, _UP_TO, sharding=sharding, mechanism=Total())
 
 
 def _eager(

@@ -117,8 +117,9 @@ MAY: dict[str, str] = {
     "runtime.spelling runtime.transforms transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
-    "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax runtime.op runtime.request "
-    "runtime.spelling runtime.transforms schedules.base",
+    "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax mechanisms.total runtime.op "
+    "runtime.request runtime.spelling runtime.transforms schedules.base",
+    "collectives.cumulative": "checking errors functional runtime.agreement sharding",
     "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
     "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
     "schedules",
