@@ -60,7 +60,7 @@ def test_any_ranks_layout_and_schedule_give_the_bits_of_one_rank(case: Case) -> 
 def test_any_call_gives_the_bits_of_one_rank_and_is_right(random: Random) -> None:
     case = draw(random, served_by=("auto", "ring", "route"))
     case = dataclasses.replace(
-        case, deterministic=True, features=case.features - {"bias"}, layout="contiguous", ranks=1
+        case, deterministic=True, features=case.features - {"bias", "centres"}, layout="contiguous", ranks=1
     )
     if random.random() < 0.3:
         keys = random.randint(0, 300)

@@ -162,6 +162,11 @@ def test_large_tables_are_read_in_bounded_parts() -> None:
             {"bias": torch.ones(4, 12, 12)},
             r"bias must have shape \[4, 6, 12\]: .*split\(bias, 1\).*; got \[4, 12, 12\]",
         ),
+        ({"additive": torch.ones(4)}, r"additive must have shape \[4, 8\], query heads and dims; got \[4\]"),
+        ({"width": 3.0}, "centres and width belong together"),
+        ({"centres": torch.ones(1, 4, 6)}, "centres and width belong together"),
+        ({"centres": torch.ones(1, 4, 6), "width": 0}, "width is a number of tokens above 0"),
+        ({"centres": torch.ones(1, 4, 12), "width": 2}, r"centres must have shape \[1, 4, 6\]: .*split\(centres, 2\)"),
     ],
 )
 def test_bad_features_say_what_is_needed(given: dict[str, Any], words: str) -> None:
@@ -181,6 +186,8 @@ def test_bad_features_say_what_is_needed(given: dict[str, Any], words: str) -> N
         ("onednn", ringattn.Softmax(relative=torch.ones(2, 3)), "onednn has no relative position bias"),
         ("sdpa", ringattn.Softmax(bias=torch.ones(2, 6, 6)), "sdpa has no additive bias"),
         ("onednn", ringattn.Softmax(bias=torch.ones(2, 6, 6)), "onednn has no additive bias"),
+        ("sdpa", ringattn.Softmax(additive=torch.ones(2, 8)), "sdpa has no additive scores"),
+        ("onednn", ringattn.Softmax(centres=torch.ones(1, 2, 6), width=2), "onednn has no predictive local attention"),
         ("sdpa", ringattn.Softmax(dropout=0.1), "sdpa has no dropout that can be replayed"),
         ("onednn", ringattn.Softmax(dropout=0.1), "onednn has no dropout that can be replayed"),
     ],
@@ -195,6 +202,26 @@ def test_kernels_refuse_by_name_and_auto_says_so(kernel: str, mechanism: ringatt
         assert words in fell
     else:
         assert f"kernel onednn: auto fell to it: {words}" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_additive_scores_far_from_zero(dtype: torch.dtype) -> None:
+    """Where one exponential is infinite and the other 0, their sum in the tangent is an ordinary number."""
+    q, k, v, weights = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((9, 4), (7, 4), (7, 4), (4,))
+    )
+    q[:5] += torch.tensor([400.0, 29.0, -60.0, 0.0])
+    k[:4] -= torch.tensor([399.0, 31.0, -45.0, 90.0])
+    tensors = [x.to(dtype)[None, None].requires_grad_() for x in (q, k, v)] + [weights.to(dtype)[None].requires_grad_()]
+    q, k, v, weights = tensors
+    sharding, keys = ringattn.Sharding(9, ringattn.init()), ringattn.Sharding(7, ringattn.init())
+    mechanism = ringattn.Softmax(additive=weights)
+    out = ringattn.attention(q, k, v, ringattn.Full(), sharding=sharding, kv_sharding=keys, mechanism=mechanism)
+    found = [out, *torch.autograd.grad(out.sum(), tensors)]
+    q, k, v, weights = (x.double() for x in tensors)
+    exact = ((weights * torch.tanh(q.unsqueeze(3) + k.unsqueeze(2))).sum(dim=-1)).softmax(dim=-1) @ v
+    for x, y in zip(found, [exact, *torch.autograd.grad(exact.sum(), tensors)], strict=True):
+        assert (x - y).norm() <= 20 * torch.finfo(dtype).eps * (1 + y.norm())
 
 
 def test_sinks_run_in_the_fast_kernels() -> None:

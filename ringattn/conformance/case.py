@@ -19,7 +19,7 @@ from ringattn.mechanisms import MEMBERS, Mechanism, Softmax
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
-FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout")
+FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout", "additive", "centres")
 """What may change the scores of softmax, and a case can draw."""
 MOST = 1 << 32  # numbers of all inputs: 16 GB of them
 SIZES = ("ranks", "batch", "kv_heads", "groups", "dim", "value_dim")
@@ -122,12 +122,15 @@ class Case:
             "sinks": torch.randn(self.heads, generator=g),
             "alibi": torch.rand(self.heads, generator=g),
             "relative": torch.randn(self.heads, 9, generator=g),
+            "additive": torch.randn(self.heads, self.dim, generator=g),
+            "centres": torch.rand(self.batch, self.heads, self.length, generator=g) * self.keys,
         }
         if "bias" in self.features:
             drawn["bias"] = torch.randn(self.heads, self.length, self.keys, generator=g)
         drawn = {name: x.to(self.dtype) for name, x in drawn.items()}
         drawn |= {"softcap": 1.5, "dropout": 0.3, "seed": self.seed}
-        return {name: x for name, x in drawn.items() if name in self.features or name == "seed"}
+        drawn = {name: x for name, x in drawn.items() if name in self.features or name == "seed"}
+        return drawn | {"width": 7.3} if "centres" in drawn else drawn
 
     def allowed(self) -> torch.Tensor:
         """The mask, dense: bool ``[length, keys]``."""

@@ -52,7 +52,7 @@ def attend(
     q, k, v, dout, dlse = (sharding.split(x, 2).clone().to(device) for sharding, x in pieces)
     mechanism = case.attends
     params = {
-        name: (own.split(x, 1) if name in mechanism.sharded else x).detach().clone().to(device)
+        name: (own.split(x, mechanism.sharded[name]) if name in mechanism.sharded else x).detach().clone().to(device)
         for name, x in mechanism.params.items()
     }
     leaves = {"q": q, "k": k, "v": v, **({} if case.deterministic else params)}
@@ -91,7 +91,7 @@ def joined(case: Case, parts: Sequence[Part]) -> Results:
         if name[1:] in mechanism.params and name[1:] not in mechanism.sharded:
             whole[name] = torch.stack([x.double() for x in every]).sum(dim=0)
         else:
-            dim = 1 if name[1:] in mechanism.sharded else 2
+            dim = mechanism.sharded.get(name[1:], 2)
             whole[name] = torch.cat(every, dim=dim).index_select(dim, orders[name in ("dk", "dv")])
     return whole
 

@@ -2,9 +2,10 @@
 
     S = cap tanh(scale Q K^T / cap) - alibi_h |i - j| + relative_h[i - j] + bias_h[i, j]
 
-(soft cap: Gemma 2, arXiv 2408.00118, section 2; ALiBi: arXiv 2108.12409, section 3, mirrored for keys that follow).
-Position terms may be a hundred times larger than what they decide, where a mask allows distant keys only: float32 would
-round them in the fifth digit of a weight. Scores that have any are float64.
+where additive scores, ``sum_d additive_hd tanh(q_id + k_jd)``, may stand for Q K^T (soft cap: Gemma 2, arXiv
+2408.00118, section 2; ALiBi: arXiv 2108.12409, section 3, mirrored for keys that follow). Position terms may be a
+hundred times larger than what they decide, where a mask allows distant keys only: float32 would round them in the
+fifth digit of a weight. Scores that have any are float64.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ import torch
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
+from ringattn.mechanisms import additive
 from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, finite
 
 TABLES = ("alibi", "relative", "bias")
 """Tensors that add to the scores."""
+
+LEARNED = (*TABLES, "additive")
+"""All tensors that scores are made with."""
 
 WORDS: Mapping[str, str] = {
     "softcap": "soft cap",
     "alibi": "ALiBi",
     "relative": "relative position bias",
     "bias": "additive bias",
+    "additive": "additive scores",
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored(Mechanism):
-    """A mechanism of scores. Its `tensors` may be any of `TABLES`, and others of its own.
+    """A mechanism of scores. Its `tensors` may be any of `LEARNED`, and others of its own.
 
     Attributes:
-        scale: of the scores; None for 1 / sqrt(D).
+        scale: of the scores; None for 1 / sqrt(D), and for 1 of additive scores.
         softcap: the scores' limit, above 0; None for none.
     """
 
@@ -67,6 +73,7 @@ class Scored(Mechanism):
                 (heads, queries, keys),
                 f"[{heads}, {queries}, {keys}]: query heads, this rank's queries (sharding.split(bias, 1)), all keys",
             ),
+            "additive": ((heads, problem.dim), f"[{heads}, {problem.dim}], query heads and dims"),
         }
         for name, x in params.items():
             shape, words = shapes.get(name, (tuple(x.shape), ""))
@@ -77,14 +84,15 @@ class Scored(Mechanism):
 
     def scale_for(self, problem: Problem) -> float:
         """The factor of the scores."""
-        return 1 / math.sqrt(problem.dim) if self.scale is None else self.scale
+        if self.scale is not None:
+            return self.scale
+        return 1.0 if "additive" in self.params else 1 / math.sqrt(problem.dim)
 
     def scores(
         self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``[B, Hkv, Hq / Hkv, M, N]``, -inf where a pair is not allowed, and the soft cap's derivative there."""
-        grouped = q.unflatten(1, (problem.kv_heads, -1)) * self.scale_for(problem)
-        scores, slope = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)), None
+        scores, slope = self._products(problem, q.unflatten(1, (problem.kv_heads, -1)), k), None
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = self.softcap * capped, 1 - capped * capped
@@ -94,9 +102,16 @@ class Scored(Mechanism):
                 scores = scores + added.unflatten(0, (problem.kv_heads, -1)).double()
         return (scores if block.allowed is None else scores.masked_fill(~block.allowed, -math.inf)), slope
 
+    def _products(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The scores of queries ``[B, Hkv, G, M, D]`` before anything is added."""
+        scale = self.scale_for(problem)
+        if "additive" in problem.params:
+            return additive.scores(q, k, _additive(problem)) * scale
+        return torch.matmul(q * scale, k.unsqueeze(2).transpose(-1, -2))
+
     def wanted_tables(self, problem: Problem, dparams: Params) -> dict[str, torch.Tensor]:
         """The accumulators of those tables whose gradients somebody asked for."""
-        return {name: total for name, total in dparams.items() if name in TABLES and problem.wants(name)}
+        return {name: total for name, total in dparams.items() if name in LEARNED and problem.wants(name)}
 
     def score_grads(
         self,
@@ -118,6 +133,8 @@ class Scored(Mechanism):
         if slope is not None:
             dscores *= slope
         scale, dq, dk = self.scale_for(problem), None, None
+        if "additive" in problem.params:
+            return _add_additive_grads(problem, q, k, dscores.mul_(scale), tables)
         if problem.wants("q"):
             dq = (dscores @ k.unsqueeze(2)).flatten(1, 2) * scale
         if problem.wants("k"):
@@ -134,9 +151,28 @@ def _added(name: str, table: torch.Tensor, block: Block) -> torch.Tensor:
     return table[:, block.queries, block.k_at]
 
 
+def _additive(problem: Problem) -> torch.Tensor:
+    """The weights of additive scores, ``[Hkv, Hq / Hkv, D]``."""
+    weights: torch.Tensor = problem.params["additive"].to(problem.accumulator).unflatten(0, (problem.kv_heads, -1))
+    return weights
+
+
+def _add_additive_grads(
+    problem: Problem, q: torch.Tensor, k: torch.Tensor, dscores: torch.Tensor, tables: Params
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of queries and keys by additive scores, adding that of their weights to its table."""
+    grouped = q.unflatten(1, (problem.kv_heads, -1))
+    dq, dk, dweights = additive.gradients(grouped, k, _additive(problem), dscores.to(q.dtype))
+    if "additive" in tables:
+        tables["additive"].add_(dweights.flatten(0, 1))
+    return dq.flatten(1, 2) if problem.wants("q") else None, dk if problem.wants("k") else None
+
+
 def _add_table_grads(block: Block, dscores: torch.Tensor, tables: Params) -> None:
     """Adds the gradients of the tables, which are those of the scores, summed over what shares an entry."""
     for name, total in tables.items():
+        if name not in TABLES:
+            continue
         each = dscores.sum(dim=0).flatten(0, 1)
         if name == "alibi":
             total -= (each * _distances(block, total.device).abs()).sum(dim=(1, 2))

@@ -16,6 +16,10 @@ The scores S are those of `mechanisms.scores`.
 A learned sink is one more score that every query sees and that has no value (gpt-oss): lse' = logaddexp(lse, sink_h),
 O shrinks by exp(lse - lse'), once, when all blocks are merged. Dropout keeps a weight with probability 1 - p, times
 1 / (1 - p), by a hash of the seed and the pair's global indices: any rank can redo any block's draw.
+
+Predictive local attention (Luong et al., arXiv 1508.04025, section 3.2, equation 10) sees the keys within a width D of
+a centre p_i and multiplies their weights, when they are normalised, by exp(-(j - p_i)^2 / 2 sigma^2) with sigma = D /
+2; the log-sum-exp is without that factor.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from ringattn.checking import shown
 from ringattn.errors import InputError
 from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite
 from ringattn.mechanisms.dropout import kept
-from ringattn.mechanisms.scores import WORDS, Scored
+from ringattn.mechanisms.scores import TABLES, WORDS, Scored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +58,10 @@ class Softmax(Scored):
         dropout: probability of dropping a weight, from 0 to below 1.
         seed: of the dropout; None draws one for each call from PyTorch's default CPU generator, which must be seeded
             alike on every rank; replicas that are seeded alike drop alike.
+        additive: ``[Hq, D]``, weights of additive scores, ``sum_d additive_hd tanh(q_id + k_jd)`` in place of q k^T.
+        centres: ``[B, Hq, S_local]``, predictive local attention: the position, any real number, around which each of
+            this rank's queries (``sharding.split(centres, 2)``) attends.
+        width: how far it sees from there, in tokens, above 0; half of it is the standard deviation of the Gaussian.
     """
 
     sinks: torch.Tensor | None = None
@@ -62,14 +70,18 @@ class Softmax(Scored):
     bias: torch.Tensor | None = None
     dropout: float = 0.0
     seed: int | None = dataclasses.field(default=None, repr=False)
+    additive: torch.Tensor | None = None
+    centres: torch.Tensor | None = None
+    width: float | None = None
 
-    tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias")
-    sharded: ClassVar[Mapping[str, int]] = {"bias": 1}
+    tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias", "additive", "centres")
+    sharded: ClassVar[Mapping[str, int]] = {"bias": 1, "centres": 2}
     extras: ClassVar[tuple[str, ...]] = ("lse",)
     by_rows: ClassVar[bool] = True
     words: ClassVar[Mapping[str, str]] = {
         **WORDS,
         "dropout": "dropout that can be replayed from global positions",
+        "centres": "predictive local attention",
     }
 
     def __post_init__(self) -> None:
@@ -84,6 +96,13 @@ class Softmax(Scored):
             if type(self.seed) is not int:  # compiled code holds one as a symbol, and another seed is no other graph
                 object.__setattr__(self, "seed", int(self.seed))
 
+        if (self.centres is None) != (self.width is None):
+            raise InputError("Softmax's centres and width belong together; got one without the other.")
+        if self.width is not None:
+            object.__setattr__(self, "width", finite(self.width, "Softmax's width"))
+            if self.width <= 0:
+                raise InputError(f"Softmax's width is a number of tokens above 0; got {shown(self.width)}.")
+
     def new_seed(self) -> int | torch.Tensor:
         if not self.dropout:
             return 0
@@ -91,7 +110,12 @@ class Softmax(Scored):
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         super().check(problem, queries, keys)
-        sinks = self.sinks
+        sinks, centres, rows = self.sinks, self.centres, (problem.batch, problem.heads, queries)
+        if centres is not None and tuple(centres.shape) != rows:
+            raise InputError(
+                f"centres must have shape {list(rows)}: batch, query heads, this rank's queries "
+                f"(sharding.split(centres, 2)); got {list(centres.shape)}."
+            )
         if sinks is not None and tuple(sinks.shape) != (problem.heads,):
             raise InputError(
                 f"sinks must have shape [{problem.heads}], one for each query head; got {list(sinks.shape)}."
@@ -99,7 +123,7 @@ class Softmax(Scored):
 
     def empty(self, problem: Problem, length: int) -> State:
         lse = problem.rows(problem.heads, length, 1).squeeze(-1)
-        if problem.params.keys() - {"sinks"}:
+        if problem.params.keys() & {*TABLES}:
             lse = lse.double()
         return problem.rows(problem.heads, length, problem.value_dim), lse.fill_(-math.inf)
 
@@ -107,8 +131,9 @@ class Softmax(Scored):
         scores, _ = self.scores(problem, block, q, k)
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - _finite(lse).unsqueeze(-1)).to(v.dtype)
-        if self.dropout:
-            weights = weights * self._kept(problem, block)
+        factor = self._factor(problem, block)
+        if factor is not None:
+            weights = weights * factor
         return (weights @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
@@ -137,21 +162,25 @@ class Softmax(Scored):
         dparams: Params,
     ) -> InputGrads:
         tables = self.wanted_tables(problem, dparams)
-        if not (tables or problem.wants("q", "k", "v")):
+        moved = "centres" in dparams and problem.wants("centres")
+        if not (tables or moved or problem.wants("q", "k", "v")):
             return None, None, None
         lse, groups = output_grad.saved[1], (problem.kv_heads, -1)
         scores, slope = self.scores(problem, block, q, k)
         weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
-        keep = self._kept(problem, block) if self.dropout else None
+        factor = self._factor(problem, block)
         dout = output_grad.dout.unflatten(1, groups)
         dq = dk = dv = None
         if problem.wants("v"):
-            kept_weights = weights if keep is None else weights * keep
-            dv = (kept_weights.transpose(-1, -2) @ dout).sum(dim=2)
-        if tables or problem.wants("q", "k"):
+            given = weights if factor is None else weights * factor
+            dv = (given.transpose(-1, -2) @ dout).sum(dim=2)
+        if tables or moved or problem.wants("q", "k"):
             dscores = dout @ v.unsqueeze(2).transpose(-1, -2)
-            if keep is not None:
-                dscores *= keep
+            if factor is not None:
+                dscores *= factor
+            if moved:
+                by_centre = (weights * dscores * self._offsets(problem, block)).sum(dim=-1) / self._variance
+                dparams["centres"][:, :, block.queries] += by_centre.flatten(1, 2)
             dscores -= _delta(output_grad).unflatten(1, groups).unsqueeze(-1)
             dscores *= weights
             dq, dk = self.score_grads(problem, block, q, k, slope, dscores, tables)
@@ -160,13 +189,45 @@ class Softmax(Scored):
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
         scores, _ = self.scores(problem, block, q, k)
         lse = _finite(saved[1]).unflatten(1, (problem.kv_heads, -1)).unsqueeze(-1)
-        return torch.exp(scores - lse).to(problem.accumulator)
+        weights = torch.exp(scores - lse).to(problem.accumulator)
+        return weights if self.width is None else weights * self._nearness(problem, block)
 
     def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:
         if "sinks" in problem.params and problem.wants("sinks"):
             total, lse = dparams["sinks"], output_grad.saved[1]
             weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
             total -= (weight * _delta(output_grad.select(lambda x: x, total.dtype))).sum(dim=(0, 2))
+
+    def scores(
+        self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scores, slope = super().scores(problem, block, q, k)
+        if self.width is not None:
+            scores = scores.masked_fill(self._offsets(problem, block).abs() > self.width, -math.inf)
+        return scores, slope
+
+    def _factor(self, problem: Problem, block: Block) -> torch.Tensor | None:
+        """By which weights are multiplied after they were normalised, ``[B, Hkv, Hq / Hkv, M, N]``; None for 1."""
+        kept = self._kept(problem, block) if self.dropout else None
+        if self.width is None:
+            return kept
+        near = self._nearness(problem, block)
+        return near if kept is None else near * kept
+
+    def _nearness(self, problem: Problem, block: Block) -> torch.Tensor:
+        """The Gaussian of predictive local attention."""
+        return torch.exp(-(self._offsets(problem, block) ** 2) / (2 * self._variance)).to(problem.accumulator)
+
+    def _offsets(self, problem: Problem, block: Block) -> torch.Tensor:
+        """``j - p_i``, in float64, whose digits are enough for any position."""
+        centres = problem.params["centres"][:, :, block.queries].unflatten(1, (problem.kv_heads, -1)).double()
+        offsets: torch.Tensor = block.k_positions(problem.device) - centres.unsqueeze(-1)
+        return offsets
+
+    @property
+    def _variance(self) -> float:
+        assert self.width is not None
+        return (self.width / 2) ** 2
 
     def _kept(self, problem: Problem, block: Block) -> torch.Tensor:
         """0 or 1 / (1 - p) for each weight, ``[B, Hkv, Hq / Hkv, M, N]``."""

@@ -13,6 +13,11 @@ With all that may change the scores, T = λ Q Kᵀ and S = c tanh(T / c) − a_h
 tables' gradients are sums of dS, and dT = dS ∘ (1 − tanh²(T / c)). A sink s_h is one more score in L, without a value:
 ds_h = −Σ_i exp(s_h − L_i) (Δ_i − dL_i). Dropout multiplies P by m, 0 or 1 / (1 − p), in O, dV and dO Vᵀ.
 
+Additive scores (Bahdanau et al., arXiv 1409.0473): T = λ Σ_d a_hd t_ijd with t = tanh(q_id + k_jd) and λ = 1 unless
+given, da = λ Σ_ij dT t, dq_id = λ a_hd Σ_j dT (1 − t²), dk the same over i. Predictive local attention (Luong et al.,
+arXiv 1508.04025, equation 10) allows |j − c_i| ≤ w alone and multiplies P, as dropout does, by γ = exp(−(j − c_i)² /
+2σ²), σ = w / 2; dc_i = Σ_j P γ (dO Vᵀ) (j − c_i) / σ².
+
 A magnitude is the same formula with every factor absolute: the sum of the sizes of what is added up, which is
 what rounding errors are proportional to, however much of it cancels:
 
@@ -50,7 +55,8 @@ Hashes: TypeAlias = NDArray[np.uint64]
 class Scores(NamedTuple):
     """What makes a score of q·k, and a weight of a score: as `ringattn.Softmax` has it, of the whole sequence.
 
-    scale 1/√D unless given; sinks [Hq], alibi [Hq], relative [Hq, 2R + 1], bias [Hq, Sq, Sk]; dropout with its seed.
+    scale 1/√D unless given; sinks [Hq], alibi [Hq], relative [Hq, 2R + 1], bias [Hq, Sq, Sk]; dropout with its seed;
+    additive [Hq, D]; centres [B, Hq, Sq] with their width.
     """
 
     scale: float | None = None
@@ -61,6 +67,9 @@ class Scores(NamedTuple):
     bias: ArrayLike | None = None
     dropout: float = 0.0
     seed: int = 0
+    additive: ArrayLike | None = None
+    centres: ArrayLike | None = None
+    width: float | None = None
 
     @staticmethod
     def checked(scores: dict[str, Any]) -> Scores:
@@ -69,7 +78,7 @@ class Scores(NamedTuple):
         if unknown:
             raise InputError(f"scores are {', '.join(Scores._fields)}; got {', '.join(sorted(unknown))}")
         found = Scores(**scores)
-        for name, least in (("scale", -np.inf), ("softcap", 0.0), ("dropout", -np.inf)):
+        for name, least in (("scale", -np.inf), ("softcap", 0.0), ("dropout", -np.inf), ("width", 0.0)):
             value = getattr(found, name)
             if value is not None:
                 number = finite(value, name)
@@ -78,17 +87,21 @@ class Scores(NamedTuple):
                 found = Scores(**{**found._asdict(), name: number})
         if not 0 <= found.dropout < 1:
             raise InputError(f"dropout must be from 0 to below 1; got {found.dropout}")
+        if (found.centres is None) != (found.width is None):
+            raise InputError("centres and width belong together; got one without the other")
         if not isinstance(found.seed, (int, np.integer)) or not 0 <= found.seed < 2**64 or isinstance(found.seed, bool):
             raise InputError(f"seed must be an integer from 0 to below 2^64; got {found.seed!r}")
         return found
 
-    def params(self, heads: int, queries: int, keys: int) -> dict[str, Array]:
+    def params(self, q: Array, keys: int) -> dict[str, Array]:
         """The learned tensors that were given, in float64, if their shapes fit."""
-        given = {name: getattr(self, name) for name in ("sinks", "alibi", "relative", "bias")}
+        batch, heads, queries, dim = q.shape
+        given = {x: getattr(self, x) for x in ("sinks", "alibi", "relative", "bias", "additive", "centres")}
         found = {name: floats(x, name) for name, x in given.items() if x is not None}
         for name, x in found.items():
             reach = x.shape[1] | 1 if x.ndim == 2 else 1  # an entry for every offset from -R to R
-            needed = {"relative": (heads, reach), "bias": (heads, queries, keys)}.get(name, (heads,))
+            wide = {"additive": (heads, dim), "centres": (batch, heads, queries)}
+            needed = {"relative": (heads, reach), "bias": (heads, queries, keys), **wide}.get(name, (heads,))
             if x.shape != needed:
                 raise InputError(f"{name} needs shape {needed}; got {x.shape}")
         return found
@@ -191,6 +204,11 @@ class _Inputs(NamedTuple):
     scores: Scores
     params: dict[str, Array]
 
+    @property
+    def variance(self) -> float:
+        """That of the Gaussian of predictive local attention."""
+        return (self.scores.width or 0.0) ** 2 / 4
+
     @staticmethod
     def of(
         q: ArrayLike, k: ArrayLike, v: ArrayLike, dout: ArrayLike | None, dlse: ArrayLike | None, scores: Scores
@@ -201,8 +219,9 @@ class _Inputs(NamedTuple):
         if dout is not None or dlse is not None:
             output_grad = output_gradient(dout, query, value)
         on_lse = np.zeros(rows) if dlse is None else floats(dlse, "dlse", rows)
-        params = scores.params(query.shape[1], query.shape[2], key.shape[2])
-        scale = query.shape[3] ** -0.5 if scores.scale is None else scores.scale
+        params = scores.params(query, key.shape[2])
+        usual = query.shape[3] ** -0.5 if scores.additive is None else 1.0
+        scale = usual if scores.scale is None else scores.scale
         return _Inputs(query, key, value, output_grad, on_lse, scale, scores, params)
 
 
@@ -224,24 +243,92 @@ class _Slices(NamedTuple):
 
 def _block(x: _Inputs, at: _Slices, allowed: Bools, lse: Array, values: Magnitudes, sizes: Magnitudes) -> None:
     """One block of r rows under n keys of one key head; its G query heads are G·r rows of the products."""
-    q, k, v = x.q[at.q].reshape(-1, x.q.shape[3]) * x.scale, x.k[at.k], x.v[at.k]
-    scores, slope = _scored(x, at, q @ k.T)
+    q, k, v = x.q[at.q].reshape(-1, x.q.shape[3]), x.k[at.k], x.v[at.k]
+    pairs = _Additive.of(x, at, q, k) if "additive" in x.params else _Products(q * x.scale, k * x.scale)
+    scores, slope = _scored(x, at, pairs.scores(k))
+    offsets = _offsets_from_centres(x, at)
+    if offsets is not None:
+        scores[np.abs(offsets) > x.scores.width] = -np.inf
     p, row_lse = _softmax(scores, allowed, x.params["sinks"][at.heads] if "sinks" in x.params else None)
     given = p * _kept(x, at, p.shape) if x.scores.dropout else p
+    if offsets is not None:
+        given = given * np.exp(-(offsets**2) / (2 * x.variance))
     out = given @ v
     _store(values.out, at, out)
     _store(lse, at, row_lse)
     _store(sizes.out, at, given @ np.abs(v))
     if x.dout is None:
         return
-    dout, k = x.dout[at.q].reshape(out.shape), k * x.scale
+    dout = x.dout[at.q].reshape(out.shape)
     # the gradient of an unreachable row's lse goes nowhere, whatever it is (a loss over -inf sends NaN)
     dlse = np.where(np.isfinite(row_lse), x.dlse[at.q].reshape(-1), 0.0)
     keep = given / np.where(p == 0, 1, p)
-    ds = (dout @ v.T) * keep + (dlse - np.sum(dout * out, axis=1))[:, None]
-    _add(values, at, (p, given, slope), ds, q, k, dout)
-    e = (np.abs(dout) @ np.abs(v).T) * keep + (np.abs(dlse) + np.sum(np.abs(dout * out), axis=1))[:, None]
-    _add(sizes, at, (p, given, slope), e, np.abs(q), np.abs(k), np.abs(dout))
+    dp, sizes_of_dp = (dout @ v.T) * keep, (np.abs(dout) @ np.abs(v).T) * keep
+    if offsets is not None:
+        for sums, each, away in ((values, dp, offsets), (sizes, sizes_of_dp, np.abs(offsets))):
+            _store(sums.params["centres"], at, (p * each * away).sum(axis=1) / x.variance)
+    ds = dp + (dlse - np.sum(dout * out, axis=1))[:, None]
+    _add(values, at, (p, given, slope), ds, pairs, dout)
+    e = sizes_of_dp + (np.abs(dlse) + np.sum(np.abs(dout * out), axis=1))[:, None]
+    _add(sizes, at, (p, given, slope), e, pairs.sizes, np.abs(dout))
+
+
+class _Products(NamedTuple):
+    """λ q·k, of q and k times λ."""
+
+    q: Array
+    k: Array
+
+    def scores(self, k: Array) -> Array:
+        return self.q @ k.T
+
+    def add_gradients(self, sums: Magnitudes, at: _Slices, ds: Array) -> None:
+        _store(sums.dq, at, ds @ self.k)
+        sums.dk[at.k] += ds.T @ self.q
+
+    @property
+    def sizes(self) -> _Products:
+        return _Products(np.abs(self.q), np.abs(self.k))
+
+
+class _Additive(NamedTuple):
+    """λ Σ_d a_d t_d: λ a of each row, [G·r, 1, D], t and λ a (1 − t²) of each pair, [G·r, n, D]."""
+
+    scale: float
+    weights: Array
+    bent: Array
+    slopes: Array
+
+    @staticmethod
+    def of(x: _Inputs, at: _Slices, q: Array, k: Array) -> _Additive:
+        each = x.params["additive"][at.heads]
+        weights = x.scale * np.repeat(each, len(q) // len(each), axis=0)[:, None]
+        bent = np.tanh(q[:, None] + k)
+        return _Additive(x.scale, weights, bent, weights * (1 - bent * bent))
+
+    def scores(self, _: Array) -> Array:
+        return np.asarray((self.weights * self.bent).sum(axis=2))
+
+    def add_gradients(self, sums: Magnitudes, at: _Slices, ds: Array) -> None:
+        by_pair = ds[..., None] * self.slopes
+        _store(sums.dq, at, by_pair.sum(axis=1))
+        sums.dk[at.k] += by_pair.sum(axis=0)
+        by_row = self.scale * (ds[..., None] * self.bent).sum(axis=1)
+        heads = at.heads.stop - at.heads.start
+        sums.params["additive"][at.heads] += by_row.reshape(heads, -1, by_row.shape[1]).sum(axis=1)
+
+    @property
+    def sizes(self) -> _Additive:
+        return _Additive(abs(self.scale), *(np.abs(x) for x in (self.weights, self.bent, self.slopes)))
+
+
+def _offsets_from_centres(x: _Inputs, at: _Slices) -> Array | None:
+    """J − c_i, [G·r, n], of predictive local attention."""
+    if "centres" not in x.params:
+        return None
+    keys = at.k[2]
+    offsets: Array = np.arange(keys.start, keys.stop) - x.params["centres"][at.q].reshape(-1, 1)
+    return offsets
 
 
 def _scored(x: _Inputs, at: _Slices, products: Array) -> tuple[Array, Array]:
@@ -291,9 +378,14 @@ def _softmax(scores: Array, allowed: Bools, sinks: Array | None) -> tuple[Array,
 
 
 def _add(
-    sums: Magnitudes, at: _Slices, weights: tuple[Array, Array, Array], dp: Array, q: Array, k: Array, dout: Array
+    sums: Magnitudes,
+    at: _Slices,
+    weights: tuple[Array, Array, Array],
+    dp: Array,
+    pairs: _Products | _Additive,
+    dout: Array,
 ) -> None:
-    """Add a block's part to the gradients, with q and k times λ: dV += Pᵀ dO, dQ = dS λK, dK += dSᵀ λQ."""
+    """Add a block's part to the gradients: dV += Pᵀ dO, dQ = dS λK, dK += dSᵀ λQ."""
     p, given, slope = weights
     ds = p * dp
     each = ds.reshape(-1, *at.offsets().shape)
@@ -306,8 +398,7 @@ def _add(
         elif name == "bias":
             total[at.heads, at.q[2], at.k[2]] += each
     ds *= slope
-    _store(sums.dq, at, ds @ k)
-    sums.dk[at.k] += ds.T @ q
+    pairs.add_gradients(sums, at, ds)
     sums.dv[at.k] += given.T @ dout
 
 
