@@ -65,9 +65,11 @@ MAY: dict[str, str] = {
     "mechanisms.dropout": "",
     "mechanisms.additive": "",
     "mechanisms.scores": "checking errors mechanisms.additive mechanisms.base",
+    "mechanisms.features": "",
     "mechanisms.walk": "",
     "mechanisms.ordered": "checking errors mechanisms.base mechanisms.walk",
-    "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout mechanisms.scores mechanisms.ordered",
+    "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout mechanisms.features mechanisms.scores "
+    "mechanisms.ordered",
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",

@@ -23,6 +23,8 @@ MECHANISMS: tuple[Mechanism, ...] = (
     ),
     ringattn.Hard(),
     ringattn.Linear(),
+    ringattn.Linear("taylor"),
+    ringattn.Linear("given"),
 )
 
 
@@ -55,10 +57,10 @@ def _close(a: State, b: State) -> bool:
     return all(torch.allclose(x, y, rtol=1e-12, atol=1e-14, equal_nan=False) for x, y in zip(a, b, strict=True))
 
 
-@given(seed=st.integers(0, 99), cut=st.integers(1, 6))
-def test_summaries_stand_for_their_keys(seed: int, cut: int) -> None:
+@given(features=st.sampled_from(["elu", "taylor", "given"]), seed=st.integers(0, 99), cut=st.integers(1, 6))
+def test_summaries_stand_for_their_keys(features: str, seed: int, cut: int) -> None:
     """Attending to the sum of summaries, and its gradients, are those of the keys."""
-    problem = _problem(ringattn.Linear())
+    problem = _problem(ringattn.Linear(features))
     mechanism = problem.mechanism
     assert isinstance(mechanism, Summarising)
     g = torch.Generator().manual_seed(seed)

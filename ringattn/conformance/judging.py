@@ -48,7 +48,7 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
         case Hard():
             return reference.hard(q, k, v, rows, backward, scale=mechanism.scale)
         case Linear():
-            return reference.linear(q, k, v, rows, backward)
+            return reference.linear(q, k, v, rows, backward, features=mechanism.features)
         case Softmax():
             fields = {field.name: getattr(mechanism, field.name) for field in dataclasses.fields(mechanism)}
             scores = {name: _double(x) for name, x in fields.items() if name != "seed" or x is not None}

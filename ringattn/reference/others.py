@@ -8,7 +8,11 @@ Linear attention (Katharopoulos et al., arXiv 2006.16236, equation 8), with φ(x
     W_ij = φ(q_i)·φ(k_j)        d_i = Σ_j W_ij        O = W V / d        G = dO / d        g_i = −Σ_d G_id O_id
     dV = Wᵀ G        dW = G Vᵀ + g        dQ = φ'(Q) ∘ (dW φ(K))        dK = φ'(K) ∘ (dWᵀ φ(Q))
 
-Magnitudes are the same with every factor absolute, as in `softmax`.
+φ may also be (1, x / |x|), the first-order Taylor series of the exponential (arXiv 2007.14902, equation 16), or the
+identity, of features that were computed before.
+
+Magnitudes are the same with every factor absolute, as in `softmax`; those of a denominator whose terms cancel come in
+by their ratio to it, once for each time that it divides.
 """
 
 from __future__ import annotations
@@ -62,25 +66,41 @@ def hard(
     return _evaluation(values, sizes)
 
 
-def linear(q: ArrayLike, k: ArrayLike, v: ArrayLike, allowed: Allowed, dout: ArrayLike | None = None) -> Evaluation:
-    """Output, gradients and magnitudes; shapes as for `evaluate`."""
+def linear(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike | None = None,
+    *,
+    features: str = "elu",
+) -> Evaluation:
+    """Output, gradients and magnitudes; shapes as for `evaluate`. ``features`` is elu, taylor or given."""
     query, key, value = checked(q, k, v)
+    phi, back, back_size = _FEATURES[features]
     output_grad = output_gradient(dout, query, value)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):
         for batch, head in np.ndindex(query.shape[:2]):
             at, of = (batch, head, rows), (batch, head // group, keys)
-            weights = (_phi(query[at]) @ _phi(key[of]).T) * block
+            fq, fk = phi(query[at]), phi(key[of])
+            weights, most = (fq @ fk.T) * block, (np.abs(fq) @ np.abs(fk).T) * block
             total = weights.sum(axis=1)[:, None]
             total[total == 0] = 1
+            ratio = np.maximum(most.sum(axis=1)[:, None] / np.abs(total), 1)
             out = weights @ value[of] / total
-            values.out[at], sizes.out[at] = out, weights @ np.abs(value[of]) / total
+            values.out[at], sizes.out[at] = out, ratio * (most @ np.abs(value[of])) / np.abs(total)
             g = output_grad[at] / total
-            ds = g @ value[of].T - (g * out).sum(axis=1)[:, None]
-            e = np.abs(g) @ np.abs(value[of]).T + np.abs(g * out).sum(axis=1)[:, None]
-            for sums, each, sent in ((values, ds * block, g), (sizes, e * block, np.abs(g))):
-                _add(sums, at, of, (weights, each), (query[at], key[of]), sent)
+            size = ratio * np.abs(g)
+            ds = (g @ value[of].T - (g * out).sum(axis=1)[:, None]) * block
+            e = (size @ np.abs(value[of]).T + (size * sizes.out[at]).sum(axis=1)[:, None]) * block
+            values.dv[of] += weights.T @ g
+            sizes.dv[of] += most.T @ size
+            values.dq[at] = back(query[at], ds @ fk)
+            values.dk[of] += back(key[of], ds.T @ fq)
+            sizes.dq[at] = back_size(query[at], e @ np.abs(fk))
+            sizes.dk[of] += back_size(key[of], e.T @ np.abs(fq))
     return _evaluation(values, sizes)
 
 
@@ -89,23 +109,46 @@ def _evaluation(values: Magnitudes, sizes: Magnitudes) -> Evaluation:
     return Evaluation(values.out, none, Gradients(values.dq, values.dk, values.dv), sizes)
 
 
-def _add(
-    sums: Magnitudes,
-    at: tuple[int, int, slice],
-    of: tuple[int, int, slice],
-    weights: tuple[Array, Array],
-    inputs: tuple[Array, Array],
-    dout: Array,
-) -> None:
-    q, k = inputs
-    sums.dq[at] = _slope(q) * (weights[1] @ _phi(k))
-    sums.dk[of] += _slope(k) * (weights[1].T @ _phi(q))
-    sums.dv[of] += weights[0].T @ dout
-
-
-def _phi(x: Array) -> Array:
+def _elu(x: Array) -> Array:
     return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
-def _slope(x: Array) -> Array:
-    return np.exp(np.minimum(x, 0))
+def _elu_back(x: Array, slope: Array) -> Array:
+    return np.exp(np.minimum(x, 0)) * slope
+
+
+def _taylor(x: Array) -> Array:
+    return np.concatenate([np.ones_like(x[..., :1]), x / _length(x)], axis=-1)
+
+
+def _taylor_back(x: Array, slope: Array) -> Array:
+    direction, slope = x / _length(x), slope[..., 1:]
+    back: Array = (slope - direction * (direction * slope).sum(axis=-1, keepdims=True)) / _length(x)
+    return back
+
+
+def _taylor_size(x: Array, size: Array) -> Array:
+    direction, size = np.abs(x) / _length(x), size[..., 1:]
+    back: Array = (size + direction * (direction * size).sum(axis=-1, keepdims=True)) / _length(x)
+    return back
+
+
+def _length(x: Array) -> Array:
+    length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
+    return np.where(length == 0, np.inf, length)
+
+
+def _given(x: Array) -> Array:
+    return x
+
+
+def _given_back(_: Array, slope: Array) -> Array:
+    return slope
+
+
+_FEATURES = {
+    "elu": (_elu, _elu_back, _elu_back),
+    "taylor": (_taylor, _taylor_back, _taylor_size),
+    "given": (_given, _given_back, _given_back),
+}
+"""By name: phi, the gradient of x from that of phi(x), and its magnitude from that magnitude."""
