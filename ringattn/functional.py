@@ -17,6 +17,7 @@ from ringattn.runtime.request import Request, wanted_gradients
 from ringattn.runtime.spelling import spelled
 from ringattn.runtime.transforms import refuse_export
 from ringattn.schedules.base import Schedule
+from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 
 _UP_TO = Causal()  # which compiled code cannot make
@@ -32,7 +33,7 @@ def attention(  # type: ignore[overload-overlap]  # of an empty tuple, which is 
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | str = ...,
+    schedule: Schedule | Wave | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
@@ -50,7 +51,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | str = ...,
+    schedule: Schedule | Wave | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[True],
@@ -68,7 +69,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | str = ...,
+    schedule: Schedule | Wave | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: bool = ...,
@@ -85,7 +86,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = None,
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
-    schedule: Schedule | str = "auto",
+    schedule: Schedule | Wave | str = "auto",
     kernel: Kernel | str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
@@ -179,7 +180,7 @@ def explain(
     sharding: Sharding,
     kv_sharding: Sharding | None = None,
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
-    schedule: Schedule | str = "auto",
+    schedule: Schedule | Wave | str = "auto",
     kernel: Kernel | str = "auto",
     deterministic: bool = False,
 ) -> str:

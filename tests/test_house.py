@@ -53,10 +53,10 @@ MAY: dict[str, str] = {
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
     "plans.links": "bands plans.assembly",
     "plans.wavefront": "checking errors plans.plan plans.shape plans.verification",
-    "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.plan plans.planning plans.shape "
-    "plans.wavefront schedules.wave sharding",
-    "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base plans.assembly plans.demand "
-    "plans.links readable plans.plan plans.shape plans.tiles naming schedules",
+    "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
+    "plans.planning plans.shape plans.wavefront schedules.wave sharding",
+    "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered plans.assembly "
+    "plans.demand plans.links readable plans.plan plans.shape plans.tiles naming schedules schedules.wave",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.wave": "checking",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
@@ -91,7 +91,7 @@ MAY: dict[str, str] = {
     "runtime.agreement": "checking errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
-    "runtime.call": "handles kernels.base mechanisms.base plans.plan transports.base runtime.agreement "
+    "runtime.call": "handles kernels.base mechanisms.base plans.plan plans.wave transports.base runtime.agreement "
     "runtime.gathering runtime.messages",
     "runtime.gathering": "mechanisms.base payloads.base payloads.keys plans.cost plans.grid plans.plan "
     "runtime.messages transports.base",
@@ -99,7 +99,9 @@ MAY: dict[str, str] = {
     "runtime.messages": "mechanisms.base payloads.base plans.plan plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
-    "kernels.reference schedules.base transports.base",
+    "kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave transports.base",
+    "runtime.wave": "mechanisms.base mechanisms.ordered mechanisms.walk payloads.base payloads.keys plans.wavefront "
+    "runtime.call runtime.messages",
     "runtime.folding": "mechanisms.base plans.tree transports.base",
     "runtime.preparing": "mechanisms.base runtime.agreement transports.base",
     "runtime.running": "errors transports.base",
@@ -116,12 +118,12 @@ MAY: dict[str, str] = {
     "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
     "schedules.route sharding transports.base",
     "runtime.engine": "mechanisms.base runtime.call runtime.messages runtime.preparing",
-    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.request runtime.running "
-    "runtime.spelling runtime.transforms transports.base",
+    "runtime.op": "errors handles mechanisms.ordered runtime.call runtime.deterministic runtime.engine "
+    "runtime.request runtime.running runtime.spelling runtime.transforms runtime.wave transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax mechanisms.total runtime.op "
-    "runtime.request runtime.spelling runtime.transforms schedules.base",
+    "runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",
     "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
     "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "

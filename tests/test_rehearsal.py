@@ -32,7 +32,7 @@ from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
 from ringattn.plans.tiles import Tiles
 from ringattn.runtime import engine
-from ringattn.runtime.call import Call
+from ringattn.runtime.call import TileCall
 from ringattn.runtime.request import Request
 from ringattn.schedules import MEMBERS as SCHEDULES
 from ringattn.transports.base import Buffers, Message, Transport
@@ -185,11 +185,12 @@ def _rehearse_rank(
     params = list(asked.params.values())
     request = Request(mask, sharding, None, asked, schedule, kernel)
     call = request.call((q, k, v, *params), (True,) * (3 + len(params)))
+    assert isinstance(call, TileCall)
     with _Watch(), torch._C._AutoDispatchBelowADInplaceOrView():  # as in the ops
         _run(call, (q, k, v), params, dout)
 
 
-def _run(call: Call, inputs: Sequence[torch.Tensor], params: list[torch.Tensor], dout: Any) -> None:
+def _run(call: TileCall, inputs: Sequence[torch.Tensor], params: list[torch.Tensor], dout: Any) -> None:
     q, k, v = inputs
     _ = call.passes  # found once, before the first step
     out, extras = engine.forward(call, q, k, v, params, 7, 1)

@@ -15,6 +15,7 @@ from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Summarising
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.naming import named
 from ringattn.plans.assembly import assemble
@@ -25,6 +26,7 @@ from ringattn.plans.shape import Shape
 from ringattn.plans.tiles import K_RANK
 from ringattn.readable import dtype_name, readable_seconds, shortened
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
+from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 
 CLOSE = 0.02  # of two schedules' seconds, which differ by less for no reason
@@ -33,6 +35,11 @@ MAX_PLANS = 1 << 17  # at once: half a minute
 
 def named_schedule(schedule: Any) -> Schedule | None:
     """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
+    if isinstance(schedule, Wave) or (isinstance(schedule, str) and schedule == "wave"):
+        raise UnsupportedError(
+            "wave hands blocks of queries from rank to rank, for mechanisms that walk the keys in order, such as "
+            "Monotonic. Use ring, route or auto."
+        )
     return (
         None
         if isinstance(schedule, str) and schedule == "auto"
@@ -43,7 +50,7 @@ def named_schedule(schedule: Any) -> Schedule | None:
 def plan(
     mask: Mask,
     sharding: Sharding,
-    schedule: Schedule | str = "auto",
+    schedule: Schedule | Wave | str = "auto",
     kv_sharding: Sharding | None = None,
     *,
     heads: tuple[int, int] | None = None,
@@ -82,7 +89,7 @@ def plan(
 def verified_plan(
     mask: Mask,
     sharding: Sharding,
-    schedule: Schedule | str = "auto",
+    schedule: Schedule | Wave | str = "auto",
     kv_sharding: Sharding | None = None,
     *,
     mechanism: Mechanism | None = None,
@@ -147,6 +154,10 @@ def plan_all(
 def _check_mechanism(mechanism: object) -> None:
     if mechanism is not None:
         instance(mechanism, Mechanism, "mechanism", "a ringattn mechanism, such as ringattn.Softmax(), or None")
+    if isinstance(mechanism, Ordered):
+        raise UnsupportedError(
+            f"{type(mechanism).__name__} walks the keys in order, by plans of another kind. Use ringattn.plan_wave."
+        )
 
 
 def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:

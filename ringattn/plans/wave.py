@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,6 +17,8 @@ from ringattn.layouts import COUNT, START, STRIDE
 from ringattn.masks import Full, Mask, Window
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.plans.cost import Memory, Traffic
+from ringattn.plans.coverage import Keys
+from ringattn.plans.grid import used_rows
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan, shape_of
 from ringattn.plans.shape import Shape
@@ -25,6 +29,7 @@ from ringattn.plans.wavefront import (
     QueryBlock,
     Wavefront,
     WaveStep,
+    Way,
     What,
     steps_of,
     verify_wave,
@@ -42,6 +47,22 @@ class WavePlan(Wavefront):
     def verify(self) -> None:
         """Checks this rank's part: see `wavefront.verify_wave`. Raises PlanError."""
         verify_wave(self)
+
+    def ends(self, way: Way) -> bool:
+        """Whether blocks come to their end here."""
+        return self.rank == (self.size - 1 if way is FORWARD else 0)
+
+    @functools.cached_property
+    def arrivals(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Of each phase of the window, where among the keys before this rank's own its rows belong, and which rows."""
+        if self.window is None:
+            return {}
+        keys, found = Keys(self.window.k_spans), {}
+        for phase in self.window.tiles:
+            if phase:
+                rows, positions = used_rows(self.window, phase, keys)
+                found[phase] = torch.from_numpy(positions - self.first_key + self.before), torch.from_numpy(rows)
+        return found
 
     def numbers(self, what: What) -> tuple[int, int]:
         """Of what travels: numbers for each query of all sequences and heads, and the bytes of one."""
@@ -129,13 +150,17 @@ class WavePlan(Wavefront):
                 f"{memory.total} bytes of memory at the peak, {kept} of them kept for the backward pass"
             )
         for step in self.forward:
-            parts = [f"send {x.what} of block {x.block} to rank {x.peer}" for x in step.sends]
-            parts += [f"receive {x.what} of block {x.block} from rank {x.peer}" for x in step.receives]
+            parts = [*_said("send", "to", step.sends), *_said("receive", "from", step.receives)]
             if step.block is not None:
                 rows = self.blocks[step.block].count
                 parts.append(f"compute block {step.block}, {rows * self.key_tokens} pairs, over its own keys")
             lines.append(f"  step {step.number}: " + "; ".join(parts))
         return "\n".join(lines)
+
+
+def _said(verb: str, side: str, parcels: Sequence[Parcel]) -> Iterator[str]:
+    for (block, peer), them in itertools.groupby(parcels, lambda x: (x.block, x.peer)):
+        yield f"{verb} {', '.join(x.what for x in them)} of block {block} {side} rank {peer}"
 
 
 def plan_wave(

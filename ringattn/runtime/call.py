@@ -11,6 +11,7 @@ from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.plans.plan import Plan
+from ringattn.plans.wave import WavePlan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.gathering import Gathering
 from ringattn.runtime.messages import Moves, Passes
@@ -25,22 +26,14 @@ class Call:
         fields: what the ranks must agree on, for `agreement`.
         wanted: which of q, k, v and the params need gradients.
         spelling: the mechanism as compiled code holds it.
-        before: the passes over keys alone that go before it; None for most mechanisms.
-        to_queries, to_keys: how keys and queries are gathered where the bits must not depend on the ranks; None where
-            they may, or no gradient of keys or values is wanted.
         handle: by which the ops find the call.
     """
 
-    plan: Plan
     problem: Problem
-    kernel: Kernel
     transport: Transport
     fields: Mapping[str, str]
     wanted: tuple[bool, ...]
     spelling: tuple[list[float], str]
-    before: Call | None = None
-    to_queries: Gathering | None = None
-    to_keys: Gathering | None = None
     handle: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +52,23 @@ class Call:
         named = dict(zip(self.problem.mechanism.params, params, strict=True))
         return dataclasses.replace(self.problem, params=named, seed=seed)
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileCall(Call):
+    """A call whose plan brings keys to queries, which are computed in tiles.
+
+    Attributes:
+        before: the passes over keys alone that go before it; None for most mechanisms.
+        to_queries, to_keys: how keys and queries are gathered where the bits must not depend on the ranks; None where
+            they may, or no gradient of keys or values is wanted.
+    """
+
+    plan: Plan
+    kernel: Kernel
+    before: TileCall | None = None
+    to_queries: Gathering | None = None
+    to_keys: Gathering | None = None
+
     @property
     def key_passes(self) -> Moves:
         """The exchanges of a pass over keys alone."""
@@ -70,9 +80,16 @@ class Call:
         return self.transport.buffers.views(self, _passes)
 
 
-def _key_passes(call: Call) -> Moves:
+@dataclasses.dataclass(frozen=True, eq=False)
+class WaveCall(Call):
+    """A call whose plan hands blocks of queries from rank to rank."""
+
+    plan: WavePlan
+
+
+def _key_passes(call: TileCall) -> Moves:
     return messages.gathering(call.plan, call.problem, call.transport.buffers)
 
 
-def _passes(call: Call) -> Passes:
+def _passes(call: TileCall) -> Passes:
     return messages.passes(call.plan, call.problem, call.transport.buffers)

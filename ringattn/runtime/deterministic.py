@@ -22,12 +22,12 @@ import torch
 
 from ringattn.mechanisms.base import Block, OutputGrad, Problem, State
 from ringattn.plans.grid import TILE, Tile
-from ringattn.runtime.call import Call
+from ringattn.runtime.call import TileCall
 from ringattn.runtime.gathering import Gathering, OutputSide
 
 
 def forward(
-    call: Call,
+    call: TileCall,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -55,7 +55,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    call: TileCall,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -87,7 +87,7 @@ def backward(
 
 
 def _query_gradients(
-    call: Call,
+    call: TileCall,
     problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -113,7 +113,7 @@ def _query_gradients(
 
 
 def _key_gradients(
-    call: Call,
+    call: TileCall,
     problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,

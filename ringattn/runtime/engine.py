@@ -15,12 +15,12 @@ import torch
 
 from ringattn.mechanisms.base import OutputGrad, Problem, State
 from ringattn.runtime import preparing
-from ringattn.runtime.call import Call
+from ringattn.runtime.call import TileCall
 from ringattn.runtime.messages import Moves
 
 
 def forward(
-    call: Call,
+    call: TileCall,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -38,7 +38,7 @@ def forward(
     return finished
 
 
-def _known(before: Call, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> State:
+def _known(before: TileCall, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> State:
     """What passes over keys alone find of this rank's queries: as many as one of the ranks needs."""
 
     def one_pass(known: State) -> State:
@@ -49,7 +49,7 @@ def _known(before: Call, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> 
 
 
 def _finished(
-    call: Call, problem: Problem, passes: Moves, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    call: TileCall, problem: Problem, passes: Moves, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, State]:
     """What one pass over keys and values gives."""
     kernel, payload = call.kernel, call.plan.payload
@@ -67,7 +67,7 @@ def _finished(
 
 
 def backward(
-    call: Call,
+    call: TileCall,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

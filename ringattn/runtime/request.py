@@ -19,14 +19,17 @@ from ringattn.kernels.rates import Work
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask, Transposed, checked
 from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import verified_plan
+from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
-from ringattn.runtime.call import Call
+from ringattn.runtime.call import Call, TileCall, WaveCall
 from ringattn.runtime.gathering import Gathering, OutputSide, to_keys, to_queries
 from ringattn.runtime.spelling import spelled
 from ringattn.schedules.base import Schedule
+from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 from ringattn.transports.base import Transport
 
@@ -47,7 +50,7 @@ class Request:
     sharding: Sharding
     kv_sharding: Sharding | None
     mechanism: Mechanism
-    schedule: Schedule | str
+    schedule: Schedule | Wave | str
     kernel: Kernel | str
     deterministic: bool = False
     return_lse: bool = False
@@ -70,7 +73,7 @@ class Request:
             and isinstance(self.sharding, Sharding)
             and (self.kv_sharding is None or isinstance(self.kv_sharding, Sharding))
             and isinstance(self.mechanism, Mechanism)
-            and isinstance(self.schedule, (str, Schedule))
+            and isinstance(self.schedule, (str, Schedule, Wave))
             and isinstance(self.kernel, (str, Kernel))
             and isinstance(self.deterministic, bool)
             and _is_dense(q)
@@ -96,7 +99,7 @@ class Request:
             raise InputError(
                 f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {shown(self.mechanism)}."
             )
-        if not isinstance(self.schedule, (str, Schedule)):
+        if not isinstance(self.schedule, (str, Schedule, Wave)):
             raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {shown(self.schedule)}.")
         if not isinstance(self.kernel, (str, Kernel)):
             raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
@@ -137,6 +140,8 @@ class Request:
     def explain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """What the call would do, in words."""
         problem = self._problem(q, k, v)
+        if isinstance(problem.mechanism, Ordered):
+            return f"{self._wave(problem).explain()}\n  layout: {self.sharding.reason}"
         planned = self._planned(problem)
         problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
         decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
@@ -156,23 +161,28 @@ class Request:
         refusal = transport.refusal(problem.device)
         if refusal is not None:
             raise UnsupportedError(refusal)
+        fields = self._fields(problem, wanted)
+        if isinstance(problem.mechanism, Ordered):
+            constants = _constants(problem, wanted)
+            problem = dataclasses.replace(problem, constants=constants)
+            return WaveCall(problem, transport, fields, wanted, self._spelling(), self._wave(problem))
         own = self._planned(problem)
-        problem, fields = _completed(problem, own, wanted), self._fields(problem, wanted)
+        problem = _completed(problem, own, wanted)
+        known = problem, transport, fields, wanted, self._spelling()
         if self.deterministic:
-            gatherings = self._gatherings(problem, own)
-            return Call(own, problem, Reference(), transport, fields, wanted, self._spelling(), None, *gatherings)
+            return TileCall(*known, own, Reference(), None, *self._gatherings(problem, own))
         decide = functools.partial(agreement.decide, transport, fields)
         before = self._before(problem, own, transport, fields)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
-        return Call(own, problem, kernel, transport, fields, wanted, self._spelling(), before)
+        return TileCall(*known, own, kernel, before)
 
-    def _before(self, problem: Problem, plan: Plan, transport: Transport, fields: Mapping[str, str]) -> Call | None:
+    def _before(self, problem: Problem, plan: Plan, transport: Transport, fields: Mapping[str, str]) -> TileCall | None:
         """The passes over keys alone, where the mechanism has any: by the same plan."""
         mechanism = problem.mechanism.preparation
         if mechanism is None:
             return None
         asked = problem.over_keys(mechanism)
-        return Call(plan.over_keys, asked, Reference(), transport, fields, (False,) * 3, ([], ""))
+        return TileCall(asked, transport, fields, (False,) * 3, ([], ""), plan.over_keys, Reference())
 
     @property
     def _rates(self) -> Measure:
@@ -200,6 +210,37 @@ class Request:
             batch=problem.batch,
             mechanism=None if self.deterministic else problem.mechanism,
         )
+
+    def _wave(self, problem: Problem) -> WavePlan:
+        """The plan of a mechanism that walks the keys in order.
+
+        Raises:
+            UnsupportedError: something else was asked for.
+        """
+        mechanism, schedule, wrong = problem.mechanism, self.schedule, None
+        if isinstance(schedule, str) and schedule in ("auto", "wave"):
+            schedule = Wave()
+        if not isinstance(schedule, Wave):
+            wrong = f"{schedule} brings keys to queries in any order. Use schedule='auto', which takes the wave"
+        elif self.deterministic:
+            wrong = "deterministic=True computes tiles in an order of its own. Leave it out"
+        elif self.kernel != "auto":
+            wrong = f"kernel={self.kernel} computes tiles in any order. Leave kernel out"
+        if wrong is not None or not isinstance(schedule, Wave) or not isinstance(mechanism, Ordered):
+            raise UnsupportedError(f"{type(mechanism).__name__} walks the keys in order, and {wrong}.")
+        made = plan_wave(
+            self.sharding,
+            self.kv,
+            mechanism=mechanism,
+            schedule=schedule,
+            mask=self.mask,
+            heads=(problem.heads, problem.kv_heads),
+            head_dims=(problem.dim, problem.value_dim),
+            dtype=problem.dtype,
+            batch=problem.batch,
+        )
+        made.verify()
+        return made
 
     def _gatherings(self, problem: Problem, plan: Plan) -> tuple[Gathering, Gathering | None]:
         """How keys come to the queries and, where their gradients are wanted, queries to the keys.
@@ -314,6 +355,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) 
 
 def _completed(problem: Problem, plan: Plan, wanted: tuple[bool, ...]) -> Problem:
     """The problem, with what partial tiles are evaluated by where there are any, and what needs no gradient."""
-    inputs = ("q", "k", "v", *problem.mechanism.params)
-    constants = frozenset(name for name, there in zip(inputs, wanted, strict=True) if not there)
+    constants = _constants(problem, wanted)
     return dataclasses.replace(problem, allows=plan.mask.allows if len(plan.partial) else None, constants=constants)
+
+
+def _constants(problem: Problem, wanted: tuple[bool, ...]) -> frozenset[str]:
+    """Those inputs whose gradients nobody asked for."""
+    inputs = ("q", "k", "v", *problem.mechanism.params)
+    return frozenset(name for name, there in zip(inputs, wanted, strict=True) if not there)

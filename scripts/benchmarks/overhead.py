@@ -25,7 +25,7 @@ import ringattn
 from ringattn.kernels.machine import processor
 from ringattn.mechanisms.base import OutputGrad
 from ringattn.runtime import agreement, engine, op
-from ringattn.runtime.call import Call
+from ringattn.runtime.call import TileCall
 from ringattn.runtime.request import Request
 
 LIMITS = {"forward": 3.0, "forward and backward": 2.2}
@@ -71,6 +71,7 @@ def one_rank(length: int, rounds: int) -> tuple[dict[str, Parts], Parts, Parts]:
 
     request = Request(_mask, sharding, None, ringattn.Softmax(), "auto", "sdpa")
     call, ticket, params = op.prepared(request, *learned)
+    assert isinstance(call, TileCall)
     (step,) = call.plan.steps
     with torch.no_grad():
         out, aux = torch.ops.ringattn.attention.default(*learned, params, ticket, *call.spelling, call.wanted)
@@ -131,6 +132,7 @@ def ring(ranks: int, rounds: int) -> Parts:
         q, k, v = inputs(sharding.count, 2, 16, False)
         request = Request(_mask, sharding, None, ringattn.Softmax(), "ring", "sdpa")
         call, *_ = op.prepared(request, q, k, v)
+        assert isinstance(call, TileCall)
         steps = len(call.plan.steps)
         agreed = {**call.fields, "call": "overhead"}
         times = microseconds(
@@ -154,7 +156,7 @@ def ring(ranks: int, rounds: int) -> Parts:
     return {**mean, "buffers, messages and the simulator": mean["whole"] - mean["agreement"] - mean["kernel"]}
 
 
-def _kernel(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _kernel(call: TileCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     state = None
     for step, move in call.passes.forward:
         if step.phase == 0 and step.tiles:

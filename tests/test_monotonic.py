@@ -1,0 +1,222 @@
+"""Monotonic attention and MoChA over ranks: the wave against the equations, on the simulator and Gloo, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ringattn
+from ringattn import reference
+from ringattn.errors import AgreementError, InputError, UnsupportedError
+from ringattn.mechanisms.mocha import MoChA
+from ringattn.mechanisms.monotonic import Monotonic
+from ringattn.mechanisms.ordered import Ordered
+from ringattn.plans.wave import plan_wave
+from ringattn.schedules.wave import Wave
+from tests.workers import Workers
+
+Results = dict[str, torch.Tensor]
+FULL = ringattn.Full()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A call over whole sequences: 2 of them, 4 heads on 2, 8 dims, values of 6."""
+
+    mechanism: Ordered
+    queries: int
+    keys: int
+    block: int = 5
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    spread: float = 1.0
+
+    def inputs(self) -> list[torch.Tensor]:
+        """q, k, v, the output's gradient and the bias."""
+        g = torch.Generator().manual_seed(self.queries + self.keys)
+        shapes = (4, self.queries, 8), (2, self.keys, 8), (2, self.keys, 6), (4, self.queries, 6)
+        q, k, v, dout = (torch.randn(2, *shape, generator=g) for shape in shapes)
+        return [x.to(self.dtype) for x in (q * self.spread, k, v, dout, torch.randn(4, generator=g))]
+
+    def expected(self) -> reference.Evaluation:
+        """By the equations."""
+        q, k, v, dout, bias = (x.double().numpy() for x in self.inputs())
+        names = ("scale", "hard", "width", "chunk_dim", "chunk_scale")
+        fields = {name: getattr(self.mechanism, name) for name in names if hasattr(self.mechanism, name)}
+        return reference.monotonic(q, k, v, dout, bias=bias if self.bias else None, **fields)
+
+
+def _attend(mesh: ringattn.Mesh, problem: Problem) -> tuple[Results, tuple[int, int]]:
+    """This rank's results, joined, and the bytes of payload it has received in each pass beside what its plan says."""
+    own, kv = ringattn.Sharding(problem.queries, mesh), ringattn.Sharding(problem.keys, mesh)
+    *whole, bias = problem.inputs()
+    q, k, v, dout = (s.split(x, 2).clone() for s, x in zip((own, kv, kv, own), whole, strict=True))
+    leaves = [x.requires_grad_() for x in (q, k, v, *([bias] if problem.bias else []))]
+    mechanism = dataclasses.replace(problem.mechanism, bias=bias if problem.bias else None)
+    counters, schedule = mesh.connected().counters, Wave(problem.block)
+    shape: dict[str, Any] = {"heads": (4, 2), "head_dims": (8, 6), "dtype": problem.dtype, "batch": 2}
+    moved = plan_wave(own, kv, mechanism=mechanism, schedule=schedule, **shape).traffic()
+    start = counters.received_bytes
+    out = ringattn.attention(q, k, v, FULL, sharding=own, kv_sharding=kv, mechanism=mechanism, schedule=schedule)
+    middle = counters.received_bytes
+    assert middle - start == moved.received_bytes
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert counters.received_bytes - middle == moved.backward_received_bytes
+    found = {"out": own.join(out.detach(), 2)}
+    for name, sharding, x in zip(("dq", "dk", "dv"), (own, kv, kv), gradients[:3], strict=True):
+        found[name] = sharding.join(x, 2)
+    if problem.bias:
+        found["dbias"] = gradients[3].double()
+    return found, (middle - start, counters.received_bytes - middle)
+
+
+def _whole(results: list[tuple[Results, tuple[int, int]]]) -> Results:
+    found = dict(results[0][0])
+    if "dbias" in found:
+        found["dbias"] = torch.stack([each["dbias"] for each, _ in results]).sum(dim=0)
+    return found
+
+
+def _judge(problem: Problem, found: Results, limit: float) -> None:
+    """By the magnitudes, and by the norms of the exact results: nothing cancels unnoticed."""
+    answer = problem.expected()
+    exact, sizes = answer.gradients, answer.magnitudes
+    pairs = {"out": (answer.out, sizes.out)} | {x: (getattr(exact, x), getattr(sizes, x)) for x in ("dq", "dk", "dv")}
+    pairs |= {f"d{name}": (x, sizes.params[name]) for name, x in exact.params.items()}
+    assert found.keys() == pairs.keys()
+    for name, x in found.items():
+        assert reference.error(x.double(), *pairs[name]) <= limit, name
+        assert reference.error(x.double(), pairs[name][0], pairs[name][0]) <= 10 * limit, name
+
+
+MECHANISMS = (Monotonic(), Monotonic(hard=True), MoChA(1), MoChA(4, chunk_dim=3), MoChA(40, chunk_scale=2.0))
+
+
+@given(
+    mechanism=st.sampled_from(MECHANISMS),
+    ranks=st.sampled_from((1, 2, 3, 5, 8)),
+    queries=st.integers(0, 24),
+    keys=st.integers(0, 24),
+    block=st.integers(1, 25),
+    bias=st.booleans(),
+    wide=st.booleans(),
+)
+def test_virtual_ranks(
+    mechanism: Ordered, ranks: int, queries: int, keys: int, block: int, bias: bool, wide: bool
+) -> None:
+    """Any lengths, blocks and numbers of ranks, empty ones too: out, all gradients, and the bytes the plan says."""
+    problem = Problem(mechanism, queries, keys, block, torch.float64 if wide else torch.float32, bias)
+    _judge(problem, _whole(ringattn.simulate(_attend, problem, ring=ranks).results), 1e-14 if wide else 1e-6)
+
+
+@pytest.mark.parametrize("mechanism", [Monotonic(), MoChA(9)], ids=str)
+def test_saturated_energies_over_many_keys(mechanism: Ordered) -> None:
+    problem = Problem(mechanism, 12, 400, block=5, spread=50.0)
+    _judge(problem, _whole(ringattn.simulate(_attend, problem, ring=3).results), 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers, ranks: int) -> None:
+    for mechanism in (Monotonic(), MoChA(12, chunk_dim=3)):
+        problem = Problem(mechanism, 23, 31, block=4, bias=True)
+        found, virtual = (
+            _whole(run)
+            for run in (gloo.run(ranks, _attend, problem), ringattn.simulate(_attend, problem, ring=ranks).results)
+        )
+        assert all(torch.equal(found[name], virtual[name]) for name in found)
+        _judge(problem, found, 1e-6)
+
+
+def test_half_precision_is_rounded_once() -> None:
+    """Inputs and outputs are bfloat16, and nothing between them is."""
+    problem = Problem(MoChA(3), 20, 30, dtype=torch.bfloat16)
+    found = _whole(ringattn.simulate(_attend, problem, ring=1).results)
+    answer = problem.expected()
+    assert reference.error(found["out"].double(), answer.out, answer.magnitudes.out) <= 2**-9
+    assert reference.error(found["dq"].double(), answer.gradients.dq, answer.gradients.dq) <= 2**-8
+
+
+@pytest.mark.parametrize("mechanism", [Monotonic(), MoChA(3, chunk_dim=2)], ids=str)
+def test_gradcheck(mechanism: Ordered) -> None:
+    sharding = ringattn.Sharding(5, ringattn.init())
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, h, 5, d, generator=g, dtype=torch.float64) for h, d in ((2, 4), (1, 4), (1, 3))]
+    leaves = [x.requires_grad_() for x in (*inputs, torch.randn(2, generator=g, dtype=torch.float64))]
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        attends = dataclasses.replace(mechanism, bias=bias)
+        return ringattn.attention(q, k, v, FULL, sharding=sharding, mechanism=attends, schedule=Wave(2))
+
+    assert torch.autograd.gradcheck(fn, leaves)
+
+
+def _call(mesh: ringattn.Mesh, **more: Any) -> torch.Tensor:
+    sharding = more.pop("sharding", None) or ringattn.Sharding(16, mesh, more.pop("layout", "contiguous"))
+    x = torch.randn(1, 2, sharding.count, 4)
+    call = {"mask": FULL, "mechanism": Monotonic(), **more}
+    out: torch.Tensor = ringattn.attention(x, x, x, sharding=sharding, **call)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mask": ringattn.Causal()}, "Monotonic searches all keys from the first on; got the mask causal. Use"),
+        ({"layout": "zigzag"}, "so both are contiguous; got queries zigzag"),
+        ({"schedule": "ring"}, "Monotonic walks the keys in order, and ring brings keys .* Use schedule='auto'"),
+        ({"schedule": ringattn.Route()}, "Monotonic walks the keys in order, and route brings keys"),
+        ({"deterministic": True}, "and deterministic=True computes tiles in an order of its own. Leave it out"),
+        ({"kernel": "reference"}, "and kernel=reference computes tiles in any order. Leave kernel out"),
+        ({"mechanism": ringattn.Softmax(), "schedule": "wave"}, "wave hands blocks .* Use ring, route or auto"),
+        ({"mechanism": ringattn.Hard(), "schedule": Wave()}, "wave hands blocks of queries from rank to rank"),
+        ({"return_lse": True}, "has no extra 'lse'"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ringattn.simulate(lambda mesh: _call(mesh, **arguments), ring=2)
+
+
+def test_ordinary_plans_say_where_to_go() -> None:
+    sharding = ringattn.Sharding(16, ringattn.Mesh.virtual(2))
+    with pytest.raises(UnsupportedError, match="Monotonic walks the keys in order, by plans of another kind"):
+        ringattn.plan(FULL, sharding, mechanism=Monotonic())
+    with pytest.raises(UnsupportedError, match="wave hands blocks of queries"):
+        ringattn.plan(FULL, sharding, "wave")
+
+
+def _apart(mesh: ringattn.Mesh) -> str:
+    try:
+        _call(mesh, mechanism=MoChA(2 + mesh.rank))
+    except AgreementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_call_differently_learn_it() -> None:
+    assert all("they differ in mechanism (rank 0: " in said for said in ringattn.simulate(_apart, ring=3).results)
+
+
+def test_explain_shows_the_wave() -> None:
+    sharding = ringattn.Sharding(16, ringattn.init())
+    x = torch.randn(1, 2, 16, 4)
+    said = ringattn.explain(x, x, x, FULL, sharding=sharding, mechanism=MoChA(3), schedule=Wave(4))
+    assert "rank 0 of 1, wave: full, 16 tokens contiguous, 1 ranks" in said and "step 3: compute block 3" in said
+
+
+def test_a_compiled_graph_is_refused_and_what_to_do_works() -> None:
+    sharding, x = ringattn.Sharding(16, ringattn.init()), torch.randn(1, 2, 16, 4, requires_grad=True)
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return ringattn.attention(x, x, x, FULL, sharding=sharding, mechanism=Monotonic())
+
+    with pytest.raises(Exception, match="Monotonic cannot be part of a compiled graph"):
+        torch.compile(lambda x: fn(2 * x), backend="eager")(x)
+    torch._dynamo.reset()
+    outside = torch.compiler.disable(fn)
+    assert torch.equal(torch.compile(lambda x: outside(2 * x), backend="eager")(x), fn(2 * x))
