@@ -21,6 +21,7 @@ from ringattn.errors import (
 from ringattn.functional import attention, explain
 from ringattn.layouts import Balanced, Contiguous, Explicit, Layout, Striped, Zigzag
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
+from ringattn.mechanisms.entmax import Entmax
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
@@ -49,6 +50,7 @@ __all__ = [
     "Contiguous",
     "DeadlockError",
     "Documents",
+    "Entmax",
     "Explicit",
     "Full",
     "Hard",

@@ -67,9 +67,10 @@ MAY: dict[str, str] = {
     "mechanisms.scores": "checking errors mechanisms.additive mechanisms.base",
     "mechanisms.features": "",
     "mechanisms.walk": "",
+    "mechanisms.thresholds": "mechanisms.base",
     "mechanisms.ordered": "checking errors mechanisms.base mechanisms.walk",
     "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout mechanisms.features mechanisms.scores "
-    "mechanisms.ordered",
+    "mechanisms.ordered mechanisms.thresholds",
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",

@@ -20,7 +20,7 @@ from ringattn import reference
 from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.running import Results, simulated
 from ringattn.errors import InputError
-from ringattn.mechanisms import Block, Hard, Linear, Mechanism, Problem, Softmax
+from ringattn.mechanisms import Block, Entmax, Hard, Linear, Mechanism, Problem, Softmax
 
 DENSE_LIMIT = 20_000  # tokens of a mask as a matrix
 NAMES = ("out", "dq", "dk", "dv")
@@ -33,8 +33,8 @@ WITHOUT_ORACLE = 1000
 def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
     """The float64 answer from the inputs as rounded to the case's dtype; ``seen`` is told each row it has come to.
 
-    Softmax, Hard and Linear have oracles of their own. Any other mechanism is compared with itself, in one block and
-    float64, its gradients with those that autograd finds: a wrong merge, mask, plan or gradient shows.
+    Softmax, Hard, Linear and plain Entmax have oracles of their own. Any other mechanism is compared with itself, in
+    one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or gradient shows.
     """
 
     def rows(start: int, stop: int) -> NDArray[np.bool_]:
@@ -49,6 +49,8 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
             return reference.hard(q, k, v, rows, backward, scale=mechanism.scale)
         case Linear():
             return reference.linear(q, k, v, rows, backward, features=mechanism.features)
+        case Entmax(alpha=float(alpha)) if not mechanism.params and mechanism.softcap is None:
+            return reference.entmax(q, k, v, rows, backward, alpha=alpha, scale=mechanism.scale)
         case Softmax():
             fields = {field.name: getattr(mechanism, field.name) for field in dataclasses.fields(mechanism)}
             scores = {name: _double(x) for name, x in fields.items() if name != "seed" or x is not None}
@@ -62,6 +64,10 @@ def _double(x: Any) -> Any:
 
 def _in_one_block(case: Case, mechanism: Mechanism) -> reference.Evaluation:
     """The mechanism's own formula for all pairs at once."""
+    if mechanism.preparation is not None:
+        raise InputError(
+            f"There is no oracle of {mechanism}: what its passes over keys find has a gradient of its own."
+        )
     q, k, v, dout, _ = (x.double() for x in case.inputs())
     params = {name: x.detach().double().requires_grad_() for name, x in mechanism.params.items()}
     leaves = [x.requires_grad_() for x in (q, k, v)] + list(params.values())
@@ -110,7 +116,7 @@ def limits(case: Case, answer: reference.Evaluation) -> dict[str, float]:
     if case.dtype not in (torch.float32, torch.float64):
         found, rounded = errors(in_one_piece(case), answer), _rounded(case, answer)
         return {name: 2 * max(error, rounded[name]) for name, error in found.items()}
-    if not isinstance(case.attends, (Softmax, Hard, Linear)):
+    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax)):
         return dict.fromkeys(names, WITHOUT_ORACLE * torch.finfo(case.dtype).eps)
     return dict.fromkeys(names, LIMITS[case.dtype] * (1 if case.ranks < 64 else 3))
 

@@ -202,7 +202,8 @@ class Mechanism(ABC):
     @property
     def params(self) -> dict[str, torch.Tensor]:
         """The learned tensors that were given, by name."""
-        return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
+        held = ((name, getattr(self, name)) for name in self.tensors)
+        return {name: x for name, x in held if isinstance(x, torch.Tensor)}
 
     def beyond(self, known: Collection[str]) -> list[str]:
         """The fields that are set and not among the known ones, in words: what a kernel would drop."""

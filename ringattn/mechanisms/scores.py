@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -43,10 +44,13 @@ class Scored(Mechanism):
     Attributes:
         scale: of the scores; None for 1 / sqrt(D), and for 1 of additive scores.
         softcap: the scores' limit, above 0; None for none.
+        numbers: those of the `tensors` that may be numbers too.
     """
 
     scale: float | None = None
     softcap: float | None = None
+
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -57,6 +61,8 @@ class Scored(Mechanism):
         if self.softcap is not None and self.softcap <= 0:
             raise InputError(f"{name}'s softcap must be above 0, or None for none; got {shown(self.softcap)}.")
         for field in self.tensors:
+            if field in self.numbers and not isinstance(getattr(self, field), torch.Tensor):
+                continue
             value = getattr(self, field)
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 raise InputError(f"{name}'s {field} must be a tensor of floating point numbers; got {shown(value)}.")

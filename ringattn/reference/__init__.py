@@ -14,6 +14,7 @@ from ringattn.reference.measure import Evaluation, Gradients, Magnitudes, error
 from ringattn.reference.ordered import monotonic
 from ringattn.reference.others import hard, linear
 from ringattn.reference.softmax import Scores, attention, evaluate, gradients, kept, magnitudes
+from ringattn.reference.sparse import entmax
 
 __all__ = [
     "Evaluation",
@@ -21,6 +22,7 @@ __all__ = [
     "Magnitudes",
     "Scores",
     "attention",
+    "entmax",
     "error",
     "evaluate",
     "gradients",
