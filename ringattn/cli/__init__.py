@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import ringattn
-from ringattn.cli import doctor, kernels, plan, simulate, train, verify
+from ringattn.cli import doctor, kernels, mechanisms, plan, simulate, train, verify
 from ringattn.errors import InputError, MissingDependencyError, RingAttentionError
 from ringattn.transports.mpi import end_job
 
@@ -64,6 +64,7 @@ app.command()(simulate.simulate)
 app.command()(plan.plan)
 app.command()(verify.verify)
 app.command()(kernels.kernels)
+app.command()(mechanisms.mechanisms)
 app.command()(doctor.doctor)
 app.command(context_settings=train.PASS_ON)(train.train)
 
