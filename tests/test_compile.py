@@ -332,3 +332,36 @@ def test_opcheck(mechanism: Any) -> None:
             torch.ops.ringattn.attention_backward.default,
             (*plain[0], plain[1], saved, torch.ones_like(out), given, ticket, call.wanted),
         )
+
+
+def _with_collectives(x: torch.Tensor, sharding: ringattn.Sharding) -> torch.Tensor:
+    y = ringattn.reduce(x * 2, sharding.mesh, "sum").sin()
+    z = ringattn.halo(y, sharding, 0, 1, 2).cos()
+    q = z[None, None, :2]
+    pooled = ringattn.pool(q, y[None, None], y[None, None], sharding=sharding)
+    assert isinstance(pooled, torch.Tensor)
+    return z.sum() + pooled.sum()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch, which looks at tensors between graphs
+def test_graphs_break_for_collectives_and_look_at_nothing_in_them() -> None:
+    def both(mesh: ringattn.Mesh) -> None:
+        sharding = ringattn.Sharding(12, mesh)
+        x = torch.randn(12 // mesh.size, 4, generator=torch.Generator().manual_seed(mesh.rank))
+        found = []
+        for run in (_with_collectives, torch.compile(_with_collectives, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            value = run(leaf, sharding)
+            value.backward()
+            found.append((value.detach(), leaf.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1])
+
+    ringattn.simulate(both, ring=1)
+    ringattn.simulate(both, ring=3)
+
+
+def test_a_graph_without_breaks_says_which_collective_breaks_it() -> None:
+    sharding = ringattn.Sharding(12, ringattn.init())
+    with pytest.raises(Exception, match=r"ringattn\.reduce talks to other ranks"):
+        torch.compile(_with_collectives, fullgraph=True, backend="aot_eager")(torch.randn(12, 4), sharding)

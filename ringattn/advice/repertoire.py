@@ -242,7 +242,7 @@ def _call(mesh: Mesh, specimen: Specimen, sizes: Sizes, mask: Mask, kernel: str)
 
     def call() -> None:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, mask, sharding=sharding, mechanism=mechanism, kernel=kernel)  # type: ignore[misc, call-overload]
+        out = attention(*leaves, mask, sharding=sharding, mechanism=mechanism, kernel=kernel)  # type: ignore[call-overload]
         if torch.is_grad_enabled():
             out.sum().backward()
 

@@ -54,7 +54,7 @@ def mechanisms(
 
       ringattn mechanisms --json
     """
-    integer(length, "--length", least=1, below=LONGEST + 1, needed="tokens, of which every mechanism is run")
+    integer(length, "--length", least=1, below=LONGEST + 1)
     options.check_writable(draw, "--draw", ".png")
     sizes = Sizes(length, heads, kv_heads or heads, dim, value_dim or dim, ring)
     if sizes.heads % sizes.kv_heads:

@@ -20,10 +20,12 @@ from ringattn.runtime.folding import add, fold
 from ringattn.runtime.replicated import Replicated, own_tiles
 from ringattn.runtime.request import check_tensors, problem_of
 from ringattn.runtime.running import running
+from ringattn.runtime.transforms import outside_graphs
 from ringattn.sharding import Sharding
 from ringattn.transports.base import Transport
 
 
+@outside_graphs
 def attention_rows(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -23,7 +23,7 @@ from ringattn.plans.plan import Plan
 from ringattn.plans.planning import verified_plan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.messages import Passes
-from ringattn.runtime.transforms import Once
+from ringattn.runtime.transforms import Once, outside_graphs
 from ringattn.schedules.route import Route
 from ringattn.sharding import Sharding
 from ringattn.transports.base import Transport
@@ -32,6 +32,7 @@ Places = tuple[torch.Tensor, torch.Tensor]
 """Rows of the result, and the rows of a phase's buffer that belong there."""
 
 
+@outside_graphs
 def halo(x: torch.Tensor, sharding: Sharding, dim: int, left: int, right: int) -> torch.Tensor:
     """This rank's part with its neighbours: before each run of positions the ``left`` ones, behind it the ``right``.
 

@@ -20,10 +20,11 @@ from ringattn.runtime import agreement
 from ringattn.runtime.replicated import Replicated, own_tiles
 from ringattn.runtime.request import check_extras, check_tensors, problem_of, wanted_gradients
 from ringattn.runtime.running import running
-from ringattn.runtime.transforms import Once
+from ringattn.runtime.transforms import Once, outside_graphs
 from ringattn.sharding import Sharding
 
 
+@outside_graphs
 def pool(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -11,12 +11,13 @@ from ringattn.mechanisms.base import State
 from ringattn.mesh import Mesh
 from ringattn.runtime import agreement
 from ringattn.runtime.folding import add, fold
-from ringattn.runtime.transforms import Once
+from ringattn.runtime.transforms import Once, outside_graphs
 from ringattn.transports.base import Transport
 
 OPS = ("sum", "mean", "max", "min")
 
 
+@outside_graphs
 def reduce(x: torch.Tensor, mesh: Mesh, op: str = "sum") -> torch.Tensor:
     """The sum, mean, maximum or minimum over the ranks that share a sequence, elementwise. Every rank calls it.
 

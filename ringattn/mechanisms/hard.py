@@ -68,6 +68,11 @@ class Hard(Mechanism):
         _, position, value = state
         return value.to(problem.dtype), (position,)
 
+    def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
+        won = saved[1].unsqueeze(-1) == block.k_positions(q.device)
+        won = won if block.allowed is None else won & block.allowed
+        return won.to(problem.accumulator).unflatten(1, (problem.kv_heads, -1))
+
     def tile_grad(
         self,
         problem: Problem,

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 from ringattn.errors import UnsupportedError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Compiled code breaks its graph to call the function, and looks at nothing that it does.
+
+    As ``torch.compiler.disable`` would have it, which takes two seconds to import.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **kwargs)
+
+    skip = eval_frame._FrameAction.SKIP
+    # neither this frame nor those below it are looked at, where the caller's graph was broken to call it
+    eval_frame.set_code_exec_strategy(outside.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+    name = f"ringattn.{function.__name__}"
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside._torchdynamo_disable_msg = f"{name} talks to other ranks, and is called between graphs"  # type: ignore[attr-defined]
+    return outside
 
 
 def refuse_export(what: str) -> None:

@@ -49,7 +49,7 @@ def test_a_table_for_people_and_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--length", "99999999"), "--length must be"),
+        (("--length", "99999999"), "--length is an integer, below 16385"),
         (("--heads", "3", "--kv-heads", "2"), "--heads must be a multiple of --kv-heads"),
         (("--draw", "nowhere/x.png"), "--draw"),
     ],
