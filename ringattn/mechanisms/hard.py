@@ -71,7 +71,8 @@ class Hard(Mechanism):
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
         won = saved[1].unsqueeze(-1) == block.k_positions(q.device)
         won = won if block.allowed is None else won & block.allowed
-        return won.to(problem.accumulator).unflatten(1, (problem.kv_heads, -1))
+        weights: torch.Tensor = won.to(problem.accumulator).unflatten(1, (problem.kv_heads, -1))
+        return weights
 
     def tile_grad(
         self,
