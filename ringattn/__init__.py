@@ -22,6 +22,7 @@ from ringattn.functional import attention, explain
 from ringattn.layouts import Balanced, Contiguous, Explicit, Layout, Striped, Zigzag
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
 from ringattn.mechanisms.entmax import Entmax
+from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
@@ -53,6 +54,7 @@ __all__ = [
     "Entmax",
     "Explicit",
     "Full",
+    "Gated",
     "Hard",
     "InFlightError",
     "InputError",

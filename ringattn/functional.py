@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -126,10 +127,13 @@ def attention(
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
     request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic, return_lse, extras)
+    dtype = q.dtype
+    request, q, k, v = summed_first(request, q, k, v)
     out, aux = (_compiled if torch.compiler.is_compiling() else _eager)(request, q, k, v)
+    out = out.to(dtype)
     if not request.results:
         return out
-    accumulator = torch.promote_types(q.dtype, torch.float32)
+    accumulator = torch.promote_types(dtype, torch.float32)
     found = (aux[mechanism.extras.index(name)] for name in request.results)
     return out, *(x.to(accumulator) if x.is_floating_point() else x for x in found)
 
@@ -138,6 +142,23 @@ def running_sum(x: torch.Tensor, sharding: Sharding) -> torch.Tensor:
     """The sums ``[B, H, S_local, D]`` of x up to and at each position: attention that asks nothing of its keys."""
     nothing = x.new_zeros(()).expand(*x.shape[:3], 1)
     return attention(nothing, nothing, x, _UP_TO, sharding=sharding, mechanism=Total())
+
+
+def summed_first(
+    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[Request, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is asked for when the cumulative sums that the mechanism needs, which most do not, are worked in."""
+    try:
+        request.check_kinds(q, k, v)
+        x = request.mechanism.to_sum(q, k, v)
+        if x is None:
+            return request, q, k, v
+        request.check_one_sharding()
+    except Exception as error:
+        request.refuse(error)
+        raise
+    mechanism, q, k, v = request.mechanism.with_sums(q, k, v, running_sum(x, request.sharding))
+    return dataclasses.replace(request, mechanism=mechanism), q, k, v
 
 
 def _eager(
@@ -190,4 +211,8 @@ def explain(
     """
     request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic)
     request.check_kinds(q, k, v)
+    x = request.mechanism.to_sum(q, k, v)
+    if x is not None:  # of which nothing but the shape matters
+        mechanism, q, k, v = request.mechanism.with_sums(q, k, v, x)
+        request = dataclasses.replace(request, mechanism=mechanism)
     return request.explain(q, k, v)

@@ -55,8 +55,9 @@ MAY: dict[str, str] = {
     "plans.wavefront": "checking errors plans.plan plans.shape plans.verification",
     "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
     "plans.planning plans.shape plans.wavefront schedules.wave sharding",
-    "plans.planning": "checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered plans.assembly "
-    "plans.demand plans.links readable plans.plan plans.shape plans.tiles naming schedules schedules.wave",
+    "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
+    "plans.assembly plans.demand plans.links readable plans.plan plans.shape plans.tiles naming schedules "
+    "schedules.wave",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.wave": "checking",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
@@ -110,9 +111,9 @@ MAY: dict[str, str] = {
     "runtime.folding runtime.preparing sharding transports.base",
     "collectives.pooling": "checking errors kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
     "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
-    "collectives.chosen_rows": "bands checking errors kernels.reference masks mechanisms.base mechanisms.softmax "
-    "readable runtime.agreement runtime.folding runtime.replicated runtime.request runtime.running runtime.transforms "
-    "sharding transports.base",
+    "collectives.chosen_rows": "bands checking errors functional kernels.reference masks mechanisms.base "
+    "mechanisms.softmax readable runtime.agreement runtime.folding runtime.replicated runtime.request runtime.running "
+    "runtime.transforms sharding transports.base",
     "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
     "transports.base",
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ringattn
@@ -25,6 +25,8 @@ MECHANISMS: tuple[Mechanism, ...] = (
     ringattn.Linear(),
     ringattn.Linear("taylor"),
     ringattn.Linear("given"),
+    ringattn.Gated(),
+    ringattn.Gated(carried=True),
 )
 
 
@@ -57,12 +59,12 @@ def _close(a: State, b: State) -> bool:
     return all(torch.allclose(x, y, rtol=1e-12, atol=1e-14, equal_nan=False) for x, y in zip(a, b, strict=True))
 
 
-@given(features=st.sampled_from(["elu", "taylor", "given"]), seed=st.integers(0, 99), cut=st.integers(1, 6))
-def test_summaries_stand_for_their_keys(features: str, seed: int, cut: int) -> None:
-    """Attending to the sum of summaries, and its gradients, are those of the keys."""
-    problem = _problem(ringattn.Linear(features))
-    mechanism = problem.mechanism
+@given(mechanism=st.sampled_from(MECHANISMS), seed=st.integers(0, 99), cut=st.integers(1, 6))
+def test_summaries_stand_for_their_keys(mechanism: Mechanism, seed: int, cut: int) -> None:
+    """Attending to the fold of summaries, and its gradients, are those of the keys."""
+    assume(isinstance(mechanism, Summarising))
     assert isinstance(mechanism, Summarising)
+    problem = _problem(mechanism)
     g = torch.Generator().manual_seed(seed)
     q, k, v, out, dout = (
         torch.randn(2, h, n, d, generator=g, dtype=torch.float64)
@@ -70,11 +72,17 @@ def test_summaries_stand_for_their_keys(features: str, seed: int, cut: int) -> N
     )
     saved = out, 1 + torch.rand(2, 4, 5, generator=g, dtype=torch.float64)
     block, output_grad = _at(slice(0, 7, 1), None), OutputGrad(saved, dout, (None,))
-    parts = [mechanism.summarise(problem, k[:, :, s], v[:, :, s]) for s in (slice(cut), slice(cut, None))]
-    assert _close(mechanism.attend(problem, q, parts[0] + parts[1]), mechanism.tile(problem, block, q, k, v))
-    dq, dsummary = mechanism.attend_grad(problem, q, parts[0] + parts[1], output_grad)
-    assert dsummary is not None
-    found = tuple(x for x in (dq, *mechanism.summarise_grad(problem, k, v, dsummary)) if x is not None)
+    cuts = slice(cut), slice(cut, None)
+    parts = [mechanism.summarise(problem, k[:, :, s], v[:, :, s]) for s in cuts]
+    summaries = torch.stack(parts)
+    folded = mechanism.fold(problem, summaries)
+    assert _close((folded,), (mechanism.summarise(problem, k, v),))
+    assert _close(mechanism.attend(problem, q, folded), mechanism.tile(problem, block, q, k, v))
+    dq, dfolded = mechanism.attend_grad(problem, q, folded, output_grad)
+    assert dq is not None and dfolded is not None
+    dparts = mechanism.fold_grad(problem, summaries, dfolded).expand_as(summaries)
+    back = [mechanism.summarise_grad(problem, k[:, :, s], v[:, :, s], d) for s, d in zip(cuts, dparts, strict=True)]
+    found = dq, *(torch.cat([x for x in of if x is not None], dim=2) for of in zip(*back, strict=True))
     expected = mechanism.tile_grad(problem, block, q, k, v, output_grad, {})
     assert _close(found, tuple(x for x in expected if x is not None))
 

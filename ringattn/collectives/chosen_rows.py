@@ -10,6 +10,7 @@ import torch
 from ringattn.bands import Array
 from ringattn.checking import instance, positions
 from ringattn.errors import InputError
+from ringattn.functional import summed_first
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem, State
@@ -18,7 +19,7 @@ from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.folding import add, fold
 from ringattn.runtime.replicated import Replicated, own_tiles
-from ringattn.runtime.request import check_tensors, problem_of
+from ringattn.runtime.request import Request, check_tensors, problem_of
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import outside_graphs
 from ringattn.sharding import Sharding
@@ -62,9 +63,10 @@ def attention_rows(
     instance(sharding, Sharding, "sharding", "a ringattn.Sharding")
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     transport = sharding.mesh.connected()
+    request, q, k, _ = summed_first(Request(mask, sharding, kv_sharding, mechanism, "auto", "auto"), q, k, k)
     number = transport.next_call()
     with agreement.telling(transport, "ringattn.attention_rows", q, k):
-        instance(mechanism, Mechanism, "mechanism", "a ringattn mechanism, such as ringattn.Softmax()")
+        mechanism = request.mechanism
         at, order = np.unique(positions(rows, "rows", sharding.length), return_inverse=True)
         call = _call(q, k, checked(mask), at, sharding, kv, mechanism)
         seed = int(mechanism.new_seed())

@@ -15,7 +15,7 @@ from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
-from ringattn.mechanisms import MEMBERS, Mechanism, Softmax
+from ringattn.mechanisms import MEMBERS, Gated, Mechanism, Softmax
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
@@ -108,6 +108,8 @@ class Case:
         """The mechanism, with the learned tensors of the whole sequence."""
         mechanism = named("mechanism", self.mechanism, Mechanism, MEMBERS)
         drawn = self._drawn() if isinstance(mechanism, Softmax) else {}
+        if isinstance(mechanism, Gated) and self.kv_length is None:
+            drawn = {"log_decay": self._decays()}
         if self.scale is not None:
             drawn["scale"] = self.scale
         try:
@@ -131,6 +133,14 @@ class Case:
         drawn |= {"softcap": 1.5, "dropout": 0.3, "seed": self.seed}
         drawn = {name: x for name, x in drawn.items() if name in self.features or name == "seed"}
         return drawn | {"width": 7.3} if "centres" in drawn else drawn
+
+    def _decays(self) -> torch.Tensor:
+        """Log decays of every size, 0 and -inf among them."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+        shape = self.batch, self.kv_heads, self.length
+        drawn = -torch.exp(2 * torch.randn(*shape, generator=g) - 3)
+        kind = torch.rand(*shape, generator=g)
+        return drawn.masked_fill(kind < 0.05, 0).masked_fill(kind > 0.99, -math.inf).to(self.dtype)
 
     def allowed(self) -> torch.Tensor:
         """The mask, dense: bool ``[length, keys]``."""

@@ -72,11 +72,12 @@ def draw(
     size, dim = random.choice(ranks), random.choice((1, 4, 8, 16))
     kv_heads, groups = random.choice(HEADS)
     mechanism = random.choice(MECHANISMS)
+    made, causal = mask(random, length), by_name(mechanisms.MEMBERS)[mechanism].causal
     softmax, scaled = mechanism == "softmax", hasattr(by_name(mechanisms.MEMBERS)[mechanism], "scale")
     features = [name for name in FEATURES if random.random() < 0.3] if softmax and random.random() < 0.5 else []
     return Case(
         length=length,
-        mask=mask(random, length),
+        mask=made & Causal() if causal else made,
         ranks=size,
         batch=random.randint(1, 2),
         kv_heads=kv_heads,
@@ -154,12 +155,13 @@ def draw_cross(random: Random, **choices: Sequence[object]) -> Case:
     """Any call of queries with the keys of another sequence; strides of the two layouts need not be equal."""
     case = draw(random, **choices)  # type: ignore[arg-type]
     length, kv_length = random.randint(0, 60), random.randint(0, 60)
+    made, causal = cross_mask(random, length, kv_length), by_name(mechanisms.MEMBERS)[str(case.mechanism)].causal
     scale = random.choice((None, 0.3, 0.0, -0.7)) if case.mechanism == "softmax" else case.scale
     return dataclasses.replace(
         case,
         length=length,
         kv_length=kv_length,
-        mask=cross_mask(random, length, kv_length),
+        mask=made & Causal() if causal else made,
         layout=random.choice(LAYOUTS),
         kv_layout=random.choice(LAYOUTS),
         scale=scale,

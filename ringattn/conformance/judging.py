@@ -20,7 +20,7 @@ from ringattn import reference
 from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.running import Results, simulated
 from ringattn.errors import InputError
-from ringattn.mechanisms import Block, Entmax, Hard, Linear, Mechanism, Problem, Softmax
+from ringattn.mechanisms import Block, Entmax, Gated, Hard, Linear, Mechanism, Problem, Softmax
 
 DENSE_LIMIT = 20_000  # tokens of a mask as a matrix
 NAMES = ("out", "dq", "dk", "dv")
@@ -33,8 +33,9 @@ WITHOUT_ORACLE = 1000
 def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
     """The float64 answer from the inputs as rounded to the case's dtype; ``seen`` is told each row it has come to.
 
-    Softmax, Hard, Linear and plain Entmax have oracles of their own. Any other mechanism is compared with itself, in
-    one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or gradient shows.
+    Softmax, Hard, Linear, Gated and plain Entmax have oracles of their own. Any other mechanism is compared with
+    itself, in one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or
+    gradient shows.
     """
 
     def rows(start: int, stop: int) -> NDArray[np.bool_]:
@@ -47,6 +48,9 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
     match mechanism:
         case Hard():
             return reference.hard(q, k, v, rows, backward, scale=mechanism.scale)
+        case Gated():
+            decay = _double(mechanism.log_decay)
+            return reference.gated(q, k, v, rows, backward, log_decay=decay, scale=mechanism.scale)
         case Linear():
             return reference.linear(q, k, v, rows, backward, features=mechanism.features)
         case Entmax(alpha=float(alpha)) if not mechanism.params and mechanism.softcap is None:
@@ -116,7 +120,7 @@ def limits(case: Case, answer: reference.Evaluation) -> dict[str, float]:
     if case.dtype not in (torch.float32, torch.float64):
         found, rounded = errors(in_one_piece(case), answer), _rounded(case, answer)
         return {name: 2 * max(error, rounded[name]) for name, error in found.items()}
-    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax)):
+    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax, Gated)):
         return dict.fromkeys(names, WITHOUT_ORACLE * torch.finfo(case.dtype).eps)
     return dict.fromkeys(names, LIMITS[case.dtype] * (1 if case.ranks < 64 else 3))
 

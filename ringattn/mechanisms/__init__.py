@@ -5,11 +5,12 @@ To add a mechanism, write one class and its line in ``MEMBERS`` and in ``ringatt
 
 from ringattn.mechanisms.base import Block, Mechanism, Problem
 from ringattn.mechanisms.entmax import Entmax
+from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
 from ringattn.mechanisms.softmax import Softmax
 
-MEMBERS: tuple[type[Mechanism], ...] = (Softmax, Hard, Linear, Entmax)
+MEMBERS: tuple[type[Mechanism], ...] = (Softmax, Hard, Linear, Entmax, Gated)
 """Every mechanism, the common one first."""
 
-__all__ = ["MEMBERS", "Block", "Entmax", "Hard", "Linear", "Mechanism", "Problem", "Softmax"]
+__all__ = ["MEMBERS", "Block", "Entmax", "Gated", "Hard", "Linear", "Mechanism", "Problem", "Softmax"]

@@ -190,6 +190,7 @@ class Mechanism(ABC):
         by_rows: whether what a tile of one shape gives to a query or a key depends on its own row and on what it may
             meet alone, to the bit, and a tile in which it meets nothing merges without a trace: what
             ``attention(deterministic=True)`` needs.
+        causal: whether it knows no pairs in which the key comes after the query: masks that allow one are refused.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ()
@@ -198,6 +199,7 @@ class Mechanism(ABC):
     kept: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[Mapping[str, str]] = {}
     by_rows: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
 
     @property
     def params(self) -> dict[str, torch.Tensor]:
@@ -223,6 +225,24 @@ class Mechanism(ABC):
     def settled(self, known: State) -> bool:
         """Of the mechanism of a pass over keys alone: whether this rank needs no other, given what this one found."""
         return True
+
+    def to_sum(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+        """Something of this rank's tokens, ``[B, Hkv, S_local, n]``, of which `with_sums` needs the cumulative sums.
+
+        Raises:
+            InputError: the mechanism's tensors do not fit these.
+        """
+        return None
+
+    def with_sums(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor
+    ) -> tuple[Mechanism, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attends in place of this mechanism, and to what, in ordinary torch, which autograd goes back through.
+
+        Args:
+            sums: of `to_sum`, inclusive, in the order of global positions.
+        """
+        return self, q, k, v
 
     @property
     def without_tensors(self) -> Mechanism:

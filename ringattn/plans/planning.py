@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ringattn import bands
 from ringattn.checking import dtype as checked_dtype
 from ringattn.checking import instance, integer, pair
 from ringattn.errors import InputError, UnsupportedError
@@ -81,6 +82,7 @@ def plan(
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     _check_mechanism(mechanism)
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
+    _check_causal(demand, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
     shape = shape_of(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
@@ -106,7 +108,7 @@ def verified_plan(
     kv = None
     if kv_sharding is not None and kv_sharding != sharding:
         kv = (kv_sharding.length, kv_sharding.layout)
-    key = (mask, kv, schedule, isinstance(mechanism, Summarising))
+    key = (mask, kv, schedule, isinstance(mechanism, Summarising), mechanism is not None and mechanism.causal)
     kept: Plan | None = sharding.plans.get(key)
     if kept is None:
         kept = plan(mask, sharding, schedule, kv_sharding, mechanism=mechanism)
@@ -146,6 +148,7 @@ def plan_all(
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
+    _check_causal(demand, mechanism)
     words, shape = _words(mask, sharding, kv_sharding), shape_of(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
@@ -207,6 +210,17 @@ def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
         raise UnsupportedError(
             f"{schedule} exchanges {schedule.payload.unit}, and {wrong}. Use ring, route or auto, or a mechanism "
             f"whose keys can be summed up, such as Linear."
+        )
+
+
+def _check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
+    if mechanism is None or not mechanism.causal:
+        return
+    regions, _ = bands.tighten(demand.regions)
+    if len(regions) and regions[:, bands.LO].min() < 0:
+        raise UnsupportedError(
+            f"{mechanism} knows no key that comes after its query, but {shortened(str(demand.mask))} allows some. "
+            f"Take a causal mask, such as Causal() or Documents(...) & Causal()."
         )
 
 

@@ -10,6 +10,7 @@ Shapes:  B batch, Hq query heads, Hkv key heads (Hq a multiple of Hkv; key head 
 g·Hq/Hkv to (g+1)·Hq/Hkv − 1), Sq queries, Sk keys, D size of a query and key, Dv size of a value.
 """
 
+from ringattn.reference.gated import gated
 from ringattn.reference.measure import Evaluation, Gradients, Magnitudes, error
 from ringattn.reference.ordered import monotonic
 from ringattn.reference.others import hard, linear
@@ -25,6 +26,7 @@ __all__ = [
     "entmax",
     "error",
     "evaluate",
+    "gated",
     "gradients",
     "hard",
     "kept",

@@ -83,6 +83,11 @@ class Request:
         if not fine or self.return_lse is not False or self.extras != ():
             self._check_each({"q": q, "k": k, "v": v})
 
+    def check_one_sharding(self) -> None:
+        """Raises UnsupportedError where queries and keys are not tokens of one sequence, sharded alike."""
+        if self.kv_sharding is not None and self.kv_sharding != self.sharding:
+            raise UnsupportedError(f"{self.mechanism} attends within one sequence; leave kv_sharding out.")
+
     def _check_each(self, tensors: Mapping[str, object]) -> None:
         if not isinstance(self.sharding, Sharding):
             raise InputError(f"attention needs a ringattn.Sharding; got {shown(self.sharding)}.")
