@@ -25,6 +25,7 @@ from ringattn.mechanisms.entmax import Entmax
 from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
+from ringattn.mechanisms.sampled import Sampled
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
@@ -71,6 +72,7 @@ __all__ = [
     "Ring",
     "RingAttentionError",
     "Route",
+    "Sampled",
     "Scan",
     "Sharding",
     "Simulation",

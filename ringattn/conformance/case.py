@@ -15,7 +15,7 @@ from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
-from ringattn.mechanisms import MEMBERS, Gated, Mechanism, Softmax
+from ringattn.mechanisms import MEMBERS, Gated, Mechanism, Sampled, Softmax
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
@@ -110,6 +110,8 @@ class Case:
         drawn = self._drawn() if isinstance(mechanism, Softmax) else {}
         if isinstance(mechanism, Gated) and self.kv_length is None:
             drawn = {"log_decay": self._decays()}
+        if isinstance(mechanism, Sampled) and mechanism.seed is None:
+            drawn["seed"] = self.seed
         if self.scale is not None:
             drawn["scale"] = self.scale
         try:

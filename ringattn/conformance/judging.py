@@ -20,7 +20,7 @@ from ringattn import reference
 from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.running import Results, simulated
 from ringattn.errors import InputError
-from ringattn.mechanisms import Block, Entmax, Gated, Hard, Linear, Mechanism, Problem, Softmax
+from ringattn.mechanisms import Block, Entmax, Gated, Hard, Linear, Mechanism, Problem, Sampled, Softmax
 
 DENSE_LIMIT = 20_000  # tokens of a mask as a matrix
 NAMES = ("out", "dq", "dk", "dv")
@@ -33,8 +33,8 @@ WITHOUT_ORACLE = 1000
 def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
     """The float64 answer from the inputs as rounded to the case's dtype; ``seen`` is told each row it has come to.
 
-    Softmax, Hard, Linear, Gated and plain Entmax have oracles of their own. Any other mechanism is compared with
-    itself, in one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or
+    Softmax, Hard, Linear, Gated, plain Entmax and Sampled have oracles of their own. Any other mechanism is compared
+    with itself, in one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or
     gradient shows.
     """
 
@@ -53,13 +53,20 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
             return reference.gated(q, k, v, rows, backward, log_decay=decay, scale=mechanism.scale)
         case Linear():
             return reference.linear(q, k, v, rows, backward, features=mechanism.features)
-        case Entmax(alpha=float(alpha)) if not mechanism.params and mechanism.softcap is None:
+        case Entmax(alpha=float(alpha)) if _plain(mechanism):
             return reference.entmax(q, k, v, rows, backward, alpha=alpha, scale=mechanism.scale)
+        case Sampled(seed=int(seed)) if _plain(mechanism):
+            return reference.sampled(q, k, v, rows, backward, seed=seed, scale=mechanism.scale)
         case Softmax():
             fields = {field.name: getattr(mechanism, field.name) for field in dataclasses.fields(mechanism)}
             scores = {name: _double(x) for name, x in fields.items() if name != "seed" or x is not None}
             return reference.evaluate(q, k, v, rows, backward, dlse if case.backward else None, **scores)
     return _in_one_block(case, mechanism)
+
+
+def _plain(mechanism: Entmax | Sampled) -> bool:
+    """Whether the scores are products and the output is of them alone."""
+    return not mechanism.beyond({"alpha", "scale", "seed"})
 
 
 def _double(x: Any) -> Any:
@@ -120,7 +127,7 @@ def limits(case: Case, answer: reference.Evaluation) -> dict[str, float]:
     if case.dtype not in (torch.float32, torch.float64):
         found, rounded = errors(in_one_piece(case), answer), _rounded(case, answer)
         return {name: 2 * max(error, rounded[name]) for name, error in found.items()}
-    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax, Gated)):
+    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax, Gated, Sampled)):
         return dict.fromkeys(names, WITHOUT_ORACLE * torch.finfo(case.dtype).eps)
     return dict.fromkeys(names, LIMITS[case.dtype] * (1 if case.ranks < 64 else 3))
 

@@ -142,6 +142,16 @@ def finite(value: object, name: str) -> float:
     return number
 
 
+def seed_of(value: int | None, name: str) -> int | None:
+    """A seed from 0 to below 2^63, or None for one that is drawn; else an InputError that names it."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise InputError(f"{name} is a number from 0 to below 2^63; got {shown(value)}.")
+    # compiled code holds one as a symbol, and another seed is no other graph
+    return value if type(value) is int else int(value)
+
+
 def _equal(value: object, default: object) -> bool:
     """Whether a field has its default. A tensor never does, nor what compares as tensors do."""
     return value is default or (value == default) is True

@@ -1,4 +1,4 @@
-"""Random draws that know no layout: a hash of a seed and of global indices.
+"""Random draws that know no layout: a hash of a seed and of global indices. For dropout, and to sample.
 
 A generator's stream depends on who draws what in which order. A hash does not: the draw for (batch, head, query,
 key) is the same on any rank, in any schedule, forward and backward, and nothing is stored. The hash is the
@@ -11,6 +11,7 @@ import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 wraps, as the hash wants it
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_OTHER = 0x5851F42D4C957F2D  # the seeds of a stream beside that of dropout
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
 
@@ -21,10 +22,24 @@ def kept(seed: int, probability: float, *indices: torch.Tensor) -> torch.Tensor:
         seed: from 0 to below 2^63.
         indices: int64 tensors, the widest last.
     """
+    return _shifted(_bits(seed, *indices), 11) >= round(probability * (1 << 53))
+
+
+def uniform(seed: int, *indices: torch.Tensor) -> torch.Tensor:
+    """A number between 0 and 1, neither of both, for each element, in float64.
+
+    Args:
+        seed, indices: as for `kept`, of whose draws these are independent.
+    """
+    return (_shifted(_bits(seed ^ _OTHER, *indices), 12).double() + 0.5) * 2.0**-52
+
+
+def _bits(seed: int, *indices: torch.Tensor) -> torch.Tensor:
+    """64 random bits, of the indices' broadcast shape."""
     bits = torch.full((), seed, dtype=torch.int64, device=indices[-1].device)
     for index in indices:
         bits = _mixed(bits + (index + 1) * _GOLDEN)
-    return _shifted(bits, 11) >= round(probability * (1 << 53))
+    return bits
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

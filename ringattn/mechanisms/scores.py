@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,8 @@ from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, finite
 
 TABLES = ("alibi", "relative", "bias")
 """Tensors that add to the scores."""
+
+_PIECE = 1 << 10  # numbers, a multiple of those that any processor computes at once
 
 LEARNED = (*TABLES, "additive")
 """All tensors that scores are made with."""
@@ -115,6 +117,38 @@ class Scored(Mechanism):
             return additive.scores(q, k, _additive(problem)) * scale
         return torch.matmul(q * scale, k.unsqueeze(2).transpose(-1, -2))
 
+    def pairs(
+        self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, at: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """The scores ``[P]`` of some pairs of a block, term by term: to the bit the same in any block.
+
+        A matrix product's last bits change with the shape of the block, and so do those of a function of many numbers,
+        which computes the last few of them in another way.
+
+        Args:
+            q, k: in float64, ``[B, Hq, M, D]`` and ``[B, Hkv, N, D]``.
+            at: batch, query head, row and column of each pair, ``[P]`` each.
+        """
+        batch, head, row, column = at
+        query, key = q[batch, head, row], k[batch, head // (problem.heads // problem.kv_heads), column]
+        scale, weights = self.scale_for(problem), problem.params.get("additive")
+        terms = query * key if weights is None else alike(torch.tanh, query + key) * weights[head].double()
+        total = terms[:, 0]
+        for d in range(1, terms.shape[1]):
+            total = total + terms[:, d]
+        total = total * scale
+        if self.softcap is not None:
+            total = self.softcap * alike(torch.tanh, total / self.softcap)
+        distance = block.q_positions(q.device)[row] - block.k_positions(q.device)[column]
+        for name, table in problem.params.items():
+            if name == "alibi":
+                total = total - table[head].double() * distance.abs()
+            elif name == "relative":
+                total = total + table[head, _entry(distance, table)].double()
+            elif name == "bias":
+                total = total + table[:, block.queries, block.k_at][head, row, column].double()
+        return total
+
     def wanted_tables(self, problem: Problem, dparams: Params) -> dict[str, torch.Tensor]:
         """The accumulators of those tables whose gradients somebody asked for."""
         return {name: total for name, total in dparams.items() if name in LEARNED and problem.wants(name)}
@@ -146,6 +180,12 @@ class Scored(Mechanism):
         if problem.wants("k"):
             dk = (dscores.transpose(-1, -2) @ q.unflatten(1, (problem.kv_heads, -1))).sum(dim=2) * scale
         return dq, dk
+
+
+def alike(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A function of single numbers, computed in pieces of one size: to the bit the same whatever else is computed."""
+    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % _PIECE))
+    return torch.cat([function(piece) for piece in flat.split(_PIECE)])[: x.numel()].view_as(x) if x.numel() else x
 
 
 def _added(name: str, table: torch.Tensor, block: Block) -> torch.Tensor:
@@ -195,5 +235,10 @@ def _distances(block: Block, device: torch.device) -> torch.Tensor:
 
 def _entries(block: Block, table: torch.Tensor) -> torch.Tensor:
     """The entry of a relative table for each pair, ``[M, N]``."""
+    return _entry(_distances(block, table.device), table)
+
+
+def _entry(distance: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of a relative table for each distance."""
     reach = table.shape[1] // 2
-    return _distances(block, table.device).clamp(-reach, reach) + reach
+    return distance.clamp(-reach, reach) + reach

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -34,7 +33,7 @@ import torch
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite, seed_of
 from ringattn.mechanisms.dropout import kept
 from ringattn.mechanisms.scores import TABLES, WORDS, Scored
 
@@ -89,13 +88,7 @@ class Softmax(Scored):
         object.__setattr__(self, "dropout", finite(self.dropout, "Softmax's dropout"))
         if not 0 <= self.dropout < 1:
             raise InputError(f"Softmax's dropout is a probability from 0 to below 1; got {shown(self.dropout)}.")
-        if self.seed is not None:
-            integral = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
-            if not integral or not 0 <= self.seed < 1 << 63:
-                raise InputError(f"Softmax's seed is a number from 0 to below 2^63; got {shown(self.seed)}.")
-            if type(self.seed) is not int:  # compiled code holds one as a symbol, and another seed is no other graph
-                object.__setattr__(self, "seed", int(self.seed))
-
+        object.__setattr__(self, "seed", seed_of(self.seed, "Softmax's seed"))
         if (self.centres is None) != (self.width is None):
             raise InputError("Softmax's centres and width belong together; got one without the other.")
         if self.width is not None:

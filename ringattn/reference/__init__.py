@@ -13,7 +13,7 @@ g·Hq/Hkv to (g+1)·Hq/Hkv − 1), Sq queries, Sk keys, D size of a query and ke
 from ringattn.reference.gated import gated
 from ringattn.reference.measure import Evaluation, Gradients, Magnitudes, error
 from ringattn.reference.ordered import monotonic
-from ringattn.reference.others import hard, linear
+from ringattn.reference.others import hard, linear, sampled
 from ringattn.reference.softmax import Scores, attention, evaluate, gradients, kept, magnitudes
 from ringattn.reference.sparse import entmax
 
@@ -33,4 +33,5 @@ __all__ = [
     "linear",
     "magnitudes",
     "monotonic",
+    "sampled",
 ]

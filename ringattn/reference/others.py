@@ -1,7 +1,8 @@
 """Mechanisms that are not softmax, densely.
 
 Hard attention takes the value of the key with the largest λ q·k, of equal ones the first; its gradient goes to that
-value and nowhere else.
+value and nowhere else. Sampled attention is the same with Gumbel noise ``-ln(-ln u)`` added to the scores, which makes
+the choice a draw from their softmax (Gumbel, 1954; Maddison, Tarlow and Minka, arXiv 1411.0030, section 2).
 
 Linear attention (Katharopoulos et al., arXiv 2006.16236, equation 8), with φ(x) = elu(x) + 1 and j what row i may see:
 
@@ -17,9 +18,12 @@ by their ratio to it, once for each time that it divides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ringattn.reference.hashes import hashed
 from ringattn.reference.measure import (
     Allowed,
     Array,
@@ -44,6 +48,39 @@ def hard(
     scale: float | None = None,
 ) -> Evaluation:
     """Output, gradients and magnitudes; shapes as for `evaluate`. Only the scale's sign matters, None is positive."""
+    return _best(q, k, v, allowed, dout, scale, lambda *_: 0.0)
+
+
+def sampled(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike | None = None,
+    *,
+    seed: int,
+    scale: float | None = None,
+) -> Evaluation:
+    """Output, gradients and magnitudes; shapes as for `evaluate`. Queries and keys have no gradient."""
+
+    def noise(batch: int, head: int, rows: slice, keys: slice) -> Array:
+        positions = np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
+        bits = hashed(seed ^ 0x5851F42D4C957F2D, [batch], [head], *positions)[0, 0] >> np.uint64(12)
+        return np.asarray(-np.log(-np.log((bits.astype(np.float64) + 0.5) / 2**52)))
+
+    return _best(q, k, v, allowed, dout, scale, noise)
+
+
+def _best(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    allowed: Allowed,
+    dout: ArrayLike | None,
+    scale: float | None,
+    noise: Callable[[int, int, slice, slice], Array | float],
+) -> Evaluation:
+    """The value of the key whose score and noise, by batch, head, rows and keys, are largest."""
     query, key, value = checked(q, k, v)
     query = query * (query.shape[3] ** -0.5 if scale is None else finite(scale, "scale"))
     output_grad = output_gradient(dout, query, value)
@@ -56,6 +93,7 @@ def hard(
             scores = np.zeros(block.shape)
             for d in range(query.shape[3]):  # term by term, in order: equal keys get equal scores, to the bit
                 scores += query[batch, head, rows, d, None] * columns[:, d]
+            scores += noise(batch, head, rows, keys)
             scores[~block] = -np.inf
             winner = keys.start + scores.argmax(axis=1)[seen]
             at = rows.start + seen

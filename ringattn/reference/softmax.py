@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ringattn.errors import InputError
+from ringattn.reference.hashes import hashed
 from ringattn.reference.measure import (
     Allowed,
     Array,
@@ -49,7 +50,6 @@ from ringattn.reference.measure import (
 )
 
 Ints: TypeAlias = NDArray[np.int64]
-Hashes: TypeAlias = NDArray[np.uint64]
 
 
 class Scores(NamedTuple):
@@ -175,20 +175,8 @@ def evaluate(
 
 
 def kept(seed: int, probability: float, batch: int, heads: int, queries: ArrayLike, keys: ArrayLike) -> Bools:
-    """Which weights dropout keeps, [batch, heads, queries, keys]: a hash of the seed and the global indices.
-
-    splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014, figure 16), applied to one index after the other.
-    """
-
-    def mixed(x: Hashes) -> Hashes:
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    bits: Hashes = np.full((1, 1, 1, 1), seed, dtype=np.uint64)
-    for dim, index in enumerate((np.arange(batch), np.arange(heads), np.asarray(queries), np.asarray(keys))):
-        shape = tuple(-1 if d == dim else 1 for d in range(4))
-        bits = mixed(bits + (index.astype(np.uint64).reshape(shape) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    """Which weights dropout keeps, [batch, heads, queries, keys]: a hash of the seed and the global indices."""
+    bits = hashed(seed, np.arange(batch), np.arange(heads), queries, keys)
     return np.asarray((bits >> np.uint64(11)).astype(np.float64) >= round(probability * 2**53))
 
 
