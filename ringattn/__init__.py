@@ -1,6 +1,6 @@
 """ringattn: exact attention over sequences too long for one device. See README.md."""
 
-from ringattn import conformance, reference
+from ringattn import conformance, modules, reference
 from ringattn.collectives.chosen_rows import attention_rows
 from ringattn.collectives.cumulative import cumsum
 from ringattn.collectives.neighbours import halo
@@ -93,6 +93,7 @@ __all__ = [
     "halo",
     "init",
     "lower_bound",
+    "modules",
     "plan",
     "plan_all",
     "pool",

@@ -144,7 +144,7 @@ MAY: dict[str, str] = {
     "simulator.transport": "errors transports.base",
     "simulator.virtual": "checking errors mesh simulator.transport transports.base",
 }
-OUTER = ("advice", "cli", "diagnosis", "integrations", "trainer", "training")
+OUTER = ("advice", "cli", "diagnosis", "integrations", "modules", "trainer", "training")
 
 
 def _name(path: Path) -> str:

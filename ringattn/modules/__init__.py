@@ -1,0 +1,20 @@
+"""Attention modules of the literature, ordinary torch over the public functions: one file a family.
+
+Each takes this rank's part of a sequence and its sharding, and gives this rank's part. Their parameters are replicated;
+what a rank gets is its part of their gradients, to be added up over the ranks as for any replicated parameter.
+"""
+
+from ringattn.modules.channel import ChannelAttention, SqueezeExcitation
+from ringattn.modules.deformable import DeformableConvolution
+from ringattn.modules.hybrid import AttentionInAttention, HybridAttention
+from ringattn.modules.images import Convolution, Rows
+
+__all__ = [
+    "AttentionInAttention",
+    "ChannelAttention",
+    "Convolution",
+    "DeformableConvolution",
+    "HybridAttention",
+    "Rows",
+    "SqueezeExcitation",
+]

@@ -1,0 +1,156 @@
+"""Modules of images and channels against their papers' equations over the whole image, any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+import ringattn
+from ringattn.modules.channel import ChannelAttention, SqueezeExcitation
+from ringattn.modules.deformable import DeformableConvolution
+from ringattn.modules.hybrid import AttentionInAttention, HybridAttention
+from ringattn.modules.images import Convolution, Rows
+from tests.modules.running import check_module
+
+HEIGHT, WIDTH, CHANNELS = 11, 5, 6
+RANKS = (1, 2, 3, 5, 8)
+
+
+def _image() -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, CHANNELS, HEIGHT * WIDTH, generator=g, dtype=torch.float64)
+
+
+def _rows(mesh: ringattn.Mesh) -> ringattn.Sharding:
+    """Rows of pixels dealt in runs, two of them on rank 0; some ranks have none."""
+    edges = [HEIGHT * i // (mesh.size + 1) * WIDTH for i in range(mesh.size + 2)]
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(mesh.size)]
+    for nth, run in enumerate(itertools.pairwise(edges)):
+        if run[0] < run[1]:
+            runs[nth % mesh.size].append(run)
+    return ringattn.Sharding(HEIGHT * WIDTH, mesh, ringattn.Explicit(runs))
+
+
+def _by_rows(mesh: ringattn.Mesh, module: torch.nn.Module, x: torch.Tensor) -> Any:
+    sharding = _rows(mesh)
+    leaf = sharding.split(x, 2).clone().requires_grad_()
+    return module(leaf, Rows(sharding, WIDTH)), [sharding], [leaf]
+
+
+def _by_positions(mesh: ringattn.Mesh, module: torch.nn.Module, x: torch.Tensor) -> Any:
+    sharding = ringattn.Sharding(HEIGHT * WIDTH, mesh, layout="striped")
+    leaf = sharding.split(x, 2).clone().requires_grad_()
+    return module(leaf, sharding), [sharding], [leaf]
+
+
+def _conv(x: torch.Tensor, layer: Convolution) -> torch.Tensor:
+    image = x.unflatten(2, (HEIGHT, WIDTH))
+    padding = layer.weight.shape[2] // 2 * layer.dilation
+    return functional.conv2d(image, layer.weight, layer.bias, padding=padding, dilation=layer.dilation).flatten(2)
+
+
+def _squeeze(module: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
+    z = x.mean(dim=2)
+    s = torch.sigmoid(module.excite(functional.relu(module.squeeze(z))))
+    return s[:, :, None]
+
+
+def _self_channel(module: ChannelAttention, x: torch.Tensor) -> torch.Tensor:
+    energies = module.scale * torch.einsum("bis,bjs->bij", x, x)
+    weights = energies.exp() / energies.exp().sum(dim=2, keepdim=True)
+    return module.beta * torch.einsum("bij,bjs->bis", weights, x) + x
+
+
+def _deformable(module: DeformableConvolution, x: torch.Tensor) -> torch.Tensor:
+    """By torch's own bilinear sampling, a tap at a time."""
+    offsets = module.bound * torch.tanh(_conv(x, module.offsets)).unflatten(2, (HEIGHT, WIDTH))
+    image, count = x.unflatten(2, (HEIGHT, WIDTH)), module.kernel**2
+    total = module.taps.bias[:, None, None].expand(len(x), -1, HEIGHT, WIDTH)
+    for n in range(count):
+        down, right = n // module.kernel - module.kernel // 2, n % module.kernel - module.kernel // 2
+        y = torch.arange(HEIGHT)[:, None] + down + offsets[:, n]
+        z = torch.arange(WIDTH) + right + offsets[:, count + n]
+        grid = torch.stack([2 * z / (WIDTH - 1) - 1, 2 * y / (HEIGHT - 1) - 1], dim=-1)
+        sampled = functional.grid_sample(image, grid, align_corners=True)
+        total = total + torch.einsum(
+            "bchw,oc->bohw", sampled, module.taps.weight[:, :, n // module.kernel, n % module.kernel]
+        )
+    return total.flatten(2)
+
+
+def _hybrid(module: HybridAttention, x: torch.Tensor) -> torch.Tensor:
+    y = x
+    for layer in module.spatial:
+        y = functional.relu(_conv(y, layer))  # type: ignore[arg-type]
+    gated = x * torch.sigmoid(_conv(y, module.score)) * _squeeze(module.channel, x)
+    return _deformable(module.aligned, gated)
+
+
+def _attention_in_attention(module: AttentionInAttention, x: torch.Tensor) -> torch.Tensor:
+    y = _conv(x, module.enter)
+    shares = functional.softmax(module.decide(y.mean(dim=2)) / module.temperature, dim=1)
+    attention = _conv(_conv(y, module.seen) * torch.sigmoid(_conv(y, module.look)), module.attended)
+    mixed = shares[:, :1, None] * attention + shares[:, 1:, None] * _conv(y, module.plain)
+    return _conv(functional.leaky_relu(mixed, 0.2), module.leave) + x
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_squeeze_and_excitation(ranks: int) -> None:
+    module = SqueezeExcitation(CHANNELS)
+    check_module(module, lambda m, x: x * _squeeze(m, x), _by_positions, [_image()], ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_channels_attend_to_each_other(ranks: int) -> None:
+    module = ChannelAttention(scale=0.02)
+    torch.nn.init.constant_(module.beta, 0.7)
+    check_module(module, _self_channel, _by_positions, [_image()], ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_convolution(ranks: int) -> None:
+    torch.manual_seed(0)
+    check_module(Convolution((CHANNELS, 4), 3, dilation=2), lambda m, x: _conv(x, m), _by_rows, [_image()], ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_deformable_convolution(ranks: int) -> None:
+    torch.manual_seed(0)
+    module = DeformableConvolution((CHANNELS, 4), 3, bound=1.5)
+    for parameter in module.offsets.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    check_module(module, _deformable, _by_rows, [_image()], ranks, limit=1e-11)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_hybrid_attention(ranks: int) -> None:
+    torch.manual_seed(0)
+    module = HybridAttention(CHANNELS, dilations=(1, 2))
+    for parameter in module.aligned.offsets.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    check_module(module, _hybrid, _by_rows, [_image()], ranks, limit=1e-11)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_attention_in_attention(ranks: int) -> None:
+    torch.manual_seed(0)
+    check_module(AttentionInAttention(CHANNELS, 1.5), _attention_in_attention, _by_rows, [_image()], ranks)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "contiguous"), (2, "striped"), (1, "contiguous")])
+def test_pixels_that_are_no_whole_rows_are_refused_by_all_ranks(ranks: int, layout: str) -> None:
+    def refused(mesh: ringattn.Mesh) -> None:
+        with pytest.raises(ringattn.InputError, match="whole rows of 5"):
+            Rows(ringattn.Sharding(56, mesh, layout=layout), 5)
+
+    ringattn.simulate(refused, ring=ranks)
+
+
+@pytest.mark.parametrize("make", [lambda: Convolution((1, 1), 2), lambda: DeformableConvolution((1, 1), bound=0)])
+def test_bad_arguments(make: Any) -> None:
+    with pytest.raises(ringattn.InputError):
+        make()
