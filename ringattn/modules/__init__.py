@@ -8,13 +8,23 @@ from ringattn.modules.channel import ChannelAttention, SqueezeExcitation
 from ringattn.modules.deformable import DeformableConvolution
 from ringattn.modules.hybrid import AttentionInAttention, HybridAttention
 from ringattn.modules.images import Convolution, Rows
+from ringattn.modules.scores import Cosine, General, LocalM, LocalP, Location
+from ringattn.modules.spatial import SpatialAttention
+from ringattn.modules.tri import TriAttention
 
 __all__ = [
     "AttentionInAttention",
     "ChannelAttention",
     "Convolution",
+    "Cosine",
     "DeformableConvolution",
+    "General",
     "HybridAttention",
+    "LocalM",
+    "LocalP",
+    "Location",
     "Rows",
+    "SpatialAttention",
     "SqueezeExcitation",
+    "TriAttention",
 ]
