@@ -25,6 +25,8 @@ from ringattn.mechanisms.entmax import Entmax
 from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
+from ringattn.mechanisms.mocha import MoChA
+from ringattn.mechanisms.monotonic import Monotonic
 from ringattn.mechanisms.sampled import Sampled
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
@@ -32,10 +34,13 @@ from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan, plan_all
 from ringattn.plans.verification import verify
+from ringattn.plans.wave import WavePlan, plan_wave
+from ringattn.plans.wavefront import verify_waves
 from ringattn.saving import safe_globals
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
+from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 from ringattn.simulator import Simulation, simulate
 from ringattn.startup import init
@@ -65,6 +70,8 @@ __all__ = [
     "Memory",
     "Mesh",
     "MissingDependencyError",
+    "MoChA",
+    "Monotonic",
     "Plan",
     "PlanError",
     "Predicate",
@@ -82,6 +89,8 @@ __all__ = [
     "Traffic",
     "TransportError",
     "UnsupportedError",
+    "Wave",
+    "WavePlan",
     "Window",
     "Zigzag",
     "attention",
@@ -96,10 +105,12 @@ __all__ = [
     "modules",
     "plan",
     "plan_all",
+    "plan_wave",
     "pool",
     "reduce",
     "reference",
     "safe_globals",
     "simulate",
     "verify",
+    "verify_waves",
 ]

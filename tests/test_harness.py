@@ -128,7 +128,7 @@ def test_what_is_wrong_is_found(member: Any, words: str) -> None:
         {"mask": "documents:3,4/5,1"},
         {"mechanism": Sum()},
         {"mechanism": Softmax(softcap=2.0, dropout=0.2, seed=1)},
-        {"kernel": "chunked"},
+        {"kernel": "chunked", "mechanism": "linear"},
         {"kernel": f"{__name__}:Reference"},
     ],
     ids=str,

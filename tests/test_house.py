@@ -81,7 +81,8 @@ MAY: dict[str, str] = {
     "kernels.trial": "mechanisms.base plans.tiles kernels.base kernels.rates",
     "kernels.choice": "errors naming mechanisms mechanisms.base kernels kernels.base kernels.machine kernels.rates "
     "kernels.store kernels.trial",
-    "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering",
+    "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering "
+    "mechanisms.ordered",
     "transports.base": "errors",
     "transports.torch_distributed": "errors groups transports.base transports.news",
     "transports.news": "errors transports.told",
@@ -128,15 +129,16 @@ MAY: dict[str, str] = {
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax mechanisms.total runtime.op "
     "runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",
-    "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
-    "conformance.running errors kernels layouts masks mechanisms naming plans.planning plans.verification readable "
-    "schedules",
-    "conformance.case": "checking errors kernels.base layouts masks mechanisms naming schedules.base",
-    "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules",
-    "conformance.judging": "conformance.case conformance.running errors mechanisms reference",
+    "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging "
+    "conformance.leaks conformance.running errors kernels layouts masks mechanisms naming plans.planning "
+    "readable schedules mechanisms.ordered",
+    "conformance.case": "checking errors kernels.base layouts masks mechanisms naming schedules.base "
+    "mechanisms.ordered",
+    "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules mechanisms.ordered",
+    "conformance.judging": "conformance.case conformance.running errors mechanisms reference mechanisms.ordered",
     "conformance.leaks": "conformance.case conformance.running",
-    "conformance.running": "conformance.case errors functional mesh plans.plan plans.planning "
-    "runtime.agreement sharding simulator",
+    "conformance.running": "conformance.case errors functional mesh mechanisms.ordered plans.cost plans.planning "
+    "plans.verification plans.wave plans.wavefront runtime.agreement sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",

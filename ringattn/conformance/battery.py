@@ -13,10 +13,10 @@ from random import Random
 from ringattn import layouts
 from ringattn.checking import MAX_TOKENS, instance, integer, shown
 from ringattn.conformance.case import Case, checked_case
-from ringattn.conformance.drawing import PARTIAL, RANKS, draw, draw_cross
+from ringattn.conformance.drawing import PARTIAL, RANKS, draw, draw_cross, in_order
 from ringattn.conformance.judging import errors, limits, oracle
 from ringattn.conformance.leaks import leaks
-from ringattn.conformance.running import plans, run
+from ringattn.conformance.running import planned_traffic, run
 from ringattn.errors import InputError, PlanError
 from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels import Kernel
@@ -24,10 +24,10 @@ from ringattn.layouts import Layout
 from ringattn.masks import Causal, Mask, checked, parse
 from ringattn.mechanisms import MEMBERS as MECHANISMS
 from ringattn.mechanisms import Mechanism
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.naming import name_of, named
 from ringattn.plans.planning import named_schedule
-from ringattn.plans.verification import verify
 from ringattn.readable import dtype_name
 from ringattn.schedules import Schedule
 
@@ -196,7 +196,10 @@ def _with(case: Case, mask: Mask | None, mechanism: Mechanism | str | None, give
         changes["layout"] = "auto"  # an explicit layout is of the drawn length
     if "schedule" not in given and mechanism is not None:
         changes["schedule"] = "auto"
-    return dataclasses.replace(case, **changes)  # type: ignore[arg-type]
+    changed = dataclasses.replace(case, **changes)  # type: ignore[arg-type]
+    if isinstance(changed.attends, Ordered) and mask is None:
+        return dataclasses.replace(in_order(changed), **given)  # type: ignore[arg-type]
+    return changed
 
 
 def _lengths(mask: Mask) -> dict[str, int | None]:
@@ -235,9 +238,7 @@ def examine(case: Case, mesh: Mesh | None = None) -> Finding:
         if name in most and not error <= most[name]
     ]
     try:
-        made = plans(case)
-        verify(made)
-        traffic = [plan.traffic() for plan in made]
+        traffic = planned_traffic(case)
         planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in traffic]
         if not case.deterministic:  # whose passes are three
             faults += _wrong_bytes(

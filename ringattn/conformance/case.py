@@ -16,6 +16,7 @@ from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms import MEMBERS, Gated, Mechanism, Sampled, Softmax
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
@@ -32,7 +33,8 @@ class Case:
     Attributes:
         length: queries, and keys too unless ``kv_length`` makes it cross-attention, with a layout of its own.
         groups: query heads of each key head.
-        features: those of `FEATURES` that are drawn, where the mechanism is softmax.
+        features: those of `FEATURES` that are drawn, where the mechanism is softmax; ``bias`` for mechanisms that walk
+            the keys in order.
         scale: of the scores, where the mechanism has one; None leaves it as it is.
         use_lse: whether the log-sum-exp gets a gradient too.
         backward: whether gradients are computed.
@@ -107,11 +109,14 @@ class Case:
     def attends(self) -> Mechanism:
         """The mechanism, with the learned tensors of the whole sequence."""
         mechanism = named("mechanism", self.mechanism, Mechanism, MEMBERS)
-        drawn = self._drawn() if isinstance(mechanism, Softmax) else {}
+        drawn: dict[str, Any] = self._drawn() if isinstance(mechanism, Softmax) else {}
         if isinstance(mechanism, Gated) and self.kv_length is None:
             drawn = {"log_decay": self._decays()}
         if isinstance(mechanism, Sampled) and mechanism.seed is None:
             drawn["seed"] = self.seed
+        if isinstance(mechanism, Ordered) and "bias" in self.features:
+            bias = torch.randn(self.heads, generator=torch.Generator().manual_seed(self.seed + 1))
+            drawn["bias"] = bias.to(self.dtype)
         if self.scale is not None:
             drawn["scale"] = self.scale
         try:

@@ -17,6 +17,7 @@ from ringattn.conformance.case import FEATURES, Case
 from ringattn.kernels import Kernel
 from ringattn.layouts import Balanced, Explicit, Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.naming import by_name
 from ringattn.schedules import Schedule
 
@@ -75,7 +76,8 @@ def draw(
     made, causal = mask(random, length), by_name(mechanisms.MEMBERS)[mechanism].causal
     softmax, scaled = mechanism == "softmax", hasattr(by_name(mechanisms.MEMBERS)[mechanism], "scale")
     features = [name for name in FEATURES if random.random() < 0.3] if softmax and random.random() < 0.5 else []
-    return Case(
+    ordered = issubclass(by_name(mechanisms.MEMBERS)[mechanism], Ordered)
+    case = Case(
         length=length,
         mask=made & Causal() if causal else made,
         ranks=size,
@@ -91,8 +93,16 @@ def draw(
         use_lse=softmax and random.random() < 0.5,
         seed=random.randint(0, 2**16),
         mechanism=mechanism,
-        features=frozenset(features),
+        features=frozenset(random.choice(((), ("bias",))) if ordered else features),
         scale=random.choice((None, None, 0.3)) if scaled else None,
+    )
+    return in_order(case) if ordered else case
+
+
+def in_order(case: Case) -> Case:
+    """The case as mechanisms take it that walk the keys in order: all keys, contiguous, by the wave."""
+    return dataclasses.replace(
+        case, mask=Full(), layout="contiguous", kv_layout="contiguous", schedule="auto", kernel="auto"
     )
 
 
@@ -157,7 +167,7 @@ def draw_cross(random: Random, **choices: Sequence[object]) -> Case:
     length, kv_length = random.randint(0, 60), random.randint(0, 60)
     made, causal = cross_mask(random, length, kv_length), by_name(mechanisms.MEMBERS)[str(case.mechanism)].causal
     scale = random.choice((None, 0.3, 0.0, -0.7)) if case.mechanism == "softmax" else case.scale
-    return dataclasses.replace(
+    crossed = dataclasses.replace(
         case,
         length=length,
         kv_length=kv_length,
@@ -166,6 +176,7 @@ def draw_cross(random: Random, **choices: Sequence[object]) -> Case:
         kv_layout=random.choice(LAYOUTS),
         scale=scale,
     )
+    return in_order(crossed) if isinstance(case.attends, Ordered) else crossed
 
 
 def cross_mask(random: Random, length: int, kv_length: int) -> Mask:

@@ -21,6 +21,7 @@ from ringattn.conformance.case import Case, checked_case
 from ringattn.conformance.running import Results, simulated
 from ringattn.errors import InputError
 from ringattn.mechanisms import Block, Entmax, Gated, Hard, Linear, Mechanism, Problem, Sampled, Softmax
+from ringattn.mechanisms.ordered import Ordered
 
 DENSE_LIMIT = 20_000  # tokens of a mask as a matrix
 NAMES = ("out", "dq", "dk", "dv")
@@ -33,7 +34,7 @@ WITHOUT_ORACLE = 1000
 def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> reference.Evaluation:
     """The float64 answer from the inputs as rounded to the case's dtype; ``seen`` is told each row it has come to.
 
-    Softmax, Hard, Linear, Gated, plain Entmax and Sampled have oracles of their own. Any other mechanism is compared
+    All mechanisms but Entmax and Sampled with terms of their own have oracles. Any other mechanism is compared
     with itself, in one block and float64, its gradients with those that autograd finds: a wrong merge, mask, plan or
     gradient shows.
     """
@@ -51,6 +52,8 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
         case Gated():
             decay = _double(mechanism.log_decay)
             return reference.gated(q, k, v, rows, backward, log_decay=decay, scale=mechanism.scale)
+        case Ordered():
+            return reference.monotonic(q, k, v, backward, **_fields(mechanism))
         case Linear():
             return reference.linear(q, k, v, rows, backward, features=mechanism.features)
         case Entmax(alpha=float(alpha)) if _plain(mechanism):
@@ -58,8 +61,7 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
         case Sampled(seed=int(seed)) if _plain(mechanism):
             return reference.sampled(q, k, v, rows, backward, seed=seed, scale=mechanism.scale)
         case Softmax():
-            fields = {field.name: getattr(mechanism, field.name) for field in dataclasses.fields(mechanism)}
-            scores = {name: _double(x) for name, x in fields.items() if name != "seed" or x is not None}
+            scores = {name: x for name, x in _fields(mechanism).items() if name != "seed" or x is not None}
             return reference.evaluate(q, k, v, rows, backward, dlse if case.backward else None, **scores)
     return _in_one_block(case, mechanism)
 
@@ -67,6 +69,11 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
 def _plain(mechanism: Entmax | Sampled) -> bool:
     """Whether the scores are products and the output is of them alone."""
     return not mechanism.beyond({"alpha", "scale", "seed"})
+
+
+def _fields(mechanism: Mechanism) -> dict[str, Any]:
+    """A mechanism's fields, tensors in float64."""
+    return {field.name: _double(getattr(mechanism, field.name)) for field in dataclasses.fields(mechanism)}
 
 
 def _double(x: Any) -> Any:
@@ -127,7 +134,7 @@ def limits(case: Case, answer: reference.Evaluation) -> dict[str, float]:
     if case.dtype not in (torch.float32, torch.float64):
         found, rounded = errors(in_one_piece(case), answer), _rounded(case, answer)
         return {name: 2 * max(error, rounded[name]) for name, error in found.items()}
-    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax, Gated, Sampled)):
+    if not isinstance(case.attends, (Softmax, Hard, Linear, Entmax, Gated, Sampled, Ordered)):
         return dict.fromkeys(names, WITHOUT_ORACLE * torch.finfo(case.dtype).eps)
     return dict.fromkeys(names, LIMITS[case.dtype] * (1 if case.ranks < 64 else 3))
 

@@ -11,9 +11,13 @@ import torch
 from ringattn.conformance.case import Case, checked_case
 from ringattn.errors import PlanError
 from ringattn.functional import attention
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
-from ringattn.plans.plan import Plan
+from ringattn.plans.cost import Traffic
 from ringattn.plans.planning import plan
+from ringattn.plans.verification import verify
+from ringattn.plans.wave import plan_wave
+from ringattn.plans.wavefront import verify_waves
 from ringattn.runtime.agreement import gathered
 from ringattn.sharding import Sharding
 from ringattn.simulator import simulate
@@ -125,13 +129,16 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
     return joined(case, [part for part, _ in said]), [moved for _, moved in said]
 
 
-def plans(case: Case) -> list[Plan]:
-    """The plan of every rank."""
-    made = []
-    for rank in range(case.ranks):
-        own, kv = shardings(case, Mesh.virtual(ring=case.ranks, rank=rank))
-        shape = {"heads": (case.heads, case.kv_heads), "head_dims": (case.dim, case.value_dim), "dtype": case.dtype}
-        made.append(
-            plan(case.mask, own, case.schedule, kv, batch=case.batch, mechanism=case.attends, **shape)  # type: ignore[arg-type]
-        )
-    return made
+def planned_traffic(case: Case) -> list[Traffic]:
+    """What the plan of every rank moves, when they have all been verified."""
+    mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
+    shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
+    meshes = [Mesh.virtual(ring=case.ranks, rank=rank) for rank in range(case.ranks)]
+    every = [shardings(case, mesh) for mesh in meshes]
+    if isinstance(mechanism, Ordered):
+        waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]
+        verify_waves(waves)
+        return [each.traffic() for each in waves]
+    made = [plan(case.mask, own, case.schedule, kv, mechanism=mechanism, **shape) for own, kv in every]
+    verify(made)
+    return [each.traffic() for each in made]

@@ -14,6 +14,7 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, rows_at
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.plans import tiles as t
 from ringattn.plans.tiles import Tiles
 
@@ -30,7 +31,7 @@ class Reference(Kernel):
     columns: int = 1024
 
     def supports(self, problem: Problem) -> bool:
-        return True
+        return not isinstance(problem.mechanism, Ordered)  # which has no tiles
 
     def refusal(self, problem: Problem) -> str | None:
         return None

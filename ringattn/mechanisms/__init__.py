@@ -8,10 +8,25 @@ from ringattn.mechanisms.entmax import Entmax
 from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard
 from ringattn.mechanisms.linear import Linear
+from ringattn.mechanisms.mocha import MoChA
+from ringattn.mechanisms.monotonic import Monotonic
 from ringattn.mechanisms.sampled import Sampled
 from ringattn.mechanisms.softmax import Softmax
 
-MEMBERS: tuple[type[Mechanism], ...] = (Softmax, Hard, Linear, Entmax, Sampled, Gated)
+MEMBERS: tuple[type[Mechanism], ...] = (Softmax, Hard, Linear, Entmax, Sampled, Gated, Monotonic, MoChA)
 """Every mechanism, the common one first."""
 
-__all__ = ["MEMBERS", "Block", "Entmax", "Gated", "Hard", "Linear", "Mechanism", "Problem", "Sampled", "Softmax"]
+__all__ = [
+    "MEMBERS",
+    "Block",
+    "Entmax",
+    "Gated",
+    "Hard",
+    "Linear",
+    "Mechanism",
+    "MoChA",
+    "Monotonic",
+    "Problem",
+    "Sampled",
+    "Softmax",
+]

@@ -16,7 +16,10 @@ from ringattn.mechanisms.ordered import Ordered
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Monotonic(Ordered):
-    """``out_i = sum_j a_ij v_j``, a the expected monotonic alignment; fields as `Ordered` has them."""
+    """The value at which a search over the keys stops that begins where the one of the row before did, in expectation.
+
+    Fields as `Ordered` has them.
+    """
 
     @property
     def reach(self) -> int:

@@ -139,12 +139,12 @@ class _Blocks:
                 self._held[what, block] = held
             return held
         if what in self._own:
-            return self._own[what][:, :, self._call.plan.blocks[block].rows].contiguous()
+            return self._room(what, block).copy_(self._own[what][:, :, self._call.plan.blocks[block].rows])
         return self._room(what, block).zero_()
 
     def put(self, what: What, block: int, x: torch.Tensor) -> None:
         """What has come of a block, to be handed on."""
-        self._held[what, block] = x.to(self._dtype(what)).contiguous()
+        self._held[what, block] = self._room(what, block).copy_(x)
 
     def _sent(self, what: What, block: int) -> torch.Tensor:
         sent = self.take(what, block)
@@ -166,7 +166,7 @@ class _Blocks:
         if self._call.plan.blocks[block].home == self._call.plan.rank:
             self._finish(block, result)
         else:
-            self._held[self._way.result, block] = result.to(self._results.dtype)
+            self.put(self._way.result, block, result)
 
     def _room(self, what: What, block: int) -> torch.Tensor:
         problem, rows = self._call.problem, self._call.plan.blocks[block].count
