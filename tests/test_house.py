@@ -114,8 +114,8 @@ MAY: dict[str, str] = {
     "collectives.pooling": "checking errors kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
     "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
     "collectives.chosen_rows": "bands checking errors functional kernels.reference masks mechanisms.base "
-    "mechanisms.softmax readable runtime.agreement runtime.folding runtime.replicated runtime.request runtime.running "
-    "runtime.transforms sharding transports.base",
+    "mechanisms.ordered mechanisms.softmax readable runtime.agreement runtime.call runtime.folding runtime.replicated "
+    "runtime.request runtime.running runtime.transforms runtime.wave sharding transports.base",
     "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
     "transports.base",
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "

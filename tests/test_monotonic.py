@@ -155,6 +155,34 @@ def test_gradcheck(mechanism: Ordered) -> None:
     assert torch.autograd.gradcheck(fn, leaves)
 
 
+def _rows(mesh: ringattn.Mesh, problem: Problem, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The joined weights of some rows, and those rows of the output."""
+    own, kv = ringattn.Sharding(problem.queries, mesh), ringattn.Sharding(problem.keys, mesh)
+    q, k, v, *_ = problem.inputs()
+    parts = own.split(q, 2), kv.split(k, 2), kv.split(v, 2)
+    call: dict[str, Any] = {"sharding": own, "kv_sharding": kv, "mechanism": problem.mechanism}
+    weights = kv.join(ringattn.attention_rows(*parts[:2], FULL, at, **call), 3)
+    return weights, own.join(ringattn.attention(*parts, FULL, **call), 2)[:, :, at]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("mechanism", [Monotonic(), MoChA(7, chunk_dim=2)], ids=str)
+def test_rows_are_the_weights_of_the_values(mechanism: Ordered, ranks: int) -> None:
+    """In any order, keys of windows that lie on several ranks among them."""
+    problem = Problem(mechanism, 13, 17, dtype=torch.float64)
+    weights, out = ringattn.simulate(_rows, problem, [12, 0, 7], ring=ranks).results[-1]
+    values = problem.inputs()[2].repeat_interleave(2, dim=1)
+    assert weights.shape == (2, 4, 3, 17)
+    torch.testing.assert_close(weights @ values, out, rtol=1e-12, atol=1e-13)
+    assert (weights >= 0).all() and (weights.sum(dim=-1) <= 1 + 1e-12).all()
+
+
+def test_ranks_that_ask_for_other_rows_learn_it() -> None:
+    problem = Problem(Monotonic(), 9, 9)
+    with pytest.raises(AgreementError, match="they differ in shapes"):
+        ringattn.simulate(lambda mesh: _rows(mesh, problem, [mesh.rank]), ring=2)
+
+
 def _call(mesh: ringattn.Mesh, **more: Any) -> torch.Tensor:
     sharding = more.pop("sharding", None) or ringattn.Sharding(16, mesh, more.pop("layout", "contiguous"))
     x = torch.randn(1, 2, sharding.count, 4)

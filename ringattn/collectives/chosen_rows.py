@@ -14,14 +14,17 @@ from ringattn.functional import summed_first
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism, Problem, State
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
+from ringattn.runtime.call import WaveCall
 from ringattn.runtime.folding import add, fold
 from ringattn.runtime.replicated import Replicated, own_tiles
 from ringattn.runtime.request import Request, check_tensors, problem_of
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import outside_graphs
+from ringattn.runtime.wave import rows as ordered_rows
 from ringattn.sharding import Sharding
 from ringattn.transports.base import Transport
 
@@ -40,7 +43,8 @@ def attention_rows(
     """What each key weighs in the outputs of some queries: rows of the attention matrix. Every rank calls it.
 
     The chosen queries travel, and their states, along a tree of the ranks; keys stay where they are. Nothing grows with
-    the sequence but what each rank gives of its own keys.
+    the sequence but what each rank gives of its own keys. Where a row depends on the rows before it (`Monotonic`), the
+    whole wave runs, without values.
 
     Args:
         q, k: as in `ringattn.attention`: this rank's parts.
@@ -68,9 +72,15 @@ def attention_rows(
     with agreement.telling(transport, "ringattn.attention_rows", q, k):
         mechanism = request.mechanism
         at, order = np.unique(positions(rows, "rows", sharding.length), return_inverse=True)
-        call = _call(q, k, checked(mask), at, sharding, kv, mechanism)
+        if isinstance(mechanism, Ordered):
+            wave = _wave(q, k, request)
+        else:
+            call = _call(q, k, checked(mask), at, sharding, kv, mechanism)
         seed = int(mechanism.new_seed())
     with torch.no_grad(), running(transport, f"attention_rows {number}", q.device.type):
+        if isinstance(mechanism, Ordered):
+            weights = ordered_rows(wave, q, k, [*mechanism.params.values()], at.tolist(), number)
+            return weights.index_select(2, torch.from_numpy(order.reshape(-1)).to(weights.device))
         compare = call.compare(f"row {number}", seed)
         tensors = {"q": (q, 2)} | {
             x: (mechanism.params[x], dim) for x, dim in mechanism.sharded.items() if x in mechanism.params
@@ -80,6 +90,15 @@ def attention_rows(
         weights = _weights(call, call.problem_of(params, seed), chosen["q"], k.detach())
         compare()
     return weights.index_select(2, torch.from_numpy(order.reshape(-1)).to(weights.device))
+
+
+def _wave(q: torch.Tensor, k: torch.Tensor, request: Request) -> WaveCall:
+    """The call of a mechanism that walks the keys in order, with keys for values."""
+    request.check_kinds(q, k, k)
+    params = request.mechanism.params.values()
+    call = request.call((q, k, k, *params), (False,) * (3 + len(params)))
+    assert isinstance(call, WaveCall)
+    return call
 
 
 def _call(

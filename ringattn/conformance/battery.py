@@ -239,11 +239,9 @@ def examine(case: Case, mesh: Mesh | None = None) -> Finding:
     ]
     try:
         traffic = planned_traffic(case)
-        planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in traffic]
+        planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t, _ in traffic]
         if not case.deterministic:  # whose passes are three
-            faults += _wrong_bytes(
-                case, planned, moved, [plan.over_keys.traffic().received_bytes or 0 for plan in made]
-            )
+            faults += _wrong_bytes(case, planned, moved, [each_pass for _, each_pass in traffic])
         if min(case.length, case.keys):
             token = case.seed % min(case.length, case.keys)
             probed = leaks(case, lambda inputs: run(mesh, case, inputs)[0], results, token)

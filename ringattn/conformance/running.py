@@ -129,8 +129,8 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
     return joined(case, [part for part, _ in said]), [moved for _, moved in said]
 
 
-def planned_traffic(case: Case) -> list[Traffic]:
-    """What the plan of every rank moves, when they have all been verified."""
+def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
+    """What the plan of every rank moves, and receives in each pass over keys alone; all have been verified."""
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
     meshes = [Mesh.virtual(ring=case.ranks, rank=rank) for rank in range(case.ranks)]
@@ -138,7 +138,7 @@ def planned_traffic(case: Case) -> list[Traffic]:
     if isinstance(mechanism, Ordered):
         waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]
         verify_waves(waves)
-        return [each.traffic() for each in waves]
+        return [(each.traffic(), 0) for each in waves]
     made = [plan(case.mask, own, case.schedule, kv, mechanism=mechanism, **shape) for own, kv in every]
     verify(made)
-    return [each.traffic() for each in made]
+    return [(each.traffic(), each.over_keys.traffic().received_bytes or 0) for each in made]

@@ -16,7 +16,7 @@ from ringattn.mechanisms.ordered import Ordered
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Monotonic(Ordered):
-    """The value at which a search over the keys stops that begins where the one of the row before did, in expectation.
+    """The value where a search over the keys is expected to stop, which begins where that of the row before stopped.
 
     Fields as `Ordered` has them.
     """

@@ -10,6 +10,7 @@ Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -101,6 +102,41 @@ def backward(
     dk, dv = _returned(call, (k, v), (dkeys, dvalues))
     compare()
     return dq, dk, dv, [dparams[name].to(x.dtype) for name, x in problem.params.items()]
+
+
+def rows(
+    call: WaveCall, q: torch.Tensor, k: torch.Tensor, params: Sequence[torch.Tensor], at: Sequence[int], number: int
+) -> torch.Tensor:
+    """The weights ``[B, Hq, R, Sk]`` of this rank's keys in the queries at these positions, in the accumulator's dtype.
+
+    A row depends on all rows before it: it takes a forward pass, in which no values travel and nothing is kept.
+    """
+    problem = dataclasses.replace(call.problem, value_dim=0)
+    shape = call.plan.shape and dataclasses.replace(call.plan.shape, value_dim=0)
+    fields = {**call.fields, "shapes": f"{call.fields['shapes']}, rows {[*at]}"}
+    call = dataclasses.replace(call, problem=problem, fields=fields, plan=dataclasses.replace(call.plan, shape=shape))
+    compare = call.compare(f"row {number}", 0)
+    problem, plan, mechanism = call.problem_of(params, 0), call.plan, _ordered(call)
+    keys, _ = _extended(call, (k, k[..., :0]))
+    above = _zeros(problem, k.shape[2])
+    above[:, :, : int(plan.first_key == 0)] = 1
+    found = keys.new_zeros(*q.shape[:2], len(at), keys.shape[2])
+    blocks = _Blocks(call, FORWARD, {"queries": q}, q[..., :0].clone())
+
+    def compute(block: int) -> None:
+        flow, of_queries = Flow(blocks.take("left", block), above), blocks.take("queries", block).double()
+        weights, flow = mechanism.rows(problem, of_queries, keys, flow)
+        above.copy_(flow.above)
+        blocks.put("left", block, flow.left)
+        for nth, position in enumerate(at):
+            row = position - plan.starts[block]
+            if 0 <= row < weights.shape[2]:
+                found[:, :, nth] = weights[:, :, row]
+
+    blocks.run(plan.forward, compute)
+    weights = _at_their_owners(call, found)
+    compare()
+    return weights
 
 
 LEFT: tuple[What, ...] = ("left", "left gradients")
@@ -239,3 +275,18 @@ def _returned(call: WaveCall, own: Pair, grads: Pair) -> Pair:
             under_way.wait()
             plan.window.payload.unpack_grad(problem, own, move.returned, totals)
     return totals[0].to(problem.dtype), totals[1].to(problem.dtype)
+
+
+def _at_their_owners(call: WaveCall, weights: torch.Tensor) -> torch.Tensor:
+    """The weights ``[B, Hq, R, Sk]`` of own keys, from those of all keys seen here and on the ranks behind.
+
+    They return as the gradients of keys would that have a dim for each row and query head.
+    """
+    problem, (heads, rows) = call.problem, weights.shape[1:3]
+    as_dims = weights.unflatten(1, (problem.kv_heads, -1)).flatten(2, 3).transpose(-1, -2)
+    dims = rows * heads // problem.kv_heads
+    returning = dataclasses.replace(problem, dim=dims, dtype=problem.accumulator, constants=frozenset())
+    own = as_dims[:, :, call.plan.before :]
+    back, _ = _returned(dataclasses.replace(call, problem=returning), (own, own[..., :0]), (as_dims, as_dims[..., :0]))
+    found: torch.Tensor = back.transpose(-1, -2).unflatten(2, (heads // problem.kv_heads, rows))
+    return found.flatten(1, 2)
