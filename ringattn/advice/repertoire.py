@@ -17,7 +17,7 @@ from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Causal, Full, Mask
-from ringattn.mechanisms import MEMBERS, Mechanism, Problem, Softmax
+from ringattn.mechanisms import MEMBERS, Gated, Linear, Mechanism, Problem, Softmax
 from ringattn.mechanisms.base import Summarising
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
@@ -67,6 +67,9 @@ def variants() -> tuple[Specimen, ...]:
     def softmax(**made: Callable[[Sizes, torch.Generator], object]) -> Make:
         return lambda sizes, g: Softmax(**{name: value(sizes, g) for name, value in made.items()})  # type: ignore[arg-type]
 
+    def decays(sizes: Sizes, g: torch.Generator) -> torch.Tensor:
+        return -torch.rand(1, sizes.kv_heads, sizes.length, generator=g)
+
     slopes = torch.tensor([0.05, 0.1, 0.2, 0.4])
     return (
         Specimen("Softmax(alibi)", softmax(alibi=lambda sizes, _: slopes.repeat(sizes.heads)[: sizes.heads])),
@@ -78,6 +81,8 @@ def variants() -> tuple[Specimen, ...]:
                 width=lambda s, _: max(s.length / 4, 1),
             ),
         ),
+        Specimen("Linear(taylor)", lambda *_: Linear("taylor")),
+        Specimen("Gated(log_decay)", lambda sizes, g: Gated(decays(sizes, g))),
     )
 
 
