@@ -6,6 +6,7 @@ from ringattn.collectives.cumulative import cumsum
 from ringattn.collectives.neighbours import halo
 from ringattn.collectives.pooling import pool
 from ringattn.collectives.reduction import reduce
+from ringattn.collectives.stopping import monotonic_stops
 from ringattn.errors import (
     AgreementError,
     CheckpointError,
@@ -103,6 +104,7 @@ __all__ = [
     "init",
     "lower_bound",
     "modules",
+    "monotonic_stops",
     "plan",
     "plan_all",
     "plan_wave",

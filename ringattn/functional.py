@@ -11,12 +11,13 @@ import torch
 from ringattn.kernels.base import Kernel
 from ringattn.masks import Causal, Mask
 from ringattn.mechanisms.base import Mechanism
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mechanisms.total import Total
 from ringattn.runtime import op
 from ringattn.runtime.request import Request, wanted_gradients
 from ringattn.runtime.spelling import spelled
-from ringattn.runtime.transforms import refuse_export
+from ringattn.runtime.transforms import outside_graphs, refuse_export
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
@@ -129,7 +130,9 @@ def attention(
     request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic, return_lse, extras)
     dtype = q.dtype
     request, q, k, v = summed_first(request, q, k, v)
-    out, aux = (_compiled if torch.compiler.is_compiling() else _eager)(request, q, k, v)
+    compiling = torch.compiler.is_compiling()
+    run = _between_graphs if isinstance(request.mechanism, Ordered) else _compiled if compiling else _eager
+    out, aux = run(request, q, k, v)
     out = out.to(dtype)
     if not request.results:
         return out
@@ -171,6 +174,14 @@ def _eager(
         return out, aux
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return torch.ops.ringattn.attention.default(q, k, v, params, ticket, *call.spelling, call.wanted)  # type: ignore[no-any-return]
+
+
+@outside_graphs
+def _between_graphs(
+    request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The same where what is kept is as large as the plan says, which no graph knows."""
+    return _eager(request, q, k, v)
 
 
 def _compiled(

@@ -116,18 +116,20 @@ MAY: dict[str, str] = {
     "collectives.chosen_rows": "bands checking errors functional kernels.reference masks mechanisms.base "
     "mechanisms.ordered mechanisms.softmax readable runtime.agreement runtime.call runtime.folding runtime.replicated "
     "runtime.request runtime.running runtime.transforms runtime.wave sharding transports.base",
+    "collectives.stopping": "checking errors functional masks mechanisms.mocha mechanisms.monotonic "
+    "mechanisms.ordered runtime.agreement runtime.request runtime.transforms sharding",
     "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
     "transports.base",
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "
     "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
     "schedules.route sharding transports.base",
     "runtime.engine": "mechanisms.base runtime.call runtime.messages runtime.preparing",
-    "runtime.op": "errors handles mechanisms.ordered runtime.call runtime.deterministic runtime.engine "
+    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine "
     "runtime.request runtime.running runtime.spelling runtime.transforms runtime.wave transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
-    "functional": "masks sharding kernels.base mechanisms.base mechanisms.softmax mechanisms.total runtime.op "
-    "runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
+    "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax mechanisms.total "
+    "runtime.op runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",
     "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging "
     "conformance.leaks conformance.running errors kernels layouts masks mechanisms naming plans.planning "

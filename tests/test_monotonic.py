@@ -183,6 +183,38 @@ def test_ranks_that_ask_for_other_rows_learn_it() -> None:
         ringattn.simulate(lambda mesh: _rows(mesh, problem, [mesh.rank]), ring=2)
 
 
+def _stops(mesh: ringattn.Mesh, problem: Problem) -> torch.Tensor:
+    own, kv = ringattn.Sharding(problem.queries, mesh), ringattn.Sharding(problem.keys, mesh)
+    q, k, *_, bias = problem.inputs()
+    mechanism = dataclasses.replace(problem.mechanism, bias=bias)
+    parts = own.split(q, 2), kv.split(k, 2)
+    return own.join(ringattn.monotonic_stops(*parts, sharding=own, kv_sharding=kv, mechanism=mechanism), 2)
+
+
+@given(
+    mechanism=st.sampled_from((Monotonic(), Monotonic(scale=0.1), MoChA(3, chunk_dim=5))),
+    ranks=st.sampled_from((1, 2, 3, 5, 8)),
+    queries=st.integers(1, 24),
+    keys=st.integers(0, 24),
+)
+def test_stops_are_those_of_the_rule(mechanism: Ordered, ranks: int, queries: int, keys: int) -> None:
+    """The first key from the last one's on whose energy is above 0."""
+    problem = Problem(mechanism, queries, keys)
+    q, k, _, _, bias = (x.double() for x in problem.inputs())
+    dims = 8 - getattr(mechanism, "chunk_dim", 0)
+    scale = mechanism.scale or dims**-0.5
+    energies = scale * q[..., :dims] @ k[..., :dims].repeat_interleave(2, dim=1).transpose(-1, -2) + bias[:, None, None]
+    expected = torch.full((2, 4, queries), -1)
+    for batch in range(2):
+        for head in range(4):
+            at = 0
+            for i in range(queries):
+                at = next((j for j in range(at, keys) if energies[batch, head, i, j] > 0), keys)
+                expected[batch, head, i] = at if at < keys else -1
+    for found in ringattn.simulate(_stops, problem, ring=ranks).results:
+        assert torch.equal(found, expected)
+
+
 def _call(mesh: ringattn.Mesh, **more: Any) -> torch.Tensor:
     sharding = more.pop("sharding", None) or ringattn.Sharding(16, mesh, more.pop("layout", "contiguous"))
     x = torch.randn(1, 2, sharding.count, 4)
@@ -237,14 +269,18 @@ def test_explain_shows_the_wave() -> None:
     assert "rank 0 of 1, wave: full, 16 tokens contiguous, 1 ranks" in said and "step 3: compute block 3" in said
 
 
-def test_a_compiled_graph_is_refused_and_what_to_do_works() -> None:
-    sharding, x = ringattn.Sharding(16, ringattn.init()), torch.randn(1, 2, 16, 4, requires_grad=True)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo asks of what goes from graph to graph
+def test_compiled_code_breaks_its_graph_and_gives_the_same() -> None:
+    sharding, bias = ringattn.Sharding(16, ringattn.init()), torch.randn(2, requires_grad=True)
+    x = torch.randn(1, 2, 16, 4, requires_grad=True)
 
     def fn(x: torch.Tensor) -> torch.Tensor:
-        return ringattn.attention(x, x, x, FULL, sharding=sharding, mechanism=Monotonic())
+        return ringattn.attention(2 * x, x, x, FULL, sharding=sharding, mechanism=MoChA(3, bias=bias)) ** 2
 
-    with pytest.raises(Exception, match="Monotonic cannot be part of a compiled graph"):
-        torch.compile(lambda x: fn(2 * x), backend="eager")(x)
-    torch._dynamo.reset()
-    outside = torch.compiler.disable(fn)
-    assert torch.equal(torch.compile(lambda x: outside(2 * x), backend="eager")(x), fn(2 * x))
+    results = []
+    for run in (fn, torch.compile(fn, backend="aot_eager")):
+        out = run(x)
+        results.append((out, *torch.autograd.grad(out.sum(), (x, bias))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(Exception, match="_between_graphs talks to other ranks, and is called between graphs"):
+        torch.compile(fn, fullgraph=True, backend="eager")(x)

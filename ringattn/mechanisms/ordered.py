@@ -22,7 +22,7 @@ import torch
 from ringattn.checking import flag, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
-from ringattn.mechanisms.walk import Flow, Walk
+from ringattn.mechanisms.walk import Flow, Walk, searched
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +109,13 @@ class Ordered(Mechanism):
 
     def rows(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, flow: Flow) -> tuple[torch.Tensor, Flow]:
         """The weights ``[B, Hq, M, R + N]`` of the values of a block, and what flows out of it; as in `block`."""
-        walk = self._walk(problem, q, k, flow)
-        return self.spread(problem, q, k, walk.alignment), walk.out
+        energies = self._energies(problem, q, k, flow.above.shape[2])
+        if self.hard:
+            alignment, out = searched(energies > 0, flow)
+        else:
+            walk = Walk(torch.sigmoid(energies), torch.sigmoid(-energies), flow)
+            alignment, out = walk.alignment, walk.out
+        return self.spread(problem, q, k, alignment), out
 
     def block_grad(
         self,
@@ -129,28 +134,30 @@ class Ordered(Mechanism):
             dout: the gradient of the outputs, float64 ``[B, Hq, M, Dv]``.
             dflow: of what has flown out, right and below.
         """
-        walk = self._walk(problem, q, k, flow)
-        alignment = walk.alignment
+        keys = flow.above.shape[2]
+        energies = self._energies(problem, q, k, keys)
+        walk = None if self.hard else Walk(torch.sigmoid(energies), torch.sigmoid(-energies), flow)
+        alignment = searched(energies > 0, flow)[0] if walk is None else walk.alignment
         dv = over_rows(self.spread(problem, q, k, alignment), dout, problem.kv_heads)
         dweights = over_heads(dout, v.transpose(-1, -2))
         dalignment, dq, dk = self.spread_grad(problem, q, k, alignment, dweights)
-        energies, dflow = walk.backward(dalignment, dflow)
-        dims, scale, first = self.monotonic_dims(problem), self._scale(problem), k.shape[2] - energies.shape[3]
-        if not self.hard:
-            dq[..., :dims] += over_heads(energies, k[:, :, first:, :dims]) * scale
-            dk[:, :, first:, :dims] += over_rows(energies, q[..., :dims], problem.kv_heads) * scale
+        if walk is not None:
+            denergies, dflow = walk.backward(dalignment, dflow)
+            dims, scale, first = self.monotonic_dims(problem), self._scale(problem), k.shape[2] - keys
+            dq[..., :dims] += over_heads(denergies, k[:, :, first:, :dims]) * scale
+            dk[:, :, first:, :dims] += over_rows(denergies, q[..., :dims], problem.kv_heads) * scale
             if "bias" in dparams:
                 total = dparams["bias"]
-                total += energies.sum(dim=(0, 2, 3))
+                total += denergies.sum(dim=(0, 2, 3))
         return (dq, dk, dv), dflow
 
-    def _walk(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, flow: Flow) -> Walk:
-        dims, first = self.monotonic_dims(problem), k.shape[2] - flow.above.shape[2]
+    def _energies(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, keys: int) -> torch.Tensor:
+        """Those of the monotonic search over the last so many keys, ``[B, Hq, M, N]``."""
+        dims, first = self.monotonic_dims(problem), k.shape[2] - keys
         energies = over_heads(q[..., :dims], k[:, :, first:, :dims].transpose(-1, -2)) * self._scale(problem)
         if "bias" in problem.params:
             energies += problem.params["bias"].double()[:, None, None]
-        stops = (energies > 0).double() if self.hard else torch.sigmoid(energies)
-        return Walk(stops, 1 - stops if self.hard else torch.sigmoid(-energies), flow)
+        return energies
 
     def _scale(self, problem: Problem) -> float:
         return 1 / math.sqrt(self.monotonic_dims(problem)) if self.scale is None else self.scale

@@ -90,6 +90,34 @@ class Walk:
         return energies, Flow(into[:, :, :, 0].contiguous(), into[:, :, 0].contiguous())
 
 
+def searched(stops: torch.Tensor, flow: Flow) -> tuple[torch.Tensor, Flow]:
+    """The alignment, and what flows out, of rows that stop with certainty at the first key where they may.
+
+    As `Walk` of probabilities 0 and 1, in M steps: how far a row gets is a minimum of indices, that of the first such
+    key from where it begins on, or of the end of the block.
+
+    Args:
+        stops: where rows may stop, bool ``[B, Hq, M, N]``.
+        flow: 0 or 1 everywhere.
+    """
+    rows, keys = stops.shape[2:]
+    if not stops.numel():
+        return stops.double(), flow
+    index = torch.arange(keys, device=stops.device)
+    first = torch.where(stops, index, keys).flip(-1).cummin(dim=-1).values.flip(-1)
+    first = torch.nn.functional.pad(first, (0, 1), value=keys)  # a row that begins nowhere stops nowhere
+    at = keys - (flow.above * (keys - index)).sum(dim=-1).long()
+    begins, ends = [], []
+    for row in range(rows):
+        begins.append(torch.where(flow.left[:, :, row] > 0, 0, at))
+        at = first[:, :, row].gather(-1, begins[-1].unsqueeze(-1)).squeeze(-1)
+        ends.append(at)
+    stopped = torch.stack(ends, dim=2)
+    alignment = (stopped.unsqueeze(-1) == index).double()
+    goes_on = (torch.stack(begins, dim=2) < keys) & (stopped == keys)
+    return alignment, Flow(goes_on.double(), alignment[:, :, -1].contiguous())
+
+
 def _skewed(x: torch.Tensor, beyond: float) -> torch.Tensor:
     """``[B, Hq, M, N]`` as a skewed plane, with this number beyond both ends of the keys."""
     rows, keys = x.shape[2:]

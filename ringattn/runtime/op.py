@@ -24,9 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringattn.errors import UnsupportedError
 from ringattn.handles import found
-from ringattn.mechanisms.ordered import Ordered
 from ringattn.runtime import deterministic as deterministic_engine
 from ringattn.runtime import engine
 from ringattn.runtime import wave as wave_engine
@@ -145,11 +143,6 @@ def _attention_fake(
     _wanted: Flags,
 ) -> tuple[torch.Tensor, Tensors]:
     asked = unspelled(mechanism, numbers, params)
-    if isinstance(asked, Ordered):
-        raise UnsupportedError(
-            f"{type(asked).__name__} cannot be part of a compiled graph, which does not know how large what its "
-            f"backward pass needs will be. Call ringattn.attention in a function under torch.compiler.disable."
-        )
     problem = problem_of(asked, q, k, v, params=asked.params).unprepared(q.shape[2])
     out, aux = asked.finish(problem, asked.empty(problem, q.shape[2]))
     return out, list(aux)
