@@ -22,6 +22,8 @@ MECHANISMS: tuple[Mechanism, ...] = (
         dropout=0.4,
     ),
     ringattn.Hard(),
+    ringattn.Hard(top=3),
+    ringattn.Hard(top=9),
     ringattn.Sampled(straight_through=0.7),
     ringattn.Sampled(softcap=2.0, bias=torch.randn(4, 5, 7, generator=_G)),
     ringattn.Linear(),

@@ -157,7 +157,7 @@ class Entmax(Scored):
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
         scores, _ = self.scores(problem, block, q, k)
         found: torch.Tensor = self._both(problem, scores, saved[1])[0].unflatten(1, (problem.kv_heads, -1))
-        return found.to(q.dtype)
+        return found.to(problem.accumulator)
 
     def _both(
         self, problem: Problem, scores: torch.Tensor, threshold: torch.Tensor

@@ -166,7 +166,7 @@ class Sampled(Scored):
 
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
         won: torch.Tensor = self._won(block, saved[1].unsqueeze(-1)).unflatten(1, (problem.kv_heads, -1))
-        return won.to(q.dtype)
+        return won.to(problem.accumulator)
 
     @staticmethod
     def _won(block: Block, position: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ numbers of the inputs' dtype, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -92,13 +93,13 @@ class OutputSide:
     """How the output side of a backward pass travels beside the queries.
 
     Attributes:
-        fields: dtype and numbers of the gradient of the output, of the output, of each extra and what is kept, and of
-            the gradient of each extra that has one.
+        fields: dtype and shape, of one query and head, of the gradient of the output, of the output, of each extra and
+            what is kept, and of the gradient of each extra that has one.
         extras, kept: how many of them there are.
         dtype: as which it travels.
     """
 
-    fields: tuple[tuple[torch.dtype, int], ...]
+    fields: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
     extras: int
     kept: int
     dtype: torch.dtype
@@ -110,8 +111,9 @@ class OutputSide:
         params = {name: torch.zeros_like(x, device=problem.device) for name, x in mechanism.params.items()}
         problem = dataclasses.replace(problem, params=params)  # which decide on dtypes
         out, others = mechanism.finish(problem, mechanism.empty(problem, 0))
-        row, extras = (out.dtype, problem.value_dim), others[: len(mechanism.extras)]
-        fields = row, row, *((x.dtype, 1) for x in others), *((x.dtype, 1) for x in extras if x.is_floating_point())
+        extras = others[: len(mechanism.extras)]
+        travel = out, out, *others, *(x for x in extras if x.is_floating_point())
+        fields = tuple((x.dtype, tuple(x.shape[3:])) for x in travel)
         return cls(fields, len(extras), len(others) - len(extras), problem.dtype)
 
     @property
@@ -121,7 +123,7 @@ class OutputSide:
 
     @property
     def _sizes(self) -> list[int]:
-        return [count * dtype.itemsize // self.dtype.itemsize for dtype, count in self.fields]
+        return [math.prod(shape) * dtype.itemsize // self.dtype.itemsize for dtype, shape in self.fields]
 
     def packed(self, output_grad: OutputGrad) -> torch.Tensor:
         """``[B, Hq, Sq, size]``."""
@@ -131,15 +133,18 @@ class OutputSide:
             for x, grad in zip(others[: self.extras], output_grad.grad_extras, strict=True)
             if x.is_floating_point()
         ]
-        columns = (output_grad.dout, out, *(x.unsqueeze(-1) for x in (*others, *grads)))
+        columns = (x.unsqueeze(-1).flatten(3) for x in (output_grad.dout, out, *others, *grads))
         return torch.cat([x.contiguous().view(self.dtype) for x in columns], dim=-1)
 
     def unpacked(self, rows: torch.Tensor) -> OutputGrad:
         """The same of ``[B, Hq, rows, size]``."""
         parts = rows.split(self._sizes, dim=-1)
-        columns = [x.contiguous().view(dtype) for x, (dtype, _) in zip(parts, self.fields, strict=True)]
+        columns = [
+            x.contiguous().view(dtype).view(*x.shape[:3], *shape)
+            for x, (dtype, shape) in zip(parts, self.fields, strict=True)
+        ]
         dout, out, *numbers = columns
         known = self.extras + self.kept
-        others, grads = [x.squeeze(-1) for x in numbers[:known]], iter(numbers[known:])
-        grad_extras = tuple(next(grads).squeeze(-1) if x.is_floating_point() else None for x in others[: self.extras])
+        others, grads = numbers[:known], iter(numbers[known:])
+        grad_extras = tuple(next(grads) if x.is_floating_point() else None for x in others[: self.extras])
         return OutputGrad((out, *others), dout, grad_extras)
