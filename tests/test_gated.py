@@ -170,6 +170,13 @@ def test_bytes_counted_do_not_depend_on_the_length() -> None:
     assert moved(512) == moved(4096)
 
 
+def test_conformance() -> None:
+    """Bytes, of the cumulative sum too, and tokens that may not reach others, besides the numbers."""
+    for mask in (ringattn.Causal(), PACKED):
+        report = ringattn.conformance.check(mechanism="gated", mask=mask, count=6)
+        assert report.passed and report.computed, report
+
+
 def test_it_compiles_to_one_graph() -> None:
     sharding, mask = ringattn.Sharding(24, ringattn.init()), ringattn.Causal()
 
@@ -204,7 +211,8 @@ def test_refusals() -> None:
     sharding = ringattn.Sharding(5, ringattn.init())
     q, k, v, g = _inputs(5)
     call: dict[str, Any] = {"sharding": sharding, "mechanism": ringattn.Gated(g)}
-    for mask in (ringattn.Full(), ringattn.Window(2, 1), ringattn.Prefix(3)):
+    odd = ringattn.Predicate(lambda q, k: (q + k) % 3 == 0)
+    for mask in (ringattn.Full(), ringattn.Window(2, 1), ringattn.Prefix(3), odd, odd & ~ringattn.Causal()):
         with pytest.raises(UnsupportedError, match=r"knows no key that comes after its query, but .* allows some"):
             ringattn.attention(q, k, v, mask, **call)
         with pytest.raises(UnsupportedError, match="Take a causal mask"):

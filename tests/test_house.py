@@ -139,8 +139,8 @@ MAY: dict[str, str] = {
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules mechanisms.ordered",
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference mechanisms.ordered",
     "conformance.leaks": "conformance.case conformance.running",
-    "conformance.running": "conformance.case errors functional mesh mechanisms.ordered plans.cost plans.planning "
-    "plans.verification plans.wave plans.wavefront runtime.agreement sharding simulator",
+    "conformance.running": "conformance.case errors functional masks mesh mechanisms.ordered mechanisms.total "
+    "plans.cost plans.planning plans.verification plans.wave plans.wavefront runtime.agreement sharding simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",

@@ -11,7 +11,9 @@ import torch
 from ringattn.conformance.case import Case, checked_case
 from ringattn.errors import PlanError
 from ringattn.functional import attention
+from ringattn.masks import Causal
 from ringattn.mechanisms.ordered import Ordered
+from ringattn.mechanisms.total import Total
 from ringattn.mesh import Mesh
 from ringattn.plans.cost import Traffic
 from ringattn.plans.planning import plan
@@ -132,7 +134,12 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
 def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
     """What the plan of every rank moves, and receives in each pass over keys alone; all have been verified."""
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
-    shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
+    q, k, v = case.inputs()[:3]
+    summed = mechanism.to_sum(q, k, v)
+    if summed is not None:  # of which nothing but the shape matters
+        mechanism, q, k, v = mechanism.with_sums(q, k, v, summed)
+        dims = q.shape[3], v.shape[3]
+    shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": q.dtype, "batch": case.batch}
     meshes = [Mesh.virtual(ring=case.ranks, rank=rank) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
     if isinstance(mechanism, Ordered):
@@ -141,4 +148,17 @@ def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
         return [(each.traffic(), 0) for each in waves]
     made = [plan(case.mask, own, case.schedule, kv, mechanism=mechanism, **shape) for own, kv in every]
     verify(made)
-    return [(each.traffic(), each.over_keys.traffic().received_bytes or 0) for each in made]
+    traffic = [each.traffic() for each in made]
+    if summed is not None:
+        shape |= {"heads": (case.kv_heads, case.kv_heads), "head_dims": (1, summed.shape[3]), "dtype": summed.dtype}
+        sums = [plan(Causal(), own, "auto", own, mechanism=Total(), **shape) for own, _ in every]
+        verify(sums)
+        traffic = [_together(one, other.traffic()) for one, other in zip(traffic, sums, strict=True)]
+    return [(x, each.over_keys.traffic().received_bytes or 0) for x, each in zip(traffic, made, strict=True)]
+
+
+def _together(one: Traffic, other: Traffic) -> Traffic:
+    """The first with the bytes that are received by both."""
+    received = (one.received_bytes or 0) + (other.received_bytes or 0)
+    returned = (one.backward_received_bytes or 0) + (other.backward_received_bytes or 0)
+    return dataclasses.replace(one, received_bytes=received, backward_received_bytes=returned)

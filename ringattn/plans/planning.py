@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from ringattn import bands
@@ -216,8 +217,8 @@ def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
 def _check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
     if mechanism is None or not mechanism.causal:
         return
-    regions, _ = bands.tighten(demand.regions)
-    if len(regions) and regions[:, bands.LO].min() < 0:
+    rows, _ = bands.tighten(np.concatenate([demand.regions, demand.partial]))
+    if len(rows) and rows[:, bands.LO].min() < 0:
         raise UnsupportedError(
             f"{mechanism} knows no key that comes after its query, but {shortened(str(demand.mask))} allows some. "
             f"Take a causal mask, such as Causal() or Documents(...) & Causal()."
