@@ -14,7 +14,7 @@ import torch
 
 import ringattn
 from ringattn import bands
-from scripts.benchmarks import attention, overhead, overlap, plan, scale
+from scripts.benchmarks import attention, overhead, overlap, plan, scale, wave
 from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
 from scripts.benchmarks.contestants import collect, contestants, prepare_ringattn, prepare_sdpa
 from scripts.benchmarks.memory import Call, measure
@@ -55,6 +55,15 @@ def test_contestants_compute_the_case(team: Team, mask: str) -> None:
         assert len(found) == 4
         assert max(found) < 1e-6
     assert team.time() > 0
+
+
+def test_the_wave_moves_what_it_plans(team: Team) -> None:
+    name, ranks, block, steps, waits, _, received, *_, error = wave.row(
+        team, wave.Call(ringattn.MoChA(3), 8, 40, 2), rounds=1
+    )
+    assert (name, ranks, block, steps, waits) == ("MoChA(width=3)", "2", "8", "7", "14%")
+    assert received.replace(",", "").isdigit(), "as many bytes as planned"
+    assert float(error) < 1e-6
 
 
 @pytest.mark.parametrize(("schedule", "mechanism"), [("route", "softmax"), ("scan", "linear")])
