@@ -133,7 +133,8 @@ def attention(
     compiling = torch.compiler.is_compiling()
     run = _between_graphs if isinstance(request.mechanism, Ordered) else _compiled if compiling else _eager
     out, aux = run(request, q, k, v)
-    out = out.to(dtype)
+    if out.dtype != dtype:
+        out = out.to(dtype)
     if not request.results:
         return out
     accumulator = torch.promote_types(dtype, torch.float32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Problem, State, Summarising
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.mechanisms.total import Total
 
 _G = torch.Generator().manual_seed(0)
 MECHANISMS: tuple[Mechanism, ...] = (
@@ -31,6 +32,7 @@ MECHANISMS: tuple[Mechanism, ...] = (
     ringattn.Linear("given"),
     ringattn.Gated(),
     ringattn.Gated(carried=True),
+    Total(),
 )
 
 
@@ -83,10 +85,11 @@ def test_summaries_stand_for_their_keys(mechanism: Mechanism, seed: int, cut: in
     assert _close((folded,), (mechanism.summarise(problem, k, v),))
     assert _close(mechanism.attend(problem, q, folded), mechanism.tile(problem, block, q, k, v))
     dq, dfolded = mechanism.attend_grad(problem, q, folded, output_grad)
-    assert dq is not None and dfolded is not None
+    assert dfolded is not None
     dparts = mechanism.fold_grad(problem, summaries, dfolded).expand_as(summaries)
     back = [mechanism.summarise_grad(problem, k[:, :, s], v[:, :, s], d) for s, d in zip(cuts, dparts, strict=True)]
-    found = dq, *(torch.cat([x for x in of if x is not None], dim=2) for of in zip(*back, strict=True))
+    dk, dv = ([x for x in of if x is not None] for of in zip(*back, strict=True))
+    found = *([] if dq is None else [dq]), *(torch.cat(of, dim=2) for of in (dk, dv) if of)
     expected = mechanism.tile_grad(problem, block, q, k, v, output_grad, {})
     assert _close(found, tuple(x for x in expected if x is not None))
 
