@@ -17,7 +17,7 @@ from ringattn.kernels import MEMBERS as KERNELS
 from ringattn.kernels.choice import chosen_kernel
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Causal, Full, Mask
-from ringattn.mechanisms import MEMBERS, Gated, Linear, Mechanism, Problem, Softmax
+from ringattn.mechanisms import MEMBERS, Entmax, Gated, Hard, Linear, Mechanism, Problem, Sampled, Softmax
 from ringattn.mechanisms.base import Summarising
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
@@ -81,6 +81,10 @@ def variants() -> tuple[Specimen, ...]:
                 width=lambda s, _: max(s.length / 4, 1),
             ),
         ),
+        Specimen("Hard(top=4)", lambda *_: Hard(top=4)),
+        Specimen("Entmax(2): sparsemax", lambda *_: Entmax(2)),
+        Specimen("Entmax(alpha)", lambda sizes, g: Entmax(1.05 + 0.95 * torch.rand(sizes.heads, generator=g))),
+        Specimen("Sampled(straight_through)", lambda *_: Sampled(straight_through=1.0)),
         Specimen("Linear(taylor)", lambda *_: Linear("taylor")),
         Specimen("Gated(log_decay)", lambda sizes, g: Gated(decays(sizes, g))),
     )

@@ -79,7 +79,7 @@ class Sampled(Scored):
         best = problem.rows(problem.heads, length, 1).squeeze(-1).double().fill_(-math.inf)
         position, none = torch.full_like(best, _NOWHERE, dtype=torch.int64), torch.zeros_like(best)
         value = problem.rows(problem.heads, length, problem.value_dim)
-        soft = value[..., :0] if self.straight_through is None else value.clone()
+        soft = problem.rows(problem.heads, length, 0 if self.straight_through is None else problem.value_dim)
         return best, position, none, value, best.clone(), none.clone(), best.clone(), soft
 
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
