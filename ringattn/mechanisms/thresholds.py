@@ -89,17 +89,15 @@ def blank(shape: tuple[int, ...], device: torch.device) -> State:
 
 def sketch(z: torch.Tensor) -> State:
     """The sketch of scores ``[..., N]``, -inf where there is none."""
-    there = z > -math.inf
-    top, low = z.amax(dim=-1), z.masked_fill(~there, math.inf).amin(dim=-1)
-    moments = torch.zeros(*z.shape[:-1], 3, z.shape[-1], dtype=z.dtype, device=z.device)
-    moments[..., 0, :] = there
-    return top, low, _binned(z, moments, top, low)
+    top, low = z.amax(dim=-1), z.masked_fill(z == -math.inf, math.inf).amin(dim=-1)
+    index, by = _cells(z, top, low)
+    return top, low, _summed(index, torch.stack((torch.ones_like(by), by, by * by), dim=-2))
 
 
 def join(into: State, part: State) -> None:
     """Merges a sketch into another, in place."""
     top, low = torch.maximum(into[0], part[0]), torch.minimum(into[1], part[1])
-    moments = [_binned(_edges(x), x[2], top, low) for x in (into, part)]
+    moments = [_moved(x, top, low) for x in (into, part)]
     for total, x in zip(into, (top, low, moments[0] + moments[1]), strict=True):
         total.copy_(x)
 
@@ -116,17 +114,27 @@ def _edges(state: State) -> torch.Tensor:
     return (torch.floor(state[0].unsqueeze(-1) / width) - below) * width
 
 
-def _binned(at: torch.Tensor, moments: torch.Tensor, top: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """Moments ``[..., 3, N]`` about points ``[..., N]``, summed by the cells they lie in, about their edges."""
+def _moved(state: State, top: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The moments of a sketch in the cells of another one, which are as wide or wider."""
+    index, by = _cells(_edges(state), top, low)
+    count, first, second = state[2].unbind(-2)
+    moments = count, first + by * count, second + by * (2 * first + by * count)
+    return _summed(index, torch.stack(moments, dim=-2).nan_to_num_(nan=0.0))
+
+
+def _cells(at: torch.Tensor, top: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cells that points ``[..., N]`` lie in, `CELLS` for none, and how far above their lower edges."""
     width = _width(top, low).unsqueeze(-1)
     cell = torch.floor(at / width)
     down = torch.floor(top.unsqueeze(-1) / width) - cell
-    index = torch.nan_to_num(down, nan=CELLS).clamp(0, CELLS).long()
-    by = torch.nan_to_num(at - cell * width, nan=0.0)
-    count, first, second = moments.unbind(-2)
-    moved = torch.stack((count, first + by * count, second + by * (2 * first + by * count)), dim=-2)
-    sums = moved.new_zeros(*moved.shape[:-1], CELLS + 1)
-    return sums.scatter_add_(-1, index.unsqueeze(-2).expand(moved.shape), moved)[..., :CELLS]
+    index = down.nan_to_num_(nan=CELLS).clamp_(0, CELLS).long()
+    return index, torch.sub(at, cell.mul_(width), out=down)
+
+
+def _summed(index: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Moments ``[..., 3, N]``, summed by cell."""
+    sums = moments.new_zeros(*moments.shape[:-1], CELLS + 1)
+    return sums.scatter_add_(-1, index.unsqueeze(-2).expand(moments.shape), moments)[..., :CELLS]
 
 
 def first_guess(state: State, p: Power) -> Cut:
@@ -165,20 +173,21 @@ def nothing(shape: tuple[int, ...], device: torch.device) -> State:
 
 
 def gathered(z: torch.Tensor, cut: Cut, p: Power) -> State:
-    """What scores ``[..., N]`` add: power sums of those beyond the radius, the first two of those within; the nearest.
+    """What scores ``[..., N]`` add: power sums of those beyond the radius, the first two of all above; the nearest.
 
-    The last of the sums is the number of those within.
+    The last of the sums is the number of those within the radius.
     """
     above, radius = z - cut.guess.unsqueeze(-1), cut.radius.unsqueeze(-1)
-    far, near = above > radius, above.abs() <= radius
-    base = torch.where(far, above, 1.0)
-    terms = [torch.where(far, _power(base, p), 0.0)]
-    for _ in range(TERMS):
-        terms.append(terms[-1] / base)
-    within = torch.where(near & (above > 0), above, 1.0)
-    first = torch.where(near & (above > 0), _power(within, p), 0.0)
-    sums = [x.sum(dim=-1) for x in (*terms, first, first / within, near)]
-    return torch.stack(sums, dim=-1), _nearest(above.masked_fill(~near, math.inf))
+    near, base = above.abs() <= radius, torch.where(above > 0, above, 1.0)
+    term = _power(above.clamp(min=0), p)
+    every = [term.sum(dim=-1), (term / base).sum(dim=-1)]
+    term *= above > radius
+    far = [term.sum(dim=-1)]
+    for _ in range(int(p) if isinstance(p, (int, float)) and p < TERMS and p == int(p) else TERMS):
+        far.append(term.div_(base).sum(dim=-1))
+    far += [torch.zeros_like(far[0])] * (TERMS + 1 - len(far))  # what comes after it has no weight in the series
+    sums = torch.stack((*far, *every, near.sum(dim=-1)), dim=-1)
+    return sums, _nearest(above.masked_fill_(~near, math.inf))
 
 
 def _nearest(above: torch.Tensor) -> torch.Tensor:
@@ -197,7 +206,7 @@ def gather(into: State, part: State) -> None:
 
 def next_guess(state: State, cut: Cut, p: Power, precise: float) -> Cut:
     """The threshold where it is certain, Newton's next guess elsewhere; ``precise`` is how far from 1 a sum may be."""
-    (*far, near, near_slope, count), nearest = state[0].unbind(-1), state[1]
+    (*far, total, slope, count), nearest = state[0].unbind(-1), state[1]
     there = nearest < math.inf
     rising, falling = _series(p, far), _series(p - 1, far[1:])
 
@@ -211,7 +220,6 @@ def next_guess(state: State, cut: Cut, p: Power, precise: float) -> Cut:
     by = _newton(sums, p, -cut.radius, -cut.radius, cut.radius)
     rest = (_binomials(p, TERMS)[-1] * by**TERMS * far[TERMS]).abs()
     exact = (count <= NEAREST) & ((sums(by)[0] - 1).abs() + rest <= precise)
-    total, slope = far[0] + near, far[1] + near_slope
     low, high = torch.where(total >= 1, cut.guess, cut.low), torch.where(total <= 1, cut.guess, cut.high)
     newton = (cut.guess + _step(total, slope, p)).clamp(low, high)
     stuck = ((total - 1).abs() <= precise) | ((newton - cut.guess).abs() <= 2.0**-51 * cut.guess.abs())
