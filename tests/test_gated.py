@@ -145,6 +145,29 @@ def test_long_sequences_of_strong_decays_keep_their_digits() -> None:
     assert (out - exact).norm() < 2e-7 * exact.norm()
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("decays", [(0.9, 1.0), (1e-2, 1e-1), (1e-6, 1e-4)])
+def test_the_gradient_of_decays_keeps_its_digits(decays: tuple[float, float], ranks: int) -> None:
+    """Relative to itself, in float32: it is as small as the decays, where what each token gives itself is not."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v, dout = (torch.randn(1, 2, 300, 16, generator=g) for _ in "qkvd")
+    logs = torch.empty(1, 2, 300).uniform_(*decays, generator=g).log()
+
+    def gradient(mesh: ringattn.Mesh, dtype: torch.dtype) -> torch.Tensor:
+        sharding = ringattn.Sharding(300, mesh, "zigzag")
+        parts = [sharding.split(x, 2).to(dtype) for x in (q, k, v)]
+        own = sharding.split(logs, 2).to(dtype).clone().requires_grad_()
+        mechanism = ringattn.Gated(own)
+        out = ringattn.attention(*parts, ringattn.Causal(), sharding=sharding, mechanism=mechanism)  # type: ignore[call-overload]
+        (grad,) = torch.autograd.grad((out * sharding.split(dout, 2)).sum(), own)
+        return sharding.join(grad, 2)
+
+    found, exact = (
+        ringattn.simulate(gradient, dtype, ring=ranks).results[0].double() for dtype in (torch.float32, torch.float64)
+    )
+    assert (found - exact).norm() < 5e-6 * exact.norm()
+
+
 SHAPE: dict[str, Any] = {"heads": (4, 2), "head_dims": (64, 64), "dtype": "bfloat16"}
 
 

@@ -7,12 +7,15 @@ with g the log decays, at most 0. With their cumulative sums A, taken over the w
     out_i = scale sum_{j <= i} exp(A_i - A_j) (q_i . k_j) v_j
 
 which may be cut and added up in any order, without a denominator. `ringattn.attention` takes A by a cumulative sum
-over ranks in float64 and appends it to queries and keys as two dims, which are one number of twice the digits.
+over ranks in float64 and appends it to queries and keys as two dims, which are one number of twice the digits, and
+behind them the position.
 
 The summary of keys is their state at the last of them, ``sum_j exp(A_last - A_j) k_j v_j^T``, with that A_last:
 D Dv + 2 numbers a head. Whatever A it is written down at, it says the same; so no gradient goes through it.
 
-Backward, with t_ij = dout_i . v_j exp(A_i - A_j) scale (q_i . k_j): dA_i = sum_j t_ij and dA_j = -sum_i t_ij.
+Backward, with t_ij = dout_i . v_j exp(A_i - A_j) scale (q_i . k_j): dA_i = sum_j t_ij and dA_j = -sum_i t_ij. What a
+token gives itself does not decay: t_ii is left out of both sums, where it would cancel but for its rounding error, of
+which the gradient of strong decays, from a token on the sum of dA, would be made.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from ringattn.mechanisms.base import (
 )
 
 LEAST = -800.0  # the log of a decay of 0: no float64 has so small an exponential
-PARTS = 2
+CARRIED = 3
+"""The cumulative sum, in two parts, and the position."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +55,8 @@ class Gated(Summarising):
             before it, at most 0, of any float dtype; below -800 it is as if -800, which leaves nothing. None for no
             decay. It needs queries and keys of one sharding.
         scale: of the products; None for 1 / sqrt(D).
-        carried: whether the last two dims of q and k are its cumulative sum, as `with_sums` appends it.
+        carried: whether the last three dims of q and k are its cumulative sum and the position, as `with_sums`
+            appends them.
     """
 
     log_decay: torch.Tensor | None = None
@@ -79,22 +84,24 @@ class Gated(Summarising):
             )
         if q.dim() != 4 or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
             raise InputError(f"log_decay needs queries and keys of one sharding; got {q.shape[2]} and {k.shape[2]}.")
-        return x.double().clamp(min=LEAST).unsqueeze(-1)
+        decays = x.double().clamp(min=LEAST)
+        return torch.stack([decays, torch.ones_like(decays)], dim=-1)
 
     def with_sums(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor
     ) -> tuple[Mechanism, torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        high = sums.to(wide)  # through which the gradient goes
-        both = torch.cat([high, (sums - high).detach().to(wide)], dim=-1)
-        q = torch.cat([q.to(wide), both.repeat_interleave(q.shape[1] // k.shape[1], dim=1)], dim=-1)
-        return Gated(None, self.scale, carried=True), q, torch.cat([k.to(wide), both], dim=-1), v.to(wide)
+        total, position = sums.unbind(dim=-1)
+        high = total.to(wide)  # through which the gradient goes
+        carried = torch.stack([high, (total - high).detach().to(wide), position.to(wide)], dim=-1)
+        q = torch.cat([q.to(wide), carried.repeat_interleave(q.shape[1] // k.shape[1], dim=1)], dim=-1)
+        return Gated(None, self.scale, carried=True), q, torch.cat([k.to(wide), carried], dim=-1), v.to(wide)
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         if self.log_decay is not None:
             raise UnsupportedError("Gated's log_decay is known to ringattn.attention and attention_rows alone.")
-        if self.carried and problem.dim <= PARTS:
-            raise InputError(f"Queries and keys carry the decay in their last two dims; got {problem.dim} dims.")
+        if self.carried and problem.dim <= CARRIED:
+            raise InputError(f"Queries and keys carry the decay in their last three dims; got {problem.dim} dims.")
 
     def empty(self, problem: Problem, length: int) -> State:
         return (problem.rows(problem.heads, length, problem.value_dim),)
@@ -129,6 +136,9 @@ class Gated(Summarising):
             (content, _), (keys, _) = self._apart(q.unflatten(1, groups)), self._apart(k.unsqueeze(2))
             dproducts = (dout @ v.unsqueeze(2).transpose(-1, -2)) * decays * self._scale(problem)
             each = dproducts * (content @ keys.transpose(-1, -2))
+            if self.carried:
+                itself = q.unflatten(1, groups)[..., -1:] == k.unsqueeze(2)[..., -1:].transpose(-1, -2)
+                each = each.masked_fill(itself, 0)
             if problem.wants("q"):
                 dq = self._joined((dproducts @ keys).flatten(1, 2), each.sum(dim=-1).flatten(1, 2))
             if problem.wants("k"):
@@ -139,8 +149,9 @@ class Gated(Summarising):
         return self._weights(problem, block, q, k)
 
     def summary_size(self, dim: int, value_dim: int) -> int:
-        carried = PARTS if self.carried else 0
-        return (dim - carried) * value_dim + (carried or (PARTS if self.log_decay is not None else 0))
+        if self.carried:
+            return (dim - CARRIED) * value_dim + 2
+        return dim * value_dim + (0 if self.log_decay is None else 2)
 
     def summarise(self, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, sums = self._apart(k)
@@ -190,23 +201,25 @@ class Gated(Summarising):
         return dk, (keys * decays) @ dstate if problem.wants("v") else None
 
     def _scale(self, problem: Problem) -> float:
-        dims = problem.dim - PARTS if self.carried else problem.dim
+        dims = problem.dim - CARRIED if self.carried else problem.dim
         return 1 / math.sqrt(dims) if self.scale is None else self.scale
 
     def _apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries or keys without the cumulative sums, and those, ``[..., 2]``; without decay ``[..., 0]``."""
-        dims = x.shape[-1] - (PARTS if self.carried else 0)
-        return x[..., :dims], x[..., dims:]
+        """Queries or keys by themselves, and the cumulative sums, ``[..., 2]``; without decay ``[..., 0]``."""
+        if not self.carried:
+            return x, x[..., :0]
+        return x[..., :-CARRIED], x[..., -CARRIED:-1]
 
     def _joined(self, x: torch.Tensor, dsum: torch.Tensor) -> torch.Tensor:
-        """The gradient of queries or keys, and of the first of their last two dims."""
+        """The gradient of queries or keys, and of the first of their last three dims."""
         if not self.carried:
             return x
-        return torch.cat([x, dsum.unsqueeze(-1), torch.zeros_like(dsum).unsqueeze(-1)], dim=-1)
+        return torch.cat([x, torch.nn.functional.pad(dsum.unsqueeze(-1), (0, CARRIED - 1))], dim=-1)
 
     def _opened(self, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``[..., D Dv]``, and the cumulative sums at which they are."""
-        return self._apart(summaries)
+        size = summaries.shape[-1] - (2 if self.carried else 0)
+        return summaries[..., :size], summaries[..., size:]
 
     def _at(
         self, problem: Problem, q: torch.Tensor, summary: torch.Tensor
