@@ -128,8 +128,9 @@ def attention(
         AgreementError: the ranks called with different arguments; raised on all of them.
     """
     request = Request(mask, sharding, kv_sharding, mechanism, schedule, kernel, deterministic, return_lse, extras)
-    dtype = q.dtype
+    given = q
     request, q, k, v = summed_first(request, q, k, v)
+    dtype = given.dtype  # a tensor's, as has been checked by now
     compiling = torch.compiler.is_compiling()
     run = _between_graphs if isinstance(request.mechanism, Ordered) else _compiled if compiling else _eager
     out, aux = run(request, q, k, v)

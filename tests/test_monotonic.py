@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import ringattn
 from ringattn import reference
@@ -120,16 +122,50 @@ def test_saturated_energies_over_many_keys(mechanism: Ordered) -> None:
     _judge(problem, _whole(ringattn.simulate(_attend, problem, ring=3).results), 1e-6)
 
 
+def _in_arrays(mesh: ringattn.Mesh, problem: Problem) -> tuple[dict[str, NDArray[np.float64]], tuple[int, int]]:
+    """As `_attend`, in what pickles without shared memory."""
+    found, moved = _attend(mesh, problem)
+    return {name: x.double().numpy() for name, x in found.items()}, moved
+
+
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers, ranks: int) -> None:
+def test_processes_give_the_bits_of_the_simulator(request: pytest.FixtureRequest, transport: str, ranks: int) -> None:
+    workers: Workers = request.getfixturevalue(transport)
     for mechanism in (Monotonic(), MoChA(12, chunk_dim=3)):
         problem = Problem(mechanism, 23, 31, block=4, bias=True)
-        found, virtual = (
-            _whole(run)
-            for run in (gloo.run(ranks, _attend, problem), ringattn.simulate(_attend, problem, ring=ranks).results)
-        )
-        assert all(torch.equal(found[name], virtual[name]) for name in found)
+        runs = workers.run(ranks, _in_arrays, problem)
+        found = _whole([({name: torch.from_numpy(x) for name, x in each.items()}, moved) for each, moved in runs])
+        virtual = _whole(ringattn.simulate(_attend, problem, ring=ranks).results)
+        assert all(torch.equal(found[name], virtual[name].double()) for name in found)
         _judge(problem, found, 1e-6)
+
+
+def _kept(mesh: ringattn.Mesh, problem: Problem) -> tuple[int, int]:
+    """Bytes that autograd keeps of a call beside inputs and output, and what the plan says."""
+    own, kv = ringattn.Sharding(problem.queries, mesh), ringattn.Sharding(problem.keys, mesh)
+    q, k, v, *_ = problem.inputs()
+    parts = [s.split(x, 2).requires_grad_() for s, x in zip((own, kv, kv), (q, k, v), strict=True)]
+    kept: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    call: dict[str, Any] = {"sharding": own, "kv_sharding": kv, "mechanism": problem.mechanism}
+    call["schedule"] = Wave(problem.block)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ringattn.attention(parts[0], parts[1], parts[2], FULL, **call)
+    shape: dict[str, Any] = {"heads": (4, 2), "head_dims": (8, 6), "dtype": problem.dtype, "batch": 2}
+    plan = plan_wave(own, kv, mechanism=problem.mechanism, schedule=Wave(problem.block), **shape)
+    planned = sum(size for name, size in plan.memory().buffers.items() if name.startswith("kept"))
+    return sum(x.nbytes for x in kept if x.dtype == torch.float64), planned
+
+
+def test_what_is_kept_is_linear() -> None:
+    """A number for each query, and one for each own key and block; no matrix of queries and keys."""
+    for kept, planned in ringattn.simulate(_kept, Problem(MoChA(4), 40, 50, block=8), ring=2).results:
+        assert kept == planned == 2 * 4 * 8 * (40 + 6 * 25)
 
 
 def test_half_precision_is_rounded_once() -> None:

@@ -16,6 +16,7 @@ from ringattn.checking import integer, tokens
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
 from ringattn.plans.plan import Plan
@@ -31,6 +32,8 @@ PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machi
 
 def schedules_for(mechanism: Mechanism) -> tuple[str, ...]:
     """The names of the schedules that may serve a mechanism: what they exchange is all it needs."""
+    if isinstance(mechanism, Ordered):
+        return ("wave",)
     named = by_name(MEMBERS).items()
     return tuple(name for name, member in named if member.payload.refusal(mechanism) is None)
 

@@ -19,6 +19,7 @@ from ringattn.cli import options
 from ringattn.conformance import Case, Part, attend, errors, joined, limits, oracle
 from ringattn.conformance.judging import NAMES
 from ringattn.errors import UnsupportedError
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_bytes, shortened
@@ -110,7 +111,7 @@ def _planned(case: Case, schedule: str | None) -> dict[Case, list[Plan]]:
         try:
             planned[each] = _plans(each)
         except UnsupportedError:
-            if schedule is not None:
+            if schedule is not None or isinstance(case.attends, Ordered):
                 raise
     return planned
 

@@ -21,6 +21,7 @@ from ringattn.cli.verify_model import verify_model
 from ringattn.conformance import Case, Leaks, Results, attend, errors, leaks, limits, oracle
 from ringattn.conformance.judging import DENSE_LIMIT, NAMES
 from ringattn.errors import InputError, UnsupportedError
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.readable import dtype_name
 
@@ -88,9 +89,8 @@ def verify(
         return
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
-    case = options.case_of(
-        mask or _documents(length), length, heads, kv_heads, dim, None, dtype, mechanism, kernel, seed=seed
-    )
+    usual = "full" if isinstance(options.mechanism_named(mechanism), Ordered) else _documents(length)
+    case = options.case_of(mask or usual, length, heads, kv_heads, dim, None, dtype, mechanism, kernel, seed=seed)
     options.refuse_too_large(case)
     case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
     mesh = ringattn.init()
@@ -120,11 +120,16 @@ def _combinations(mesh: Mesh, case: Case, layout: str | None, schedule: str | No
         taken = dataclasses.replace(case, layout=names[0], schedule=names[1])
         sharding = ringattn.Sharding(case.length, mesh, taken.layout, case.mask)
         try:
-            ringattn.plan(case.mask, sharding, taken.schedule, mechanism=case.attends)
+            if isinstance(case.attends, Ordered):
+                ringattn.plan_wave(sharding, mechanism=case.attends, mask=case.mask)
+            else:
+                ringattn.plan(case.mask, sharding, taken.schedule, mechanism=case.attends)
             cases.append(taken)
         except UnsupportedError:  # on every rank alike
             if schedule is not None:
                 raise
+    if not cases:
+        raise UnsupportedError(f"No layout and schedule serve {case.attends} under {case.mask}. Give another --mask.")
     return cases
 
 

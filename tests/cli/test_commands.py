@@ -100,6 +100,14 @@ def test_verify_on_one_process_needs_no_launcher() -> None:
     assert shown.output.count("passed") == len(options.LAYOUTS) * len(OF_KEYS)
 
 
+def test_verify_takes_what_walks_the_keys_in_order() -> None:
+    shown = run("verify", "--length", "40", "--dim", "8", "--mechanism", "mocha", "--layout", "contiguous")
+    assert shown.exit_code == 0 and "wave" in shown.output, shown.output
+    for command in (("verify", "--mask", "causal"), ("simulate",), ("plan",)):
+        refused = run(*command, "--length", "40", "--mechanism", "monotonic")
+        assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1, refused.output
+
+
 def test_verify_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that ignores the documents gives numbers, and the probe says that they moved."""
     honest: Callable[..., torch.Tensor] = ringattn.attention
