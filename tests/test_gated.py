@@ -185,6 +185,15 @@ def test_bytes_do_not_depend_on_the_length(layout: str) -> None:
     assert plan.traffic().received_bytes == 2 * (64 * 64 + 2) * 4
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_plans_know_what_keys_carry(dtype: str) -> None:
+    """The cumulative sum and the position beside each key, in float32 at least."""
+    mechanism = ringattn.Gated(torch.zeros(1, 1, 0))
+    shape: dict[str, Any] = {"heads": (1, 1), "head_dims": (8, 6), "dtype": dtype}
+    plan = ringattn.plan_all(ringattn.Causal(), 8, "contiguous", "ring", ring=2, mechanism=mechanism, **shape)[1]
+    assert plan.traffic().received_bytes == 4 * (8 + 3 + 6) * (8 if dtype == "float64" else 4)
+
+
 def test_bytes_counted_do_not_depend_on_the_length() -> None:
     def moved(length: int) -> list[int]:
         case = Case(length, ringattn.Causal(), ranks=3, mechanism="gated")

@@ -134,12 +134,8 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
 def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
     """What the plan of every rank moves, and receives in each pass over keys alone; all have been verified."""
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
-    q, k, v = case.inputs()[:3]
-    summed = mechanism.to_sum(q, k, v)
-    if summed is not None:  # of which nothing but the shape matters
-        mechanism, q, k, v = mechanism.with_sums(q, k, v, summed)
-        dims = q.shape[3], v.shape[3]
-    shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": q.dtype, "batch": case.batch}
+    summed = mechanism.to_sum(*case.inputs()[:3])
+    shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
     meshes = [Mesh.virtual(ring=case.ranks, rank=rank) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
     if isinstance(mechanism, Ordered):

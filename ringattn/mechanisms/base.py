@@ -254,6 +254,10 @@ class Mechanism(ABC):
         """
         return self, q, k, v
 
+    def summed_shape(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """What `with_sums` makes of the dims of a query or key head, and of the inputs' dtype."""
+        return dim, dtype
+
     @property
     def without_tensors(self) -> Mechanism:
         """The same with placeholders for its tensors: what is kept from call to call."""

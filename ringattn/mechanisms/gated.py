@@ -97,6 +97,11 @@ class Gated(Summarising):
         q = torch.cat([q.to(wide), carried.repeat_interleave(q.shape[1] // k.shape[1], dim=1)], dim=-1)
         return Gated(None, self.scale, carried=True), q, torch.cat([k.to(wide), carried], dim=-1), v.to(wide)
 
+    def summed_shape(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        if self.log_decay is None:
+            return dim, dtype
+        return dim + CARRIED, torch.promote_types(dtype, torch.float32)
+
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         if self.log_decay is not None:
             raise UnsupportedError("Gated's log_decay is known to ringattn.attention and attention_rows alone.")

@@ -202,7 +202,10 @@ def shape_of(
     if heads[0] % heads[1]:
         raise InputError(f"Query heads must be a multiple of key heads; got heads={heads}.")
     summary = mechanism.summary_size(*head_dims) if isinstance(mechanism, Summarising) else None
-    return Shape(batch, *heads, *head_dims, dtype_name(kind), kind.itemsize, summary)
+    dim, value_dim = head_dims
+    if mechanism is not None:
+        dim, kind = mechanism.summed_shape(dim, kind)
+    return Shape(batch, *heads, dim, value_dim, dtype_name(kind), kind.itemsize, summary)
 
 
 def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
