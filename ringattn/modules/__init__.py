@@ -5,6 +5,7 @@ what a rank gets is its part of their gradients, to be added up over the ranks a
 """
 
 from ringattn.modules.channel import ChannelAttention, SqueezeExcitation
+from ringattn.modules.coattention import DCN, BiDAF, DCNPlus
 from ringattn.modules.deformable import DeformableConvolution
 from ringattn.modules.hybrid import AttentionInAttention, HybridAttention
 from ringattn.modules.images import Convolution, Rows
@@ -13,10 +14,13 @@ from ringattn.modules.spatial import SpatialAttention
 from ringattn.modules.tri import TriAttention
 
 __all__ = [
+    "DCN",
     "AttentionInAttention",
+    "BiDAF",
     "ChannelAttention",
     "Convolution",
     "Cosine",
+    "DCNPlus",
     "DeformableConvolution",
     "General",
     "HybridAttention",
