@@ -197,6 +197,8 @@ def _with(case: Case, mask: Mask | None, mechanism: Mechanism | str | None, give
     if "schedule" not in given and mechanism is not None:
         changes["schedule"] = "auto"
     changed = dataclasses.replace(case, **changes)  # type: ignore[arg-type]
+    if changed.attends.causal and mask is None:
+        return dataclasses.replace(changed, mask=changed.mask & Causal())
     if isinstance(changed.attends, Ordered) and mask is None:
         return dataclasses.replace(in_order(changed), **given)  # type: ignore[arg-type]
     return changed
