@@ -15,13 +15,13 @@ from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
-from ringattn.mechanisms import MEMBERS, Gated, Mechanism, Sampled, Softmax
+from ringattn.mechanisms import MEMBERS, Entmax, Gated, Mechanism, Sampled, Softmax
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.naming import named
 from ringattn.schedules.base import Schedule
 
-FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout", "additive", "centres")
-"""What may change the scores of softmax, and a case can draw."""
+FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout", "additive", "centres", "alpha")
+"""What may change the scores and weights of softmax and entmax, as far as they have it, and a case can draw."""
 MOST = 1 << 32  # numbers of all inputs: 16 GB of them
 SIZES = ("ranks", "batch", "kv_heads", "groups", "dim", "value_dim")
 
@@ -33,8 +33,8 @@ class Case:
     Attributes:
         length: queries, and keys too unless ``kv_length`` makes it cross-attention, with a layout of its own.
         groups: query heads of each key head.
-        features: those of `FEATURES` that are drawn, where the mechanism is softmax; ``bias`` for mechanisms that walk
-            the keys in order.
+        features: those of `FEATURES` that are drawn, where the mechanism is softmax or entmax and has them; ``bias``
+            for mechanisms that walk the keys in order.
         scale: of the scores, where the mechanism has one; None leaves it as it is.
         use_lse: whether the log-sum-exp gets a gradient too.
         backward: whether gradients are computed.
@@ -109,7 +109,9 @@ class Case:
     def attends(self) -> Mechanism:
         """The mechanism, with the learned tensors of the whole sequence."""
         mechanism = named("mechanism", self.mechanism, Mechanism, MEMBERS)
-        drawn: dict[str, Any] = self._drawn() if isinstance(mechanism, Softmax) else {}
+        drawn: dict[str, Any] = {}
+        if isinstance(mechanism, (Softmax, Entmax)):
+            drawn = {name: x for name, x in self._drawn().items() if hasattr(mechanism, name)}
         if isinstance(mechanism, Gated) and self.kv_length is None:
             drawn = {"log_decay": self._decays()}
         if isinstance(mechanism, Sampled) and mechanism.seed is None:
@@ -133,6 +135,7 @@ class Case:
             "relative": torch.randn(self.heads, 9, generator=g),
             "additive": torch.randn(self.heads, self.dim, generator=g),
             "centres": torch.rand(self.batch, self.heads, self.length, generator=g) * self.keys,
+            "alpha": 1.1 + 0.4 * torch.rand(self.heads, generator=g),
         }
         if "bias" in self.features:
             drawn["bias"] = torch.randn(self.heads, self.length, self.keys, generator=g)

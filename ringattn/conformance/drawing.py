@@ -75,7 +75,8 @@ def draw(
     mechanism = random.choice(MECHANISMS)
     made, causal = mask(random, length), by_name(mechanisms.MEMBERS)[mechanism].causal
     softmax, scaled = mechanism == "softmax", hasattr(by_name(mechanisms.MEMBERS)[mechanism], "scale")
-    features = [name for name in FEATURES if random.random() < 0.3] if softmax and random.random() < 0.5 else []
+    scores = mechanism in ("softmax", "entmax")
+    features = [name for name in FEATURES if random.random() < 0.3] if scores and random.random() < 0.5 else []
     ordered = issubclass(by_name(mechanisms.MEMBERS)[mechanism], Ordered)
     case = Case(
         length=length,

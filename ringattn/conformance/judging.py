@@ -48,7 +48,7 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
     backward = dout if case.backward else None
     match mechanism:
         case Hard():
-            return reference.hard(q, k, v, rows, backward, scale=mechanism.scale)
+            return reference.hard(q, k, v, rows, backward, scale=mechanism.scale, top=mechanism.top)
         case Gated():
             decay = _double(mechanism.log_decay)
             return reference.gated(q, k, v, rows, backward, log_decay=decay, scale=mechanism.scale)
@@ -56,8 +56,9 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
             return reference.monotonic(q, k, v, backward, **_fields(mechanism))
         case Linear():
             return reference.linear(q, k, v, rows, backward, features=mechanism.features)
-        case Entmax(alpha=float(alpha)) if _plain(mechanism):
-            return reference.entmax(q, k, v, rows, backward, alpha=alpha, scale=mechanism.scale)
+        case Entmax():
+            given = {field.name: _double(getattr(mechanism, field.name)) for field in dataclasses.fields(mechanism)}
+            return reference.entmax(q, k, v, rows, backward, **given)
         case Sampled(seed=int(seed)) if _plain(mechanism):
             return reference.sampled(q, k, v, rows, backward, seed=seed, scale=mechanism.scale)
         case Softmax():
@@ -66,9 +67,9 @@ def oracle(case: Case, seen: Callable[[int], None] = lambda _: None) -> referenc
     return _in_one_block(case, mechanism)
 
 
-def _plain(mechanism: Entmax | Sampled) -> bool:
+def _plain(mechanism: Sampled) -> bool:
     """Whether the scores are products and the output is of them alone."""
-    return not mechanism.beyond({"alpha", "scale", "seed"})
+    return not mechanism.beyond({"scale", "seed"})
 
 
 def _fields(mechanism: Mechanism) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from ringattn.reference.gated import gated
 from ringattn.reference.measure import Evaluation, Gradients, Magnitudes, error
 from ringattn.reference.ordered import monotonic
 from ringattn.reference.others import hard, linear, sampled
-from ringattn.reference.softmax import Scores, attention, evaluate, gradients, kept, magnitudes
+from ringattn.reference.scoring import Scores
+from ringattn.reference.softmax import attention, evaluate, gradients, kept, magnitudes
 from ringattn.reference.sparse import entmax
 
 __all__ = [

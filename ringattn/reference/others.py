@@ -1,8 +1,9 @@
 """Mechanisms that are not softmax, densely.
 
 Hard attention takes the value of the key with the largest λ q·k, of equal ones the first; its gradient goes to that
-value and nowhere else. Sampled attention is the same with Gumbel noise ``-ln(-ln u)`` added to the scores, which makes
-the choice a draw from their softmax (Gumbel, 1954; Maddison, Tarlow and Minka, arXiv 1411.0030, section 2).
+value and nowhere else. Of the `top` largest it takes the values by the softmax of their scores, which has a gradient.
+Sampled attention is hard attention with Gumbel noise ``-ln(-ln u)`` added to the scores, which makes the choice a draw
+from their softmax (Gumbel, 1954; Maddison, Tarlow and Minka, arXiv 1411.0030, section 2).
 
 Linear attention (Katharopoulos et al., arXiv 2006.16236, equation 8), with φ(x) = elu(x) + 1 and j what row i may see:
 
@@ -46,9 +47,10 @@ def hard(
     dout: ArrayLike | None = None,
     *,
     scale: float | None = None,
+    top: int = 1,
 ) -> Evaluation:
-    """Output, gradients and magnitudes; shapes as for `evaluate`. Only the scale's sign matters, None is positive."""
-    return _best(q, k, v, allowed, dout, scale, lambda *_: 0.0)
+    """Output, gradients and magnitudes; shapes as for `evaluate`. Queries and keys have no gradient where top is 1."""
+    return _best(q, k, v, allowed, dout, scale, lambda *_: 0.0, top)
 
 
 def sampled(
@@ -79,29 +81,44 @@ def _best(
     dout: ArrayLike | None,
     scale: float | None,
     noise: Callable[[int, int, slice, slice], Array | float],
+    top: int = 1,
 ) -> Evaluation:
-    """The value of the key whose score and noise, by batch, head, rows and keys, are largest."""
+    """The values of the keys whose score and noise, by batch, head, rows and keys, are largest."""
     query, key, value = checked(q, k, v)
-    query = query * (query.shape[3] ** -0.5 if scale is None else finite(scale, "scale"))
+    factor = query.shape[3] ** -0.5 if scale is None else finite(scale, "scale")
     output_grad = output_gradient(dout, query, value)
     values, sizes = (zeros(query, key, value, {}) for _ in range(2))
     group = query.shape[1] // key.shape[1]
     for rows, keys, block in blocks(query, key, allowed):
-        seen = np.flatnonzero(block.any(axis=1))
         for batch, head in np.ndindex(query.shape[:2]):
-            columns = key[batch, head // group, keys]
+            at, of = (batch, head, rows), (batch, head // group, keys)
             scores = np.zeros(block.shape)
             for d in range(query.shape[3]):  # term by term, in order: equal keys get equal scores, to the bit
-                scores += query[batch, head, rows, d, None] * columns[:, d]
+                scores += factor * query[at][:, d, None] * key[of][:, d]
             scores += noise(batch, head, rows, keys)
             scores[~block] = -np.inf
-            winner = keys.start + scores.argmax(axis=1)[seen]
-            at = rows.start + seen
-            values.out[batch, head, at] = value[batch, head // group, winner]
-            np.add.at(values.dv[batch, head // group], winner, output_grad[batch, head, at])
-            np.add.at(sizes.dv[batch, head // group], winner, np.abs(output_grad[batch, head, at]))
-    np.copyto(sizes.out, np.abs(values.out))
+            weights = _softmax_of_best(scores, top)
+            inputs = query[at], key[of], value[of], output_grad[at]
+            for sums, (qs, ks, vs, g), sign in ((values, inputs, -1), (sizes, map(np.abs, inputs), 1)):
+                sums.out[at] = weights @ vs
+                sums.dv[of] += weights.T @ g
+                if top > 1:
+                    ds = weights * (g @ vs.T + sign * (g * sums.out[at]).sum(axis=1)[:, None])
+                    ds *= factor if sums is values else abs(factor)
+                    sums.dq[at] += ds @ ks
+                    sums.dk[of] += ds.T @ qs
     return _evaluation(values, sizes)
+
+
+def _softmax_of_best(scores: Array, top: int) -> Array:
+    """The softmax of each row's largest scores, of equal ones the first; 0 for all others."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    chosen = np.take_along_axis(scores, best, axis=1)
+    peak = chosen[:, :1]
+    weights = np.where(np.isfinite(chosen), np.exp(chosen - np.where(np.isfinite(peak), peak, 0)), 0)
+    found = np.zeros_like(scores)
+    np.put_along_axis(found, best, weights / np.maximum(weights.sum(axis=1, keepdims=True), 1), axis=1)
+    return found
 
 
 def linear(

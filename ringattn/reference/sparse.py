@@ -1,13 +1,16 @@
 """α-entmax, densely: weights that sum to 1 and are 0 for low scores (Peters et al., arXiv 1905.05702, equation 10).
 
-    Z = (α − 1) λ Q Kᵀ        W = [Z − τ]₊^(1 / (α − 1)), τ by bisection so that rows sum to 1        O = W V
+    Z = (α − 1) S        W = [Z − τ]₊^(1 / (α − 1)), τ by bisection so that rows sum to 1        O = W V
     U = W^(2 − α) where W > 0 (their equation 12)        M = U V / Σ_j U        δ_i = Σ_d G_id M_id
-    dV = Wᵀ G        dS = U ∘ (G Vᵀ − δ)        dQ = λ dS K        dK = λ dSᵀ Q
+    dV = Wᵀ G        dS = U ∘ (G Vᵀ − δ)        dα = Σ_ij (W − (α − 1) W ln W) / (α − 1)² ∘ (G Vᵀ − δ)
 
-Magnitudes are the same with every factor absolute, as in `softmax`.
+(the last: Correia, Niculae and Martins, arXiv 1909.00015, proposition 1). Magnitudes are the same with every factor
+absolute, as in `softmax`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,12 +22,12 @@ from ringattn.reference.measure import (
     Bools,
     Evaluation,
     Gradients,
+    Magnitudes,
     blocks,
-    checked,
-    finite,
-    output_gradient,
+    floats,
     zeros,
 )
+from ringattn.reference.scoring import Additive, Inputs, Products, Scores, Slices, add, scored, store
 
 
 def entmax(
@@ -34,46 +37,64 @@ def entmax(
     allowed: Allowed,
     dout: ArrayLike | None = None,
     *,
-    alpha: float = 1.5,
-    scale: float | None = None,
+    alpha: ArrayLike = 1.5,
+    **scores: Any,
 ) -> Evaluation:
-    """Output, gradients and magnitudes; shapes as for `evaluate`. ``alpha`` is above 1, and at most 2."""
-    query, key, value = checked(q, k, v)
-    alpha = finite(alpha, "alpha")
-    if not 1 < alpha <= 2:
-        raise InputError(f"alpha must be above 1 and at most 2; got {alpha}")
-    factor = query.shape[3] ** -0.5 if scale is None else finite(scale, "scale")
-    output_grad = output_gradient(dout, query, value)
-    values, sizes = (zeros(query, key, value, {}) for _ in range(2))
-    group = query.shape[1] // key.shape[1]
-    for rows, keys, block in blocks(query, key, allowed):
-        for batch, head in np.ndindex(query.shape[:2]):
-            at, of = (batch, head, rows), (batch, head // group, keys)
-            scores = factor * (query[at] @ key[of].T)
-            weights, slopes = _weights(scores, block, alpha)
-            share = slopes / np.maximum(slopes.sum(axis=1), 1)[:, None]
-            inputs = query[at], key[of], value[of], output_grad[at]
-            for sums, (qs, ks, vs, g), sign in ((values, inputs, -1), (sizes, map(np.abs, inputs), 1)):
-                ds = factor * slopes * (g @ vs.T + sign * (g * (share @ vs)).sum(axis=1)[:, None])
-                ds = ds if sums is values else np.abs(ds)
-                sums.out[at] = weights @ vs
-                sums.dq[at] += ds @ ks
-                sums.dk[of] += ds.T @ qs
-                sums.dv[of] += weights.T @ g
+    """Output, gradients and magnitudes; shapes as for `evaluate`. ``scores`` as in `Scores`, of which it has those
+    that make scores. ``alpha``, above 1 and at most 2, is a number, or [Hq] and has a gradient.
+    """
+    x = Inputs.of(q, k, v, dout, None, Scores.checked(scores))
+    alphas = np.broadcast_to(floats(alpha, "alpha"), x.q.shape[1])
+    if not ((alphas > 1) & (alphas <= 2)).all():
+        raise InputError(f"alpha must be above 1 and at most 2; got {alphas}")
+    learned = {"alpha": alphas} if np.ndim(alpha) else {}
+    values, sizes = (zeros(x.q, x.k, x.v, x.params | learned) for _ in range(2))
+    group = x.q.shape[1] // x.k.shape[1]
+    for rows, keys, block in blocks(x.q, x.k, allowed):
+        for batch, head in np.ndindex(x.k.shape[:2]):
+            at = Slices((batch, slice(head * group, (head + 1) * group), rows), (batch, head, keys))
+            _block(x, at, block, alphas[at.heads] - 1, values, sizes)
+    if "alibi" in x.params:
+        values.params["alibi"][:] *= -1  # the slope times the distance is taken off the score
     none = np.full(values.out.shape[:3], np.nan)
-    return Evaluation(values.out, none, Gradients(values.dq, values.dk, values.dv), sizes)
+    return Evaluation(values.out, none, Gradients(values.dq, values.dk, values.dv, values.params), sizes)
 
 
-def _weights(scores: Array, allowed: Bools, alpha: float) -> tuple[Array, Array]:
-    """The weights of each row, and their slopes: both 0 for a row that no key may reach."""
-    z = np.where(allowed, (alpha - 1) * scores, -np.inf)
-    top = z.max(axis=1, initial=-np.inf)
-    above = z - np.where(np.isfinite(top), top, 0)[:, None]  # of the largest score: the threshold is in (-1, 0]
-    power = 1 / (alpha - 1)
-    low, high = np.full(len(z), -1.0), np.zeros(len(z))
+def _block(x: Inputs, at: Slices, allowed: Bools, less_1: Array, values: Magnitudes, sizes: Magnitudes) -> None:
+    """One block of r rows under n keys of one key head; its G query heads are G·r rows of the products."""
+    q, k, v = x.q[at.q].reshape(-1, x.q.shape[3]), x.k[at.k], x.v[at.k]
+    pairs = Additive.of(x, at, q, k) if "additive" in x.params else Products(q * x.scale, k * x.scale)
+    scores, slope = scored(x, at, pairs.scores(k))
+    np.copyto(scores.reshape(-1, *allowed.shape), -np.inf, where=~allowed)
+    by = np.repeat(less_1, len(allowed))[:, None]
+    weights, slopes = _weights(scores, by)
+    share = slopes / np.maximum(slopes.sum(axis=1, keepdims=True), 1)
+    out = weights @ v
+    store(values.out, at, out)
+    store(sizes.out, at, weights @ np.abs(v))
+    if x.dout is None:
+        return
+    dout = x.dout[at.q].reshape(out.shape)
+    by_alpha = weights * (1 - by * np.log(np.where(weights > 0, weights, 1))) / by**2
+    for sums, each, values_of, g, sign in (
+        (values, pairs, v, dout, -1),
+        (sizes, pairs.sizes, np.abs(v), np.abs(dout), 1),
+    ):
+        dweights = g @ values_of.T + sign * (g * (share @ values_of)).sum(axis=1, keepdims=True)
+        if "alpha" in sums.params:
+            sums.params["alpha"][at.heads] += (by_alpha * dweights).reshape(len(less_1), -1).sum(axis=1)
+        add(sums, at, (slopes, weights, slope), dweights, each, g)
+
+
+def _weights(scores: Array, by: Array) -> tuple[Array, Array]:
+    """The weights of each row, and their slopes: both 0 for a row that no key may reach. ``by`` is α − 1."""
+    z = by * scores
+    top = z.max(axis=1, keepdims=True, initial=-np.inf)
+    above = z - np.where(np.isfinite(top), top, 0)  # of the largest score: the threshold is in (-1, 0]
+    low, high = np.full_like(top, -1.0), np.zeros_like(top)
     for _ in range(64):
         middle = (low + high) / 2
-        enough = (np.maximum(above - middle[:, None], 0) ** power).sum(axis=1) >= 1
+        enough = (np.maximum(above - middle, 0) ** (1 / by)).sum(axis=1, keepdims=True) >= 1
         low, high = np.where(enough, middle, low), np.where(enough, high, middle)
-    weights = np.maximum(above - low[:, None], 0) ** power
-    return weights, np.where(weights > 0, weights, 1) ** (2 - alpha) * (weights > 0)
+    weights = np.maximum(above - low, 0) ** (1 / by)
+    return weights, np.where(weights > 0, weights, 1) ** (1 - by) * (weights > 0)
