@@ -14,6 +14,7 @@ import ringattn
 from ringattn import handles
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.kernels import Reference
+from ringattn.mechanisms import Mechanism
 from ringattn.runtime import op
 from ringattn.runtime.request import Request
 from ringattn.runtime.spelling import spelled
@@ -130,7 +131,7 @@ class _Learned:
 
     name: str
     shape: tuple[int, ...]
-    make: Callable[[torch.Tensor], ringattn.Softmax]
+    make: Callable[[torch.Tensor], Mechanism]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ class _Learned:
         _Learned("sinks", (4,), lambda x: ringattn.Softmax(sinks=x)),
         _Learned("bias", (4, 24, 24), lambda x: ringattn.Softmax(bias=x)),
         _Learned("alibi", (4,), lambda x: ringattn.Softmax(alibi=x.abs())),
+        _Learned("alpha", (4,), lambda x: ringattn.Entmax(1.5 + x.tanh() / 4)),
         _Learned("softcap", (4,), lambda x: ringattn.Softmax(softcap=3.5, scale=0.25, sinks=x)),
     ],
     ids=lambda x: x.name,
@@ -163,6 +165,9 @@ def test_learned_tensors_and_their_gradients(learned: _Learned) -> None:
         (ringattn.Linear(), "scan", "auto"),
         (ringattn.Linear(), ringattn.Route(), Reference()),
         (ringattn.Hard(), "auto", "auto"),
+        (ringattn.Hard(top=3), "auto", "auto"),
+        (ringattn.Entmax(1.3), "auto", "auto"),
+        (ringattn.Sampled(seed=5, straight_through=0.5), "auto", "auto"),
         (ringattn.Softmax(), ringattn.Ring(), "sdpa"),
     ],
     ids=str,

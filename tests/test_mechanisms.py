@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -27,6 +29,8 @@ MECHANISMS: tuple[Mechanism, ...] = (
     ringattn.Hard(top=9),
     ringattn.Sampled(straight_through=0.7),
     ringattn.Sampled(softcap=2.0, bias=torch.randn(4, 5, 7, generator=_G)),
+    ringattn.Entmax(),
+    ringattn.Entmax(torch.tensor([1.1, 1.4, 1.9, 2.0])),
     ringattn.Linear(),
     ringattn.Linear("taylor"),
     ringattn.Linear("given"),
@@ -37,7 +41,14 @@ MECHANISMS: tuple[Mechanism, ...] = (
 
 
 def _problem(mechanism: Mechanism) -> Problem:
-    return Problem(mechanism.without_tensors, 2, 4, 2, 8, 6, torch.float64, torch.device("cpu"), mechanism.params, 3)
+    """A problem of this mechanism; what passes before it would know is that of one block."""
+    device, params = torch.device("cpu"), mechanism.params
+    problem = Problem(mechanism.without_tensors, 2, 4, 2, 8, 6, torch.float64, device, params, 3)
+    before = problem.mechanism.preparation
+    if before is None:
+        return problem
+    over_keys = problem.over_keys(before)
+    return dataclasses.replace(problem, known=before.finish(over_keys, _block(over_keys, 5, masked=False))[1])
 
 
 def _block(problem: Problem, seed: int, masked: bool) -> State:
