@@ -93,6 +93,7 @@ class Gated(Summarising):
         wide = torch.promote_types(q.dtype, torch.float32)
         total, position = sums.unbind(dim=-1)
         high = total.to(wide)  # through which the gradient goes
+        position = position % (1 << 24)  # which float32 tells apart; no token is so far from itself
         carried = torch.stack([high, (total - high).detach().to(wide), position.to(wide)], dim=-1)
         q = torch.cat([q.to(wide), carried.repeat_interleave(q.shape[1] // k.shape[1], dim=1)], dim=-1)
         return Gated(None, self.scale, carried=True), q, torch.cat([k.to(wide), carried], dim=-1), v.to(wide)

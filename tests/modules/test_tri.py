@@ -48,6 +48,19 @@ def test_tri_attention(scores: str, chunk: int) -> None:
     )
 
 
+def test_a_context_that_is_sharded_is_joined() -> None:
+    compare(
+        modules.TriAttention(1, 4, "scaled", chunk=3),
+        lambda module, x, own: module(
+            x["q"], x["k"], x["v"], own["context"].join(x["c"], 2), ringattn.Full(), sharding=own["tokens"]
+        ),
+        lambda module, x: _equation(module, x, ringattn.Full()),
+        drawn(q=(1, 1, 15, 4), k=(1, 1, 15, 4), v=(1, 1, 15, 4), c=(1, 1, 11, 4)),
+        {**AXES, "c": ("context", 2)},
+        {"tokens": 15, "context": 11},
+    )
+
+
 @pytest.mark.parametrize("scores", ["additive", "scaled"])
 def test_a_query_that_sees_no_key_gets_nothing(scores: str) -> None:
     mask = ringattn.Causal() & ~ringattn.Prefix(3)  # the first three queries see nobody
