@@ -113,7 +113,7 @@ class Ordered(Mechanism):
         if self.hard:
             alignment, out = searched(energies > 0, flow)
         else:
-            walk = Walk(torch.sigmoid(energies), torch.sigmoid(-energies), flow)
+            walk = Walk(energies, flow)
             alignment, out = walk.alignment, walk.out
         return self.spread(problem, q, k, alignment), out
 
@@ -136,7 +136,7 @@ class Ordered(Mechanism):
         """
         keys = flow.above.shape[2]
         energies = self._energies(problem, q, k, keys)
-        walk = None if self.hard else Walk(torch.sigmoid(energies), torch.sigmoid(-energies), flow)
+        walk = None if self.hard else Walk(energies, flow)
         alignment = searched(energies > 0, flow)[0] if walk is None else walk.alignment
         dv = over_rows(self.spread(problem, q, k, alignment), dout, problem.kv_heads)
         dweights = over_heads(dout, v.transpose(-1, -2))

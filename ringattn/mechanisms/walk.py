@@ -15,6 +15,7 @@ Gradients, with g_ij that of the weight a_ij:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,23 +43,24 @@ class Walk:
         alignment: ``[B, Hq, M, N]``, the probability of each row to stop at each key.
     """
 
-    def __init__(self, stops: torch.Tensor, goes_on: torch.Tensor, flow: Flow) -> None:
-        """Takes p and 1 - p, float64 ``[B, Hq, M, N]``, each with all its digits, and what flows in."""
-        self._shape, self._flow = stops.shape, flow
-        self.alignment = stops
-        if not stops.numel():
+    def __init__(self, energies: torch.Tensor, flow: Flow) -> None:
+        """Takes the energies, float64 ``[B, Hq, M, N]``, and what flows in."""
+        self._shape, self._flow = energies.shape, flow
+        self.alignment = energies
+        if not energies.numel():
             return
-        arrives = torch.zeros_like(stops)
-        arrives[:, :, 0] += flow.above
-        arrives[:, :, :, 0] += flow.left
-        self._stops, self._goes_on, self._reached = _skewed(stops, 0), _skewed(goes_on, 1), _skewed(arrives, 0)
+        plane = _skewed(energies, -math.inf)
+        self._stops, self._goes_on = torch.sigmoid(plane), torch.sigmoid(-plane)  # each with all its digits
+        self._reached = torch.zeros_like(plane)
+        for edge, x in zip(_edges(self._reached, energies.shape), flow, strict=True):
+            edge += x.flatten(0, 1)
         reached, go = self._reached.unbind(0), self._goes_on.unbind(0)
         upper, lower = self._reached[:, :, :-1].unbind(0), self._reached[:, :, 1:].unbind(0)
         stop_upper = self._stops[:, :, :-1].unbind(0)
         for s in range(1, len(reached)):
             reached[s].addcmul_(go[s - 1], reached[s - 1])
             lower[s].addcmul_(stop_upper[s - 1], upper[s - 1])
-        self.alignment = _level(self._stops * self._reached, stops.shape)
+        self.alignment = _level(self._stops * self._reached, energies.shape)
 
     @property
     def out(self) -> Flow:
@@ -85,9 +87,10 @@ class Walk:
         # what a row gains by stopping at a key, over going on
         given[:-1, :, :-1] += reached[1:, :, 1:]
         given[:-1] -= reached[1:]
-        energies = _level(self._stops * self._goes_on * self._reached * given, self._shape)
-        into = _level(reached, self._shape)
-        return energies, Flow(into[:, :, :, 0].contiguous(), into[:, :, 0].contiguous())
+        given.mul_(self._stops).mul_(self._goes_on).mul_(self._reached)
+        heads = self._shape[:2]
+        left, above = (edge.unflatten(0, heads).contiguous() for edge in _edges(reached, self._shape))
+        return _level(given, self._shape), Flow(left, above)
 
 
 def searched(stops: torch.Tensor, flow: Flow) -> tuple[torch.Tensor, Flow]:
@@ -120,20 +123,24 @@ def searched(stops: torch.Tensor, flow: Flow) -> tuple[torch.Tensor, Flow]:
 
 def _skewed(x: torch.Tensor, beyond: float) -> torch.Tensor:
     """``[B, Hq, M, N]`` as a skewed plane, with this number beyond both ends of the keys."""
-    rows, keys = x.shape[2:]
-    wide = torch.nn.functional.pad(x.flatten(0, 1), (rows, rows), value=beyond)
-    return _diagonals(wide, keys).contiguous()
+    batch, heads, rows, keys = x.shape
+    plane = x.new_full((rows + keys, batch * heads, rows), beyond)
+    _of_pairs(plane, x.shape).copy_(x.flatten(0, 1))
+    return plane
 
 
 def _level(plane: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A skewed plane as ``[B, Hq, M, N]``."""
+    return _of_pairs(plane, shape).contiguous().view(shape)
+
+
+def _of_pairs(plane: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The view ``[B Hq, M, N]`` of a skewed plane, in which the pair of row i and key j is at ``[i + j, :, i]``."""
+    step = plane.stride(0)
+    return plane.as_strided((plane.shape[1], *shape[2:]), (plane.stride(1), step + 1, step))
+
+
+def _edges(plane: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first key of each row, ``[B Hq, M]``, and each key of the first row, ``[B Hq, N]``: views."""
     rows, keys = shape[2:]
-    wide = plane.new_empty(plane.shape[1], rows, keys + 2 * rows)
-    _diagonals(wide, keys).copy_(plane)
-    return wide[:, :, rows : rows + keys].reshape(shape)
-
-
-def _diagonals(wide: torch.Tensor, keys: int) -> torch.Tensor:
-    """The view ``[M + N, B Hq, M]`` of a plane ``[B Hq, M, M + N + M]`` whose entry s of row i is column M + s - i."""
-    heads, rows, width = wide.shape
-    return wide.as_strided((rows + keys, heads, rows), (1, rows * width, width - 1), rows)
+    return plane[:rows].diagonal(dim1=0, dim2=2), plane[:keys, :, 0].T

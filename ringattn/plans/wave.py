@@ -118,6 +118,7 @@ class WavePlan(Wavefront):
         keys, dims = (self.before + self.key_tokens) * shape.batch * shape.kv_heads, shape.dim + shape.value_dim
         own = self.tokens * heads * dims + self.key_tokens * shape.batch * shape.kv_heads * dims
         plane, skewed = rows * (self.before + self.key_tokens) * heads * 8, (rows + self.key_tokens) * rows * heads * 8
+        planes = 8 if self.window is None else 17  # softmax over windows needs as many again
         return Memory(
             {
                 "q, k, v, out": own * shape.itemsize,
@@ -127,7 +128,7 @@ class WavePlan(Wavefront):
                 "kept: left of every block": self.queries * heads * 8,
                 "kept: above every block": len(self.blocks) * self.key_tokens * heads * 8,
                 "a block's queries, outputs and gradients": 4 * rows * heads * dims * 8,
-                "a block's planes": 6 * plane + 5 * skewed,
+                "a block's planes": planes * plane + 6 * skewed,
             }
         )
 
