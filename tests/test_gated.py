@@ -258,6 +258,10 @@ def test_refusals() -> None:
         ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, mechanism=ringattn.Gated(g[:, 0, 1:]))
     with pytest.raises(InputError, match="log_decay must be a tensor of floating point numbers"):
         ringattn.Gated(torch.ones(2, 2, 5, dtype=torch.int64))
+    with pytest.raises(InputError, match="or what carries its cumulative sum already; got both"):
+        ringattn.Gated(g, carried=True)
+    with pytest.raises(InputError, match="carried must be True or False"):
+        ringattn.Gated(carried="yes")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"known to ringattn\.attention and attention_rows alone"):
         ringattn.pool(q[:, :, :2], k, v, sharding=sharding, mechanism=ringattn.Gated(g))
     assert "scan" in ringattn.explain(q, k, v, ringattn.Causal(), **call)

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 
+from ringattn.checking import flag, shown
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mechanisms.base import (
     Block,
@@ -71,7 +72,9 @@ class Gated(Summarising):
             object.__setattr__(self, "scale", finite(self.scale, "Gated's scale"))
         x = self.log_decay
         if x is not None and not (isinstance(x, torch.Tensor) and x.is_floating_point()):
-            raise InputError(f"log_decay must be a tensor of floating point numbers; got {x!r}.")
+            raise InputError(f"log_decay must be a tensor of floating point numbers; got {shown(x)}.")
+        if flag(self.carried, "carried") and x is not None:
+            raise InputError("Gated takes log_decay, or what carries its cumulative sum already; got both.")
 
     def to_sum(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         x = self.log_decay

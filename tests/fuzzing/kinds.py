@@ -100,7 +100,12 @@ LAYOUTS = member(layouts.Layout, "auto", "zigzag", "balanced", ringattn.Striped(
 SCHEDULES = member(schedules.Schedule, "auto", "ring", "route", "scan", ringattn.Route(lookahead=0))
 KERNELS = member(Kernel, "auto", "reference", "sdpa")
 MECHANISMS = instance_of(
-    mechanisms.Mechanism, ringattn.Softmax(), ringattn.Hard(), ringattn.Linear(), ringattn.Softmax(0.3)
+    mechanisms.Mechanism,
+    ringattn.Softmax(),
+    ringattn.Hard(),
+    ringattn.Linear(),
+    ringattn.Gated(),
+    ringattn.Softmax(0.3),
 )
 SHARDINGS = instance_of(ringattn.Sharding, OWN, PART)
 TENSOR = instance_of(torch.Tensor, Q)
