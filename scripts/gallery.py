@@ -1,4 +1,4 @@
-"""Draws the README's pictures: every mask, every layout, and one plan with the words that the code uses.
+"""Draws the README's pictures: every mask, layout and mechanism, and one plan with the words that the code uses.
 
 Masks and layouts draw themselves; the plan is drawn from its tiles and messages, so that the pictures show what runs.
 """
@@ -18,6 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 import ringattn
 from ringattn import layouts, masks
 from ringattn.advice.figures import PALETTE
+from ringattn.advice.gallery import draw_gallery
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
 
@@ -153,7 +154,12 @@ def main() -> int:
     folder = parser.parse_args().folder
     shown = {type(atom) for _, mask in MASKS for atom in (mask, *getattr(mask, "parts", ()))}
     assert shown >= set(masks.MEMBERS) and {type(layout) for _, layout in LAYOUTS} == set(layouts.MEMBERS)
-    for name, draw in (("masks", draw_masks), ("layouts", draw_layouts), ("words", draw_words)):
+    for name, draw in (
+        ("masks", draw_masks),
+        ("layouts", draw_layouts),
+        ("words", draw_words),
+        ("mechanisms", draw_gallery),
+    ):
         draw(folder / f"{name}.png")
         print(folder / f"{name}.png")
     return 0

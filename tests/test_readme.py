@@ -18,6 +18,7 @@ import typer
 
 import ringattn
 from ringattn import kernels, layouts, masks, mechanisms, schedules
+from ringattn.advice.repertoire import Sizes, facts
 from ringattn.cli import app
 from ringattn.naming import name_of
 
@@ -93,6 +94,14 @@ def _table() -> str:
 
 def test_the_table_of_members_is_that_of_the_lists() -> None:
     assert _table() in README, _table()
+
+
+def test_the_table_of_mechanisms_has_all_that_the_command_shows() -> None:
+    """Figures are of one machine; what is fixed is not."""
+    shown = re.findall(r"^\| `([^`]*)` \| ([^|]*) \| ([^|]*) \| [\d.]+ .?B \|", README, re.MULTILINE)
+    found = set(shown)
+    sizes = Sizes(length=8, dim=16, value_dim=16, ring=2)
+    assert found == {(x.title, x.state, x.travels) for x in facts(sizes, measured=False)}
 
 
 def test_what_is_named_is_there() -> None:

@@ -70,7 +70,7 @@ def variants() -> tuple[Specimen, ...]:
     def decays(sizes: Sizes, g: torch.Generator) -> torch.Tensor:
         return -torch.rand(1, sizes.kv_heads, sizes.length, generator=g)
 
-    slopes = torch.tensor([0.05, 0.1, 0.2, 0.4])
+    slopes = torch.tensor([0.4, 0.2, 0.1, 0.05])
     return (
         Specimen("Softmax(alibi)", softmax(alibi=lambda sizes, _: slopes.repeat(sizes.heads)[: sizes.heads])),
         Specimen("Softmax(additive)", softmax(additive=lambda s, g: torch.randn(s.heads, s.dim, generator=g))),

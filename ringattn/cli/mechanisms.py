@@ -23,6 +23,7 @@ LONGEST = 1 << 14  # tokens: some mechanisms take a minute of them
 Draw = Annotated[
     Path | None, typer.Option(help="Draw each one's attention matrix, of the same small input, into this PNG file.")
 ]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 Measure = Annotated[bool, typer.Option("--measure/--no-measure", help="Whether times are measured.")]
 
 
@@ -35,6 +36,7 @@ def mechanisms(
     value_dim: options.ValueDim = None,
     measure: Measure = True,
     draw: Draw = None,
+    markdown: Markdown = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show every mechanism: what it keeps and moves, what serves it, and what it costs here, beside softmax.
@@ -60,7 +62,9 @@ def mechanisms(
     if sizes.heads % sizes.kv_heads:
         raise InputError(f"--heads must be a multiple of --kv-heads; got {sizes.heads} and {sizes.kv_heads}.")
     found = facts(sizes, measured=measure, track=lambda all_: options.track("mechanisms", list(all_)))
-    if as_json:
+    if markdown:
+        typer.echo(_markdown(found))
+    elif as_json:
         options.print_json({"sizes": dataclasses.asdict(sizes), "mechanisms": [dataclasses.asdict(x) for x in found]})
     else:
         _show(found, sizes)
@@ -72,16 +76,28 @@ def mechanisms(
         typer.echo(f"drawn into {draw}", err=True)
 
 
+HEAD = ("mechanism", "state", "travels", "bytes", "masks", "schedules", "kernels", "× softmax", "same kernel")
+NUMBERS = ("bytes", "× softmax", "same kernel")
+
+
+def _cells(x: Facts) -> tuple[str, ...]:
+    times = ("—" if value is None else f"{value:.1f}" for value in (x.times, x.times_reference))
+    served = ", ".join(x.schedules), ", ".join(x.kernels)
+    return x.title, x.state, x.travels, readable_bytes(x.received_bytes), x.mask, *served, *times
+
+
+def _markdown(found: Sequence[Facts]) -> str:
+    rows = [HEAD, ["---:" if name in NUMBERS else "---" for name in HEAD]]
+    rows += [(f"`{title}`", *cells) for title, *cells in map(_cells, found)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _show(found: Sequence[Facts], sizes: Sizes) -> None:
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("mechanism", "state", "travels", "bytes", "masks", "schedules", "kernels"):
-        table.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
-    for name in ("× softmax", "same kernel"):
-        table.add_column(name, justify="right")
+    for name in HEAD:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for x in found:
-        times = ("—" if value is None else f"{value:.1f}" for value in (x.times, x.times_reference))
-        cells = x.title, x.state, x.travels, readable_bytes(x.received_bytes), x.mask
-        table.add_row(*map(escape, cells), ", ".join(x.schedules), ", ".join(x.kernels), *times)
+        table.add_row(*map(escape, _cells(x)))
     console = options.console()
     console.print(table)
     console.print(

@@ -1,12 +1,14 @@
 """The exact weights of a few queries over a long sharded sequence: their error against float64, and what travels.
 
 The weights of chosen rows of `ringattn.attention_rows`, for every mechanism that has weights, on virtual ranks, beside
-those of one rank in float64; and softmax's beside a matrix product of the chosen rows alone.
+those of one rank in float64; and softmax's beside a matrix product of the chosen rows alone. Mechanisms that walk the
+keys in order need all rows before the chosen ones, and take a shorter sequence.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 
 import torch
@@ -19,7 +21,9 @@ from ringattn.advice.repertoire import Sizes, Specimen, mask_for, sharded, speci
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.readable import readable_bytes
 
-ROWS = (1, 4097, 20000, 40001, 65535)
+PLACES = (0.0, 0.1, 0.31, 0.62, 1.0)
+"""Of the rows, from the first to the last."""
+IN_ORDER = 4096  # tokens
 
 
 def inputs(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +40,7 @@ def weights(mesh: ringattn.Mesh, specimen: Specimen, sizes: Sizes, rows: list[in
     sharding = ringattn.Sharding(sizes.length, mesh, layout)
     q, k = (sharding.split(x, 2).to(dtype) for x in inputs(sizes))
     own, mask = sharded(mechanism, sharding), mask_for(mechanism)
+    torch.manual_seed(0)  # for mechanisms that draw
     part = ringattn.attention_rows(q, k, mask, rows, sharding=sharding, mechanism=own)
     moved = mesh.connected().counters.received_bytes
     whole = sharding.join(part, 3)
@@ -58,22 +63,26 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=2)
     arguments = parser.parse_args()
     sizes = Sizes(arguments.length, arguments.heads, arguments.heads, 64, 64, arguments.ring)
-    rows = [row for row in ROWS if row < sizes.length]
     title = (
-        f"{len(rows)} rows of {sizes.length:,} tokens, {sizes.heads} heads of {sizes.dim}, {sizes.ring} virtual ranks"
+        f"{len(PLACES)} rows of {sizes.length:,} tokens, {sizes.heads} heads of {sizes.dim}, {sizes.ring} virtual ranks"
     )
     table = Table("mechanism", "received at most", "error, float32", "error, float64", "seconds", title=title)
     for specimen in track(list(specimens()), "mechanisms", transient=True):
-        (one,) = ringattn.simulate(weights, specimen, sizes, rows, torch.float64, ring=1).results
-        exact = softmax_in_float64(sizes, rows) if specimen.title == "Softmax()" else one
+        own = sizes
+        if isinstance(specimen.made(Sizes(8)), Ordered):
+            own = dataclasses.replace(sizes, length=min(sizes.length, IN_ORDER))
+        rows = [int(place * (own.length - 1)) for place in PLACES]
+        (one,) = ringattn.simulate(weights, specimen, own, rows, torch.float64, ring=1).results
+        exact = softmax_in_float64(own, rows) if specimen.title == "Softmax()" else one
         cells = []
         for dtype in (torch.float32, torch.float64):
             started = time.perf_counter()
-            run = ringattn.simulate(weights, specimen, sizes, rows, dtype, ring=sizes.ring)
+            run = ringattn.simulate(weights, specimen, own, rows, dtype, ring=sizes.ring)
             seconds = time.perf_counter() - started
             cells.append(f"{float((run.results[0].double() - exact).norm() / exact.norm()):.1e}")
         received = max(counters.received_bytes for counters in run.traffic) // 2  # float64 is twice float32
-        table.add_row(specimen.title, readable_bytes(received), *cells, f"{seconds:.1f}")
+        shown = specimen.title if own is sizes else f"{specimen.title}, {own.length:,} tokens"
+        table.add_row(shown, readable_bytes(received), *cells, f"{seconds:.1f}")
     Console().print(table)
 
 
