@@ -32,7 +32,8 @@ class Ordered(Mechanism):
     Attributes:
         scale: of the energies, ``scale q . k + bias``; None for 1 / sqrt of the dims that make them.
         bias: ``[Hq]``, learned, added to the energies of a head. Below 0 at the start of training (-1 to -4) it keeps
-            the search from stopping at the first keys.
+            the search from stopping at the first keys. What a rank gets of its gradient is its own keys' part, as for
+            any replicated parameter: sum it over the ranks.
         hard: the decoding rule: a search stops at the first key whose energy is above 0, with certainty. Energies get
             no gradient then. A search that stops nowhere leaves the row 0, and those of all later rows.
     """
