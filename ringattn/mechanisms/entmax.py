@@ -45,6 +45,9 @@ LEAST, MOST = 1.05, 2.0
 PRECISE = {torch.float32: 1e-9, torch.float64: 2.0**-43}
 """How far from 1 the sum of a query's weights may be, by the accumulator's dtype."""
 
+_PIECE = 1 << 17
+"""Scores that a pass over keys takes at once: a megabyte, which stays in a core's own cache."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entmax(Scored):
@@ -163,9 +166,12 @@ class Entmax(Scored):
         self, problem: Problem, scores: torch.Tensor, threshold: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights and their slopes, float64 ``[B, Hq, M, N]``."""
-        above = (self._scaled(problem, scores) - threshold.unsqueeze(-1)).clamp(min=0)
+        above = self._scaled(problem, scores).sub_(threshold.unsqueeze(-1)).clamp_(min=0)
         p = 1 / self.less_1(problem)
-        slopes = torch.where(above == 0, 0.0, above ** ((p.unsqueeze(-1) if isinstance(p, torch.Tensor) else p) - 1))
+        if isinstance(p, float) and p > 1:
+            slopes = above ** (p - 1)
+        else:  # 0 to the power of 0 is 1, and where nothing is above the threshold there is no slope
+            slopes = torch.where(above > 0, above ** ((p.unsqueeze(-1) if isinstance(p, torch.Tensor) else p) - 1), 0.0)
         return slopes * above, slopes
 
     @staticmethod
@@ -192,14 +198,18 @@ class Threshold(Mechanism):
         return (nothing if problem.known else blank)(shape, problem.device)
 
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
-        z = self.of.scaled(problem, block, q, k)
-        if problem.known:
-            cut = Cut(*(x[:, :, block.queries] for x in problem.known))
-            return gathered(z, cut, 1 / self.of.less_1(problem))
         alpha = problem.params.get("alpha")
-        if alpha is not None and not bool(((alpha >= LEAST) & (alpha <= MOST)).all()):
+        if not problem.known and alpha is not None and not bool(((alpha >= LEAST) & (alpha <= MOST)).all()):
             raise InputError(_out_of_range(alpha.tolist()))
-        return sketch(z)
+        z, p = self.of.scaled(problem, block, q, k), 1 / self.of.less_1(problem)
+        rows = max(1, _PIECE // (z.shape[0] * z.shape[1] * z.shape[3]))
+        pieces = z.split(rows, dim=2)
+        if problem.known:
+            known = zip(*(x[:, :, block.queries].split(rows, dim=2) for x in problem.known), strict=True)
+            parts = [gathered(piece, Cut(*cut), p) for piece, cut in zip(pieces, known, strict=True)]
+        else:
+            parts = [sketch(piece) for piece in pieces]
+        return tuple(torch.cat(x, dim=2) for x in zip(*parts, strict=True))
 
     def merge(self, into: State, part: State) -> None:
         (gather if len(into) == 2 else join)(into, part)

@@ -29,7 +29,7 @@ from ringattn.mechanisms.base import State
 CELLS = 32
 NEAREST = 64
 TERMS = 6
-STEPS = 16  # of Newton's method, within what one pass knows
+STEPS = 10  # of Newton's method, within what one pass knows
 LEAST = 2.0**-40  # the reach of the cells where all scores are one
 
 Power = float | torch.Tensor
