@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,10 @@ from torch import nn
 
 import ringattn
 
-RANKS = (1, 2, 3, 5)
+RANKS = (1, 2, 3, 5, 8)
+FLOAT32 = 2e-5  # of results that may cancel, relative to their norm
+Layouts = str | Callable[[int], ringattn.Layout]
+"""A layout, or that of so many ranks."""
 Inputs = Mapping[str, torch.Tensor]
 Shardings = Mapping[str, ringattn.Sharding]
 Call = Callable[[Any, Inputs, Shardings], torch.Tensor]
@@ -27,17 +31,18 @@ def compare(
     inputs: Inputs,
     axes: Axes,
     lengths: Mapping[str, int],
-    layout: str = "zigzag",
+    layout: Layouts = "zigzag",
     ranks: Sequence[int] = RANKS,
     limit: float = 1e-12,
     unused: Collection[str] = (),
 ) -> None:
-    """The output, cut as ``q`` is, and the gradients of all inputs and parameters.
+    """The output, cut as ``q`` is, and the gradients of all inputs and parameters, in float64 and in float32.
 
     Args:
         call: of the module, a rank's inputs and the shardings: its part of the output.
         equation: the same of the whole sequence, with the module's parameters.
         lengths: of the sequences, by the names in ``axes``.
+        limit: of errors in float64, relative to the norm.
         unused: inputs that have no say.
     """
     module = module.double()
@@ -48,10 +53,15 @@ def compare(
     gradients = dict(zip(leaves, _gradients((expected * dout).sum(), leaves), strict=True))
     size = max(1.0, math.sqrt(expected.numel()))
 
-    def on_rank(mesh: ringattn.Mesh) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
-        owners = {name: ringattn.Sharding(n, mesh, layout) for name, n in lengths.items()}
-        parts = {name: _part(x.detach(), owners, axes[name]).clone().requires_grad_() for name, x in whole.items()}
-        own = copy.deepcopy(module)
+    def on_rank(
+        mesh: ringattn.Mesh, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        taken = layout if isinstance(layout, str) else layout(mesh.size)
+        owners = {name: ringattn.Sharding(n, mesh, taken) for name, n in lengths.items()}
+        parts = {name: _part(x.detach(), owners, axes[name]).to(dtype, copy=True) for name, x in whole.items()}
+        for part in parts.values():
+            part.requires_grad_()
+        own = copy.deepcopy(module).to(dtype)
         out = call(own, parts, owners)
         owner, dim = axes["q"] or ("", 0)
         share = _part(dout, owners, (owner, dim))
@@ -59,11 +69,12 @@ def compare(
         grads = dict(zip(named, _gradients((out * share).sum(), named), strict=True))
         return owners[owner].positions, out.detach(), grads, {name: own.positions for name, own in owners.items()}
 
-    for count in ranks:
-        results = ringattn.simulate(on_rank, ring=count).results
+    for count, dtype in itertools.product(ranks, (torch.float64, torch.float32)):
+        results = ringattn.simulate(on_rank, dtype, ring=count).results
+        most = limit if dtype == torch.float64 else FLOAT32
         for positions, out, _, _ in results:
             dim = (axes["q"] or ("", 0))[1]
-            assert (out - expected.detach().index_select(dim, positions)).norm() <= limit * size, count
+            assert (out - expected.detach().index_select(dim, positions)).norm() <= most * size, count
         for name, exact in gradients.items():
             axis = axes.get(name)
             found = torch.zeros_like(exact)
@@ -71,8 +82,8 @@ def compare(
                 if axis is None:
                     found += grads[name]
                 else:
-                    found.index_add_(axis[1], where[axis[0]], grads[name])
-            assert (found - exact).norm() <= limit * max(1.0, float(exact.norm())), (name, count)
+                    found.index_add_(axis[1], where[axis[0]], grads[name].double())
+            assert (found - exact).norm() <= most * max(1.0, float(exact.norm())), (name, count, dtype)
             assert name in unused or exact.norm() > 0, f"nothing is tested of {name}"
 
 

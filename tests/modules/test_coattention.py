@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
-import ringattn
 from ringattn.modules.coattention import DCN, BiDAF, DCNPlus
-from tests.modules.running import check_module
+from tests.modules.dense import Inputs, Shardings, compare, drawn
 
-RANKS = (1, 2, 3, 5, 8)
 DIM, CONTEXT, QUESTION = 6, 37, 7
 
 
-def _inputs() -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(2, n, DIM, generator=g, dtype=torch.float64) for n in (CONTEXT, QUESTION)]
+def _compare(module: torch.nn.Module, equation: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def call(own: torch.nn.Module, x: Inputs, owners: Shardings) -> torch.Tensor:
+        sharded = {"sharding": owners["context"], "question_sharding": owners["question"]}
+        out: torch.Tensor = own(x["q"], x["question"], **sharded)
+        return out
 
-
-def _sharded(mesh: ringattn.Mesh, module: torch.nn.Module, context: torch.Tensor, question: torch.Tensor) -> Any:
-    own = ringattn.Sharding(CONTEXT, mesh, layout="zigzag")
-    other = ringattn.Sharding(QUESTION, mesh, layout="striped")
-    leaves = [s.split(x, 1).clone().requires_grad_() for s, x in ((own, context), (other, question))]
-    return module(*leaves, sharding=own, question_sharding=other), [own, other], leaves
+    inputs = drawn(seed=1, q=(2, CONTEXT, DIM), question=(2, QUESTION, DIM))
+    axes = {"q": ("context", 1), "question": ("question", 1)}
+    lengths = {"context": CONTEXT, "question": QUESTION}
+    compare(module, call, lambda m, x: equation(m, x["q"], x["question"]), inputs, axes, lengths)
 
 
 def _bidaf(module: BiDAF, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -56,20 +54,16 @@ def _dcn_plus(module: DCNPlus, d: torch.Tensor, q: torch.Tensor) -> torch.Tensor
     return torch.cat([d, e2_d, s1_d, s2_d, c1, c2], dim=2)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_bidaf(ranks: int) -> None:
+def test_bidaf() -> None:
     torch.manual_seed(0)
-    check_module(BiDAF(DIM), _bidaf, _sharded, _inputs(), ranks, dim=1)
+    _compare(BiDAF(DIM), _bidaf)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_dcn(ranks: int) -> None:
+def test_dcn() -> None:
     torch.manual_seed(0)
-    check_module(DCN(DIM), _dcn, _sharded, _inputs(), ranks, dim=1)
+    _compare(DCN(DIM), _dcn)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_dcn_plus(ranks: int) -> None:
+def test_dcn_plus() -> None:
     torch.manual_seed(0)
-    module = DCNPlus(torch.nn.Sequential(torch.nn.Linear(DIM, DIM), torch.nn.Tanh()))
-    check_module(module, _dcn_plus, _sharded, _inputs(), ranks, dim=1)
+    _compare(DCNPlus(torch.nn.Sequential(torch.nn.Linear(DIM, DIM), torch.nn.Tanh())), _dcn_plus)

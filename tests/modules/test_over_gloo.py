@@ -1,4 +1,4 @@
-"""Modules of scores, Tri- and spatial attention between processes: the bits of virtual ranks."""
+"""Modules between processes: the bits of virtual ranks."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def _results(mesh: ringattn.Mesh) -> dict[str, list[torch.Tensor]]:
     }
     made |= {name: (x, x(q, k, v, context, full, sharding=sharding)) for name, x in tri.items()}
     made["location"] = location, location(q, v, causal, sharding=sharding)
+    coattention = modules.BiDAF(4), modules.DCN(4), modules.DCNPlus(torch.nn.Linear(4, 4))
+    image = modules.HybridAttention(4, dilations=(1, 2)), modules.AttentionInAttention(4)
+    channel = modules.SqueezeExcitation(4), modules.ChannelAttention()
+    for x in (*coattention, *image, *channel):
+        for parameter in x.parameters():
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=g) / 4)
+    for x in coattention:
+        made[type(x).__name__] = x, x(q[:, 0], k[:, 1], sharding=sharding, question_sharding=sharding)
+    rows = modules.Rows(ringattn.Sharding(24, mesh, "contiguous"), 4)
+    for x in image:
+        made[type(x).__name__] = x, x(q[:, 0].transpose(1, 2), rows)
+    for x in channel:
+        made[type(x).__name__] = x, x(q[:, 0].transpose(1, 2), sharding)
     return {
         name: [out.detach(), *torch.autograd.grad(out.sum(), [q, k, v, *x.parameters()], materialize_grads=True)]
         for name, (x, out) in made.items()
