@@ -1,8 +1,9 @@
 """The wave of monotonic attention and MoChA: steps, share of waiting, bytes and time, and the error beside them.
 
-On Gloo ranks of one thread, forward and backward: what the plan says of waiting, (ranks - 1) / steps, beside what was
-measured, the seconds in which a rank waits for an exchange over those of the call, on the rank that waits least and the
-one that waits most. There must not be more ranks than idle processors for the second to mean anything. Bytes are
+On Gloo ranks of one thread, forward and backward. Of waiting there are three figures: the plan's, (ranks - 1) / steps;
+what it comes to by the processor seconds that each block took, one after another as they need each other; and the
+seconds in which a rank waited for an exchange over those of the call, which mean something where every rank has an idle
+processor. The latter two are of the rank that waits least and of the one that waits most. Bytes are
 counted by the transport and must be the plan's. Times are shown as multiples of softmax's, on the same ranks by auto.
 The error is that of a shorter call, against the equations in float64.
 """
@@ -15,6 +16,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -48,6 +52,35 @@ class Measured:
     seconds: float
     waited: float
     received: int
+    blocks: dict[str, list[float]]
+    """Processor seconds of each block, in order, of either pass."""
+
+
+def timing(name: str, spent: list[float]) -> Callable[..., Any]:
+    """The method of `Ordered`, which also says how long it took."""
+    method = getattr(Ordered, name)
+
+    def timed(*args: Any) -> Any:
+        started = time.process_time()
+        result = method(*args)
+        spent.append(time.process_time() - started)
+        return result
+
+    return timed
+
+
+def waiting(found: Sequence[Measured]) -> list[float]:
+    """The share of waiting of each rank, were nothing else to wait for than the blocks before."""
+    worked, total = [0.0] * len(found), 0.0
+    for name, ranks in (("block", [*range(len(found))]), ("block_grad", [*reversed(range(len(found)))])):
+        ends = [0.0] * len(found[0].blocks[name])
+        for rank in ranks:
+            at = 0.0
+            for block, seconds in enumerate(found[rank].blocks[name]):
+                ends[block] = at = max(at, ends[block]) + seconds
+            worked[rank] += sum(found[rank].blocks[name])
+        total += ends[-1]
+    return [1 - each / total for each in worked]
 
 
 def run(worker: Worker, call: Call) -> Measured:
@@ -62,12 +95,15 @@ def run(worker: Worker, call: Call) -> Measured:
     counters = transport.counters
     transport.sum(torch.zeros(1))  # all begin together
     received, waited, started = counters.received_bytes, counters.waited_seconds, time.perf_counter()
-    out = ringattn.attention(
-        q, k, v, ringattn.Full(), sharding=sharding, mechanism=call.mechanism, schedule=call.schedule
-    )
-    torch.autograd.grad(out, leaves, dout)
+    blocks: dict[str, list[float]] = {"block": [], "block_grad": []}
+    methods: dict[str, Any] = {name: timing(name, spent) for name, spent in blocks.items()}
+    with patch.multiple(Ordered, **methods):
+        out = ringattn.attention(
+            q, k, v, ringattn.Full(), sharding=sharding, mechanism=call.mechanism, schedule=call.schedule
+        )
+        torch.autograd.grad(out, leaves, dout)
     seconds = time.perf_counter() - started
-    return Measured(seconds, counters.waited_seconds - waited, counters.received_bytes - received)
+    return Measured(seconds, counters.waited_seconds - waited, counters.received_bytes - received, blocks)
 
 
 def error(mechanism: ringattn.Monotonic | ringattn.MoChA, ranks: int) -> float:
@@ -82,6 +118,7 @@ def row(team: Team, call: Call, rounds: int) -> list[str]:
     others = [team.call(run, softmax) for _ in range(rounds + 1)][1:]
     seconds, beside = (statistics.median(max(x.seconds for x in each) for each in runs) for runs in (found, others))
     shares = [statistics.median(each[rank].waited / each[rank].seconds for each in found) for rank in range(team.size)]
+    by_blocks = [statistics.median(each) for each in zip(*map(waiting, found), strict=True)]
     plans = []
     assert isinstance(call.mechanism, Ordered)
     for rank in range(team.size):
@@ -101,6 +138,7 @@ def row(team: Team, call: Call, rounds: int) -> list[str]:
         str(call.block),
         str(plans[0].steps),
         f"{plans[0].waiting:.0%}",
+        f"{min(by_blocks):.0%} to {max(by_blocks):.0%}",
         f"{min(shares):.0%} to {max(shares):.0%}",
         f"{max(received):,}" if received == planned else f"{received}, planned {planned}",
         f"{kept / 2**20:.1f} MiB",
@@ -124,7 +162,16 @@ def main() -> int:
         title=f"{options.length} queries and keys, {options.heads} heads of 64, float32, forward and backward; "
         f"{processor()}, load {os.getloadavg()[0]:.1f}"
     )
-    for title in ("mechanism", "ranks", "block", "steps", "waits by the plan", "measured", "bytes received at most"):
+    for title in (
+        "mechanism",
+        "ranks",
+        "block",
+        "steps",
+        "waits by the plan",
+        "by its blocks",
+        "measured",
+        "bytes received at most",
+    ):
         table.add_column(title)
     for title in ("kept", "time", "× softmax", f"error at {SHORT} tokens"):
         table.add_column(title, justify="right")

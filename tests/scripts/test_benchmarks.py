@@ -58,7 +58,7 @@ def test_contestants_compute_the_case(team: Team, mask: str) -> None:
 
 
 def test_the_wave_moves_what_it_plans(team: Team) -> None:
-    name, ranks, block, steps, waits, _, received, *_, error = wave.row(
+    name, ranks, block, steps, waits, _, _, received, *_, error = wave.row(
         team, wave.Call(ringattn.MoChA(3), 8, 40, 2), rounds=1
     )
     assert (name, ranks, block, steps, waits) == ("MoChA(width=3)", "2", "8", "7", "14%")
