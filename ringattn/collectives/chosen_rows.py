@@ -12,7 +12,7 @@ from ringattn.checking import instance, positions
 from ringattn.errors import InputError
 from ringattn.functional import summed_first
 from ringattn.kernels.reference import Reference
-from ringattn.masks import Mask, checked
+from ringattn.masks import Mask
 from ringattn.mechanisms.base import Mechanism, Problem, State
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
@@ -65,7 +65,6 @@ def attention_rows(
         AgreementError: the ranks' arguments differ.
     """
     instance(sharding, Sharding, "sharding", "a ringattn.Sharding")
-    kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     transport = sharding.mesh.connected()
     request, q, k, _ = summed_first(Request(mask, sharding, kv_sharding, mechanism, "auto", "auto"), q, k, k)
     number = transport.next_call()
@@ -75,7 +74,7 @@ def attention_rows(
         if isinstance(mechanism, Ordered):
             wave = _wave(q, k, request)
         else:
-            call = _call(q, k, checked(mask), at, sharding, kv, mechanism)
+            call = _call(q, k, mask, at, sharding, request.kv, mechanism)
         seed = int(mechanism.new_seed())
     with torch.no_grad(), running(transport, f"attention_rows {number}", q.device.type):
         if isinstance(mechanism, Ordered):

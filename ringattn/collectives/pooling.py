@@ -60,7 +60,7 @@ def pool(
     number = transport.next_call()
     with agreement.telling(transport, "ringattn.pool", q, k, v):
         instance(mechanism, Mechanism, "mechanism", "a ringattn mechanism, such as ringattn.Softmax()")
-        check_extras(mechanism, tuple(extras))
+        check_extras(mechanism, extras)
         params = list(mechanism.params.values())
         call = _call(q, k, v, params, sharding, mechanism)
         seed = int(mechanism.new_seed())

@@ -121,6 +121,7 @@ def calls() -> Iterator[Call]:
     dim = integer(-4, 3, 2, -2)
     yield Call("split", PART.split, {"x": TENSOR, "dim": dim})
     yield Call("join", OWN.join, {"x": TENSOR, "dim": dim})
+    yield from _calls_of_collectives()
     yield Call("positions_of", PART.positions_of, {"rank": RANK})
     yield Call(
         "Mesh",
@@ -220,7 +221,27 @@ def _calls_of_members() -> Iterator[Call]:
             "seed": integer(0, 2**63 - 1, 3).optional,
         },
     )
-    yield Call("Hard", ringattn.Hard, {"scale": SCALE.optional})
+    yield Call("Hard", ringattn.Hard, {"scale": SCALE.optional, "top": integer(1, LAST, 1, 3)})
+    between = real(1.05, 2, 1.5, 2)
+    alpha = Kind(between.right, lambda x: isinstance(x, torch.Tensor) or between.may_be(x))
+    yield Call("Entmax", ringattn.Entmax, {"alpha": alpha, "scale": SCALE.optional})
+    yield Call("Sampled", ringattn.Sampled, {"seed": integer(0, 2**63 - 1, 3).optional})
+    yield Call("Linear", ringattn.Linear, {"features": word("taylor")})
+    yield Call("Gated", ringattn.Gated, {"log_decay": table, "scale": SCALE.optional})
+    yield Call("MoChA", ringattn.MoChA, {"width": integer(1, LAST, 4)})
+
+
+def _calls_of_collectives() -> Iterator[Call]:
+    own, dim, mesh = Kind((OWN,), SHARDINGS.may_be), integer(-4, 3, 2, -2), instance_of(ringattn.Mesh, MESH)
+    names = Kind(((), ("lse",)), lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x))
+    yield Call("reduce", ringattn.reduce, {"x": TENSOR, "mesh": mesh, "op": word("sum")})
+    yield Call("cumsum", ringattn.cumsum, {"x": TENSOR, "sharding": own, "dim": dim})
+    beside = {"left": integer(0, 40, 2), "right": integer(0, 40, 1)}
+    yield Call("halo", ringattn.halo, {"x": TENSOR, "sharding": own, "dim": dim, **beside})
+    read = {"q": TENSOR, "k": TENSOR, "v": TENSOR, "sharding": own, "mechanism": MECHANISMS, "extras": names}
+    yield Call("pool", ringattn.pool, read)
+    rows = {"q": TENSOR, "k": TENSOR, "mask": MASKS, "rows": POSITIONS, "sharding": own}
+    yield Call("attention_rows", ringattn.attention_rows, {**rows, "kv_sharding": SHARDINGS.optional})
 
 
 def _calls_of_the_oracle() -> Iterator[Call]:

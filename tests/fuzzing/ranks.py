@@ -63,6 +63,26 @@ def _joined(mesh: ringattn.Mesh) -> Arguments:
     return {"sharding": sharding, "x": torch.ones(1, 2, sharding.count, 4), "dim": 2}
 
 
+def _reduced(mesh: ringattn.Mesh) -> Arguments:
+    return {"x": torch.ones(2, 3), "mesh": mesh, "op": "sum"}
+
+
+def _beside(mesh: ringattn.Mesh) -> Arguments:
+    return {**_joined(mesh), "left": 1, "right": 2}
+
+
+def _pooled(mesh: ringattn.Mesh) -> Arguments:
+    sharding = ringattn.Sharding(LENGTH, mesh)
+    q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, sharding.count, 4)
+    return {"q": q, "k": k, "v": k, "sharding": sharding, "mechanism": ringattn.Softmax(), "extras": ()}
+
+
+def _rows(mesh: ringattn.Mesh) -> Arguments:
+    sharding = ringattn.Sharding(LENGTH, mesh)
+    q, more = torch.ones(1, 2, sharding.count, 4), {"sharding": sharding, "kv_sharding": None}
+    return {"q": q, "k": q, "mask": ringattn.Causal(), "rows": [0, 5], **more, "mechanism": ringattn.Softmax()}
+
+
 def _batch(mesh: ringattn.Mesh) -> Arguments:
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
     sample = {"tokens": tokens, "documents": None, "labels": None, "mask": None, "shift": True}
@@ -95,6 +115,11 @@ def calls(folder: str) -> Iterator[Together]:
     """Those in which a rank sends something, or waits for others."""
     yield Together("attention", ringattn.attention, _attention, ("return_lse",))
     yield Together("join", lambda sharding, **x: sharding.join(**x), _joined)
+    yield Together("reduce", ringattn.reduce, _reduced)
+    yield Together("cumsum", ringattn.cumsum, _joined)
+    yield Together("halo", ringattn.halo, _beside)
+    yield Together("pool", ringattn.pool, _pooled, ("extras",))
+    yield Together("attention_rows", ringattn.attention_rows, _rows)
     yield Together("Batch", training.Batch, _batch)
     yield Together("checkpoint.save", checkpoint.save, partial(_saved, folder=folder))
     yield Together("checkpoint.load", checkpoint.load, partial(_loaded, folder=folder), ("model", "step", "folder"))
