@@ -60,7 +60,7 @@ def halo(x: torch.Tensor, sharding: Sharding, dim: int, left: int, right: int) -
 
     Raises:
         InputError: an argument is wrong; nothing was sent.
-        AgreementError: the ranks' arguments differ.
+        AgreementError: the ranks' arguments differ, or only some need a gradient.
     """
     instance(sharding, Sharding, "sharding", "a ringattn.Sharding")
     transport = sharding.mesh.connected()
@@ -71,7 +71,7 @@ def halo(x: torch.Tensor, sharding: Sharding, dim: int, left: int, right: int) -
         window = Window(tokens(left, "left"), tokens(right, "right"))
     rows = x.movedim(dim, 0)
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-    out = _Halo.apply(flat, _Neighbours.of(window, sharding, flat), number)  # type: ignore[no-untyped-call]
+    out = _Halo.apply(flat, _Neighbours.of(window, sharding, flat), number, torch.is_grad_enabled() and x.requires_grad)  # type: ignore[no-untyped-call]
     return out.unflatten(1, rows.shape[1:]).movedim(0, dim) if rows.dim() > 1 else out.squeeze(1)  # type: ignore[no-any-return]
 
 
@@ -118,10 +118,12 @@ class _Neighbours:
         """The exchanges that bring rows, and those by which their gradients return."""
         return self.transport.buffers.views(self, _passes)
 
-    def agree(self, call: str, x: torch.Tensor) -> Callable[[], None]:
-        """Compares the call with every other rank's."""
+    def agree(self, call: str, x: torch.Tensor, wanted: bool) -> Callable[[], None]:
+        """Compares the call with every other rank's. ``wanted`` says whether x needs a gradient."""
         rows = x.new_empty(0, *x.shape[1:])  # ranks differ in how many they have
-        return agreement.about(self.transport, call, rows, mask=str(self.plan.mask), layout=self.signature)
+        # ranks that need no gradient would not come to the backward pass
+        fields = {"mask": str(self.plan.mask), "layout": self.signature, "gradients": "x" if wanted else "none"}
+        return agreement.about(self.transport, call, rows, **fields)
 
 
 def _passes(neighbours: _Neighbours) -> Passes:
@@ -132,9 +134,9 @@ class _Halo(torch.autograd.Function):
     """Takes rows ``[tokens, numbers]`` and gives ``[count, numbers]``."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, neighbours: _Neighbours, number: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, neighbours: _Neighbours, number: int, wanted: bool) -> torch.Tensor:
         ctx.neighbours, ctx.number = neighbours, number
-        compare, problem = neighbours.agree(f"hal {number}", x), neighbours.problem
+        compare, problem = neighbours.agree(f"hal {number}", x, wanted), neighbours.problem
         own, out = _as_keys(x), x.new_zeros(neighbours.count, x.shape[1])
         for step, move in neighbours.passes.forward:
             under_way = move.start(neighbours.transport, neighbours.plan.payload, problem, own)
@@ -146,9 +148,9 @@ class _Halo(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         neighbours: _Neighbours = ctx.neighbours
-        compare, problem = neighbours.agree(f"unh {ctx.number}", grad), neighbours.problem
+        compare, problem = neighbours.agree(f"unh {ctx.number}", grad, wanted=True), neighbours.problem
         wide = grad.to(problem.accumulator)
         total = wide.new_zeros(neighbours.plan.key_tokens, grad.shape[1])
         own = _as_keys(total)
@@ -166,7 +168,7 @@ class _Halo(torch.autograd.Function):
         total = total.to(grad.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             (total,) = Once.apply("ringattn.halo", 1, grad, total)  # type: ignore[no-untyped-call]
-        return total, None, None
+        return total, None, None, None
 
 
 def _as_keys(rows: torch.Tensor) -> Pair:

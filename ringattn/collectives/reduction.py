@@ -36,20 +36,21 @@ def reduce(x: torch.Tensor, mesh: Mesh, op: str = "sum") -> torch.Tensor:
 
     Raises:
         InputError: an argument is wrong; nothing was sent.
-        AgreementError: the ranks' shapes, dtypes or ops differ.
+        AgreementError: the ranks' shapes, dtypes or ops differ, or only some need a gradient.
     """
     transport = instance(mesh, Mesh, "mesh", "a ringattn.Mesh").connected()
     number = transport.next_call()
     with agreement.telling(transport, "ringattn.reduce", x):
         choice(op, "op", OPS)
-    return _Reduce.apply(x, transport, op, number)  # type: ignore[no-untyped-call, no-any-return]
+    return _Reduce.apply(x, transport, op, number, torch.is_grad_enabled() and x.requires_grad)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, transport: Transport, op: str, number: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, transport: Transport, op: str, number: int, wanted: bool) -> torch.Tensor:
         ctx.transport, ctx.op, ctx.number = transport, op, number
-        compare = agreement.about(transport, f"red {number}", x, mechanism=op)
+        gradients = "x" if wanted else "none"  # ranks that need none would not come to the backward pass
+        compare = agreement.about(transport, f"red {number}", x, mechanism=op, gradients=gradients)
         value = _wide(x)
         if op in ("sum", "mean"):
             fold(transport, (value,), add, "reduce")
@@ -65,7 +66,7 @@ class _Reduce(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         transport: Transport = ctx.transport
         compare = agreement.about(transport, f"unr {ctx.number}", grad, mechanism=ctx.op)
         total = _wide(grad)
@@ -79,7 +80,7 @@ class _Reduce(torch.autograd.Function):
         total = total.to(grad.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             (total,) = Once.apply("ringattn.reduce", 1, grad, total)  # type: ignore[no-untyped-call]
-        return total, None, None, None
+        return total, None, None, None, None
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

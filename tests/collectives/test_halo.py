@@ -121,3 +121,14 @@ def test_bad_arguments(arguments: dict[str, Any]) -> None:
     given_ = {"x": torch.ones(7), "dim": 0, "left": 1, "right": 1, **arguments}
     with pytest.raises(ringattn.InputError):
         ringattn.halo(sharding=ringattn.Sharding(7, ringattn.init()), **given_)
+
+
+def test_ranks_that_differ_in_needing_a_gradient_are_told_before_some_wait_for_it() -> None:
+    def differ(mesh: ringattn.Mesh) -> str:
+        sharding = ringattn.Sharding(4, mesh)
+        with pytest.raises(ringattn.AgreementError) as caught:
+            ringattn.halo(torch.ones(2, requires_grad=mesh.rank == 0), sharding, 0, 1, 0)
+        return str(caught.value)
+
+    for said in ringattn.simulate(differ, ring=2).results:
+        assert "gradients (rank 0: x; rank 1: none)" in said

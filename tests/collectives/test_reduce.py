@@ -135,3 +135,17 @@ def test_ranks_that_differ_are_told() -> None:
         return str(caught.value)
 
     assert all("shapes" in said for said in ringattn.simulate(differ, ring=2).results)
+
+
+def test_ranks_that_differ_in_needing_a_gradient_are_told_before_some_wait_for_it() -> None:
+    def differ(mesh: ringattn.Mesh) -> list[str]:
+        said = []
+        for grads in (mesh.rank == 0, True):
+            x = torch.ones(2, requires_grad=grads)
+            with pytest.raises(ringattn.AgreementError) as caught, torch.set_grad_enabled(grads and mesh.rank == 0):
+                ringattn.reduce(x, mesh, "max")
+            said.append(str(caught.value))
+        return said
+
+    for said in ringattn.simulate(differ, ring=2).results:
+        assert all("gradients (rank 0: x; rank 1: none)" in text for text in said)
