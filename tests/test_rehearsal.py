@@ -28,6 +28,7 @@ from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.mechanisms import MEMBERS as MECHANISMS
 from ringattn.mechanisms.base import Mechanism, Problem, State, Summarising
+from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
 from ringattn.plans.tiles import Tiles
@@ -194,7 +195,8 @@ def _run(call: TileCall, inputs: Sequence[torch.Tensor], params: list[torch.Tens
     q, k, v = inputs
     _ = call.passes  # found once, before the first step
     out, extras = engine.forward(call, q, k, v, params, 7, 1)
-    daux = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in extras)
+    asked = extras[: len(call.problem.mechanism.extras)]
+    daux = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in asked)
     gradients = engine.backward(call, q, k, v, params, 7, 1, (out, *extras), dout, daux)
     for x, like in zip((out, *gradients[:3], *gradients[3]), (dout, q, k, v, *params), strict=True):
         assert (x.device, x.shape, x.dtype) == (like.device, like.shape, like.dtype)
@@ -211,9 +213,17 @@ SERVED: dict[str, Served] = {
     "reference, bfloat16, tables": (Reference(), TABLES, torch.bfloat16),
     "reference, linear": (Reference(), ringattn.Linear(), torch.bfloat16),
     "chunked, linear": (Chunked(), ringattn.Linear(), torch.bfloat16),
+    "reference, gated": (Reference(), ringattn.Gated(carried=True), torch.float32),
+    "chunked, gated": (Chunked(), ringattn.Gated(carried=True), torch.float32),
 }
-WAITING: dict[str, Served] = {"reference, hard": (Reference(), ringattn.Hard(), torch.float32)}
-"""What is known to wait: hard attention counts the candidates for the highest score."""
+WAITING: dict[str, Served] = {
+    "reference, hard": (Reference(), ringattn.Hard(), torch.float32),
+    "reference, sampled": (Reference(), ringattn.Sampled(), torch.float32),
+    "reference, entmax": (Reference(), ringattn.Entmax(), torch.float32),
+    "reference, additive": (Reference(), Softmax(additive=torch.ones(HEADS, DIM)), torch.float32),
+}
+"""What is known to wait: hard choices and draws count the candidates for the highest score, entmax asks whether its
+thresholds are found, additive scores whether any number is far from 0."""
 
 DOCUMENTS = ringattn.Documents([16, 16, 16, 1, 47])  # equal ones are one launch
 CALLS: dict[str, tuple[ringattn.Mask, str]] = {
@@ -234,7 +244,8 @@ CALLS: dict[str, tuple[ringattn.Mask, str]] = {
     ],
 )
 def test_every_step_runs_on_cuda_without_waiting_for_it(case: str, schedule: str) -> None:
-    _rehearse(*SERVED[case], schedule, *CALLS[schedule])
+    (kernel, mechanism, dtype), (mask, layout) = SERVED[case], CALLS[schedule]
+    _rehearse(kernel, mechanism, dtype, schedule, mask & ringattn.Causal() if mechanism.causal else mask, layout)
 
 
 def test_a_predicate_is_asked_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +269,7 @@ def test_what_waits_is_known(case: str) -> None:
 def test_every_kernel_that_serves_cuda_is_rehearsed_with_every_mechanism() -> None:
     rehearsed = {(type(kernel), type(mechanism)) for kernel, mechanism, _ in (*SERVED.values(), *WAITING.values())}
     for kernel in (member() for member in KERNELS):
-        for mechanism in (member() for member in MECHANISMS):
+        for mechanism in (member() for member in MECHANISMS if not issubclass(member, Ordered)):
             for dtype in (torch.bfloat16, torch.float32):
                 problem = Problem(mechanism, 1, HEADS, KV_HEADS, DIM, DIM, dtype, CUDA)
                 if kernel.supports(problem) and kernel.refusal(problem) is None:
