@@ -85,7 +85,7 @@ def test_two_sources_in_one_phase() -> None:
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("schedule", [Doubling, Skipping])
 def test_relays_are_exact(schedule: type[Relay], lookahead: int) -> None:
-    report = conformance.check(schedule=schedule(lookahead=lookahead), count=40)
+    report = conformance.check(schedule=schedule(lookahead=lookahead), count=70)
     assert report.passed, report
     assert len(report.computed) > 25
 

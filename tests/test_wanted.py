@@ -64,7 +64,8 @@ def _summaries(wanted: set[str]) -> int:
 
 
 def _hard(wanted: set[str]) -> int:
-    return "v" in wanted
+    """That of v, and of the score for queries and keys together."""
+    return ("v" in wanted) + 2 * bool(wanted & {"q", "k"})
 
 
 def _flash(wanted: set[str]) -> int:

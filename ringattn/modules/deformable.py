@@ -39,9 +39,9 @@ class DeformableConvolution(torch.nn.Module):
         reach = self.kernel // 2 + math.ceil(self.bound)
         offsets = self.bound * torch.tanh(self.offsets(x, rows))
         found = []
-        for part, moved in zip(rows.neighbourhoods(x, reach), offsets.split(list(rows.runs), dim=2), strict=True):
-            found.append(self._convolved(part, moved.unflatten(2, (-1, rows.width)), reach))
-        return rows.joined(found, x, len(self.taps.weight))
+        for part, moved in zip(rows.neighbourhoods(x, reach), rows.parts(offsets), strict=True):
+            found.append(self._convolved(part, moved, reach))
+        return rows.joined(found)
 
     def _convolved(self, image: torch.Tensor, offsets: torch.Tensor, reach: int) -> torch.Tensor:
         """One run: an image with ``reach`` further rows above and below; offsets ``[B, 2 K K, rows, W]``."""

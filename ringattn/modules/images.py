@@ -59,14 +59,27 @@ class Rows:
         Rows outside of the image are 0.
         """
         extended = halo(x, self.sharding, 2, reach * self.width, reach * self.width)
-        parts = extended.split([count + 2 * reach * self.width for count in self.runs], dim=2)
-        return [part.unflatten(2, (-1, self.width)) for part in parts]
+        return self._apart(extended, reach)
 
-    def joined(self, parts: list[torch.Tensor], like: torch.Tensor, channels: int) -> torch.Tensor:
-        """Runs ``[B, C, rows, W]`` as one tensor ``[B, C, S_local]``; an empty one where the rank has no pixels."""
-        if not parts:
-            return like.new_empty(like.shape[0], channels, 0)
-        return torch.cat([part.flatten(2) for part in parts], dim=2)
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The runs of ``[B, C, S_local]``, ``[B, C, rows, W]`` each."""
+        return self._apart(x, 0)
+
+    def _apart(self, x: torch.Tensor, reach: int) -> list[torch.Tensor]:
+        """Runs with so many further rows above and below. A rank without pixels works on a row of zeros.
+
+        What comes of that row is left out in the end, and leads back to x: all ranks take part in the backward pass.
+        """
+        further = 2 * reach * self.width
+        counts = [count + further for count in self.runs]
+        if not counts:
+            counts = [self.width + further]
+            x = functional.pad(x, (0, counts[0]))
+        return [part.unflatten(2, (-1, self.width)) for part in x.split(counts, dim=2)]
+
+    def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Runs ``[B, C, rows, W]`` as one tensor ``[B, C, S_local]``."""
+        return torch.cat([part.flatten(2) for part in parts], dim=2)[:, :, : self.sharding.count]
 
     def convolve(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1
@@ -83,7 +96,7 @@ class Rows:
             functional.conv2d(part, weight, bias, padding=(0, reach), dilation=dilation)
             for part in self.neighbourhoods(x, reach)
         ]
-        return self.joined(found, x, weight.shape[0])
+        return self.joined(found)
 
 
 class Convolution(torch.nn.Module):

@@ -84,9 +84,9 @@ def waiting(found: Sequence[Measured]) -> list[float]:
 
 
 def run(worker: Worker, call: Call) -> Measured:
-    if "mesh" not in worker.kept:
-        worker.kept["mesh"] = ringattn.init()
-    mesh: ringattn.Mesh = worker.kept["mesh"]
+    if "mesh of the wave" not in worker.kept:
+        worker.kept["mesh of the wave"] = ringattn.init()
+    mesh: ringattn.Mesh = worker.kept["mesh of the wave"]
     sharding = ringattn.Sharding(call.length, mesh)
     g = torch.Generator().manual_seed(worker.rank)
     q, k, v, dout = (torch.randn(1, call.heads, sharding.count, 64, generator=g) for _ in range(4))

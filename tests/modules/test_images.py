@@ -157,6 +157,20 @@ def test_pixels_that_are_no_whole_rows_are_refused_by_all_ranks(ranks: int, layo
     ringattn.simulate(refused, ring=ranks)
 
 
+def test_ranks_without_pixels_take_part_in_the_backward_pass() -> None:
+    """Their parameters get zeros, and those whose neighbours' rows they might have had do not wait for them."""
+    layout = ringattn.Explicit([[(0, WIDTH)], [(WIDTH, 2 * WIDTH)], []])
+
+    def run(mesh: ringattn.Mesh) -> list[float]:
+        rows = Rows(ringattn.Sharding(2 * WIDTH, mesh, layout), WIDTH)
+        module = HybridAttention(CHANNELS, dilations=(1,))
+        module(torch.ones(1, CHANNELS, rows.sharding.count), rows).sum().backward()
+        return [float(x.grad.abs().sum()) for x in module.parameters() if x.grad is not None]
+
+    *_, without = ringattn.simulate(run, ring=3).results
+    assert len(without) == len(list(HybridAttention(CHANNELS, dilations=(1,)).parameters()))
+
+
 @pytest.mark.parametrize("make", [lambda: Convolution((1, 1), 2), lambda: DeformableConvolution((1, 1), bound=0)])
 def test_bad_arguments(make: Any) -> None:
     with pytest.raises(ringattn.InputError):
