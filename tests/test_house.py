@@ -65,14 +65,17 @@ MAY: dict[str, str] = {
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
     "mechanisms.base": "checking errors",
-    "mechanisms.dropout": "",
+    "mechanisms.dropout": "checking errors mechanisms.base",
+    "mechanisms.lse": "mechanisms.base",
+    "mechanisms.choices": "mechanisms.base",
     "mechanisms.additive": "",
     "mechanisms.scores": "checking errors mechanisms.additive mechanisms.base",
     "mechanisms.features": "",
     "mechanisms.walk": "",
     "mechanisms.thresholds": "mechanisms.base",
     "mechanisms.ordered": "checking errors mechanisms.base mechanisms.walk",
-    "mechanisms.*": "checking errors mechanisms.base mechanisms.dropout mechanisms.features mechanisms.scores "
+    "mechanisms.*": "checking errors mechanisms.base mechanisms.choices mechanisms.dropout mechanisms.features "
+    "mechanisms.lse mechanisms.scores "
     "mechanisms.ordered mechanisms.thresholds",
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
@@ -110,11 +113,11 @@ MAY: dict[str, str] = {
     "runtime.folding": "mechanisms.base plans.tree transports.base",
     "runtime.preparing": "mechanisms.base runtime.agreement transports.base",
     "runtime.running": "errors transports.base",
-    "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.tiles runtime.agreement "
-    "runtime.folding runtime.preparing sharding transports.base",
-    "collectives.pooling": "checking errors kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
+    "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.tiles runtime.call "
+    "runtime.folding runtime.preparing sharding",
+    "collectives.pooling": "checking kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
     "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
-    "collectives.chosen_rows": "bands checking errors functional kernels.reference masks mechanisms.base "
+    "collectives.chosen_rows": "bands checking functional kernels.reference masks mechanisms.base "
     "mechanisms.ordered mechanisms.softmax readable runtime.agreement runtime.call runtime.folding runtime.replicated "
     "runtime.request runtime.running runtime.transforms runtime.wave sharding transports.base",
     "collectives.stopping": "checking errors functional masks mechanisms.mocha mechanisms.monotonic "

@@ -142,16 +142,6 @@ def finite(value: object, name: str) -> float:
     return number
 
 
-def seed_of(value: int | None, name: str) -> int | None:
-    """A seed from 0 to below 2^63, or None for one that is drawn; else an InputError that names it."""
-    if value is None:
-        return None
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-        raise InputError(f"{name} is a number from 0 to below 2^63; got {shown(value)}.")
-    # compiled code holds one as a symbol, and another seed is no other graph
-    return value if type(value) is int else int(value)
-
-
 def _equal(value: object, default: object) -> bool:
     """Whether a field has its default. A tensor never does, nor what compares as tensors do."""
     return value is default or (value == default) is True
@@ -369,8 +359,12 @@ class Summarising(Mechanism):
     """A mechanism whose keys can be summed up: ``tile(q, k, v)`` without a mask is ``attend(q, summarise(k, v))``.
 
     Summaries ``[B, Hkv, size]`` of disjoint keys fold to the summary of all of them. They add up, unless `fold` says
-    otherwise: it need not commute, and gets them in the order of the positions they sum up.
+    otherwise: it need not commute, and gets them in the order of the positions they sum up. So do states.
     """
+
+    def merge(self, into: State, part: State) -> None:
+        for total, x in zip(into, part, strict=True):
+            total += x
 
     @abstractmethod
     def summary_size(self, dim: int, value_dim: int) -> int:

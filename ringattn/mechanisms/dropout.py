@@ -7,12 +7,44 @@ finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014, figure 16), applied
 
 from __future__ import annotations
 
+import numbers
+
 import torch
+
+from ringattn.checking import shown
+from ringattn.errors import InputError
+from ringattn.mechanisms.base import Block, Problem
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 wraps, as the hash wants it
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _OTHER = 0x5851F42D4C957F2D  # the seeds of a stream beside that of dropout
 _SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def seed_of(value: int | None, name: str) -> int | None:
+    """A seed from 0 to below 2^63, or None for one that is drawn; else an InputError that names it."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise InputError(f"{name} is a number from 0 to below 2^63; got {shown(value)}.")
+    # compiled code holds one as a symbol, and another seed is no other graph
+    return value if type(value) is int else int(value)
+
+
+def fresh(seed: int | None) -> int | torch.Tensor:
+    """This seed or, for None, one of PyTorch's default CPU generator, as `Mechanism.new_seed` gives it."""
+    return torch.randint(1 << 62, (), device="cpu") if seed is None else seed
+
+
+def indices(problem: Problem, block: Block) -> tuple[torch.Tensor, ...]:
+    """Batch, query heads, and global positions of queries and keys, which broadcast to ``[B, Hq, M, N]``."""
+    device = problem.device
+    return (
+        torch.arange(problem.batch, device=device)[:, None, None, None],
+        torch.arange(problem.heads, device=device)[:, None, None],
+        block.q_positions(device)[:, None],
+        block.k_positions(device),
+    )
 
 
 def kept(seed: int, probability: float, *indices: torch.Tensor) -> torch.Tensor:

@@ -118,9 +118,6 @@ class Gated(Summarising):
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         return ((self._weights(problem, block, q, k) @ v.unsqueeze(2)).flatten(1, 2),)
 
-    def merge(self, into: State, part: State) -> None:
-        into[0].add_(part[0])
-
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         return state[0].to(problem.dtype), ()
 

@@ -23,9 +23,8 @@ import torch
 
 from ringattn.checking import integer
 from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
-
-_NOWHERE = torch.iinfo(torch.int64).max  # behind every key
-_AT_ONCE = 1 << 16  # candidates scored at once
+from ringattn.mechanisms.choices import AT_ONCE, NOWHERE, chosen, taken
+from ringattn.mechanisms.lse import without_infinity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +57,7 @@ class Hard(Mechanism):
 
     def empty(self, problem: Problem, length: int) -> State:
         scores = problem.rows(problem.heads, length, self.top).to(torch.float64)
-        positions = torch.full_like(scores, _NOWHERE, dtype=torch.int64)
+        positions = torch.full_like(scores, NOWHERE, dtype=torch.int64)
         values = problem.rows(problem.heads, length, self.top * problem.value_dim).unflatten(-1, (self.top, -1))
         return scores.fill_(-math.inf), positions, values
 
@@ -68,11 +67,7 @@ class Hard(Mechanism):
         if k.shape[2] < self.top:
             exact = torch.nn.functional.pad(exact, (0, self.top - k.shape[2]), value=-math.inf)
         scores, columns = _first(exact, self.top)
-        reached, columns = scores != -math.inf, columns.clamp(max=k.shape[2] - 1)
-        positions = torch.where(reached, block.k_positions(q.device)[columns], _NOWHERE)
-        index = columns.flatten(2).unsqueeze(-1).expand(-1, -1, -1, problem.value_dim)
-        values = v.gather(2, index).view(*columns.shape, -1) * reached.unsqueeze(-1)
-        values = values.masked_fill(scores.isnan().unsqueeze(-1), math.nan)  # as softmax would have it
+        positions, values = taken(block, v, scores, columns.clamp(max=k.shape[2] - 1))
         return scores.flatten(1, 2), positions.flatten(1, 2), values.flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
@@ -80,28 +75,28 @@ class Hard(Mechanism):
         positions, order = positions.sort(dim=-1, stable=True)
         scores, columns = _first(scores.gather(-1, order), self.top)
         order = order.gather(-1, columns)
-        chosen = values.gather(3, order.unsqueeze(-1).expand(*order.shape, values.shape[-1]))
-        for total, x in zip(into, (scores, positions.gather(-1, columns), chosen), strict=True):
+        kept = values.gather(3, order.unsqueeze(-1).expand(*order.shape, values.shape[-1]))
+        for total, x in zip(into, (scores, positions.gather(-1, columns), kept), strict=True):
             total.copy_(x)
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         scores, positions, values = state
         best = scores[..., :1]
-        weights = torch.where(scores == best, 1.0, torch.exp(scores - best)) * (positions != _NOWHERE)
+        weights = torch.where(scores == best, 1.0, torch.exp(scores - best)) * (positions != NOWHERE)
         total = weights.sum(dim=-1, keepdim=True)
         out = (values * (weights / total.clamp(min=1)).unsqueeze(-1)).sum(dim=-2)
         lse = best.squeeze(-1) + torch.log(total.squeeze(-1))
         return out.to(problem.dtype), (positions[..., 0].clone(), best.squeeze(-1).clone(), positions, lse)
 
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
-        chosen: torch.Tensor = _chosen(block, saved[3]).unflatten(1, (problem.kv_heads, -1))
+        pairs: torch.Tensor = chosen(block, saved[3]).unflatten(1, (problem.kv_heads, -1))
         if self.top == 1:
-            return chosen.to(problem.accumulator)
+            return pairs.to(problem.accumulator)
         q = q.unflatten(1, (problem.kv_heads, -1)).double() * self.scale_for(problem)
-        lse = torch.where(saved[4] == -math.inf, 0.0, saved[4]).unflatten(1, (problem.kv_heads, -1))
+        lse = without_infinity(saved[4]).unflatten(1, (problem.kv_heads, -1))
         scores = q @ k.double().unsqueeze(2).mT
         weights = torch.exp(scores - lse.unsqueeze(-1))
-        return torch.where(chosen, weights, 0.0).to(problem.accumulator)
+        return torch.where(pairs, weights, 0.0).to(problem.accumulator)
 
     def tile_grad(
         self,
@@ -128,30 +123,12 @@ class Hard(Mechanism):
                 delta = (output_grad.dout * output_grad.saved[0]).sum(dim=-1).unflatten(1, groups)
                 dscores += weights * (dout @ v.unsqueeze(2).mT - delta.unsqueeze(-1))
             if dscore is not None:
-                first = _chosen(block, output_grad.saved[1].unsqueeze(-1)) * dscore.unsqueeze(-1)
+                first = chosen(block, output_grad.saved[1].unsqueeze(-1)) * dscore.unsqueeze(-1)
                 dscores += first.unflatten(1, groups).to(dscores.dtype)
             dscores *= self.scale_for(problem)
             dq = (dscores @ k.unsqueeze(2)).flatten(1, 2)
             dk = (dscores.mT @ q.unflatten(1, groups)).sum(dim=2)
         return dq, dk, dv
-
-
-def _chosen(block: Block, positions: torch.Tensor) -> torch.Tensor:
-    """Which pairs of a block are of these positions ``[B, Hq, M, top]``, ``[B, Hq, M, N]``.
-
-    Not those outside its band: the pair may lie in the rectangle of another tile, too.
-    """
-    at = block.k_positions(positions.device)
-    if positions.shape[-1] == 1:
-        chosen = positions == at
-    else:
-        column = (positions - block.k_at.start) // block.k_at.step
-        inside = (column >= 0) & (column < len(at))
-        column = torch.where(inside, column, 0)
-        inside &= at[column] == positions
-        chosen = torch.zeros(*positions.shape[:-1], len(at), dtype=torch.int8, device=at.device)
-        chosen = chosen.scatter_add_(-1, column, inside.to(torch.int8)) > 0
-    return chosen if block.allowed is None else chosen & block.allowed
 
 
 def _first(scores: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,7 +155,7 @@ def _exact(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, top: 
     # written so that a NaN is a candidate, and where margins are NaN every key is
     near = ~(scores < (least - margin).unsqueeze(-1)) & (scores != -math.inf)
     out = torch.full_like(scores, -math.inf)
-    for b, g, h, i, j in (x.unbind(1) for x in near.nonzero().split(_AT_ONCE)):
+    for b, g, h, i, j in (x.unbind(1) for x in near.nonzero().split(AT_ONCE)):
         products = q[b, g, h, i] * k[b, g, j]
         total = products[:, 0]
         for d in range(1, products.shape[1]):

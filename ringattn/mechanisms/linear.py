@@ -52,10 +52,6 @@ class Linear(Summarising):
         weights = self._weights(problem, block, q, k)
         return (weights @ v.unsqueeze(2)).flatten(1, 2), weights.sum(dim=-1).flatten(1, 2)
 
-    def merge(self, into: State, part: State) -> None:
-        for total, x in zip(into, part, strict=True):
-            total += x
-
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         numerator, denominator = state
         return numerator.div_(_safe(denominator).unsqueeze(-1)).to(problem.dtype), (denominator,)

@@ -27,12 +27,11 @@ import torch
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite, seed_of
-from ringattn.mechanisms.dropout import uniform
+from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.choices import AT_ONCE, NOWHERE, chosen, taken
+from ringattn.mechanisms.dropout import fresh, indices, seed_of, uniform
+from ringattn.mechanisms.lse import average, without_infinity
 from ringattn.mechanisms.scores import LEARNED, WORDS, Scored, alike
-
-_NOWHERE = torch.iinfo(torch.int64).max  # behind every key
-_AT_ONCE = 1 << 16  # candidates computed at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,11 +72,11 @@ class Sampled(Scored):
                 raise InputError(f"{name} is a temperature above 0, or None; got {shown(self.straight_through)}.")
 
     def new_seed(self) -> int | torch.Tensor:
-        return torch.randint(1 << 62, (), device="cpu") if self.seed is None else self.seed
+        return fresh(self.seed)
 
     def empty(self, problem: Problem, length: int) -> State:
         best = problem.rows(problem.heads, length, 1).squeeze(-1).double().fill_(-math.inf)
-        position, none = torch.full_like(best, _NOWHERE, dtype=torch.int64), torch.zeros_like(best)
+        position, none = torch.full_like(best, NOWHERE, dtype=torch.int64), torch.zeros_like(best)
         value = problem.rows(problem.heads, length, problem.value_dim)
         soft = problem.rows(problem.heads, length, 0 if self.straight_through is None else problem.value_dim)
         return best, position, none, value, best.clone(), none.clone(), best.clone(), soft
@@ -86,15 +85,12 @@ class Sampled(Scored):
         wide, groups = dataclasses.replace(problem, dtype=torch.float64), (problem.kv_heads, -1)
         q, k = q.double(), k.double()
         scores = self.scores(wide, block, q, k)[0].flatten(1, 2)
-        perturbed = scores + _gumbel(self._uniform(problem, block, q.device))
+        perturbed = scores + _gumbel(uniform(problem.seed, *indices(problem, block)))
         exact = self._exact(wide, block, q, k, perturbed)
         best, column = exact.amax(dim=-1), exact.argmax(dim=-1)  # argmax takes the first of equals
-        reached = best != -math.inf
-        position = torch.where(reached, block.k_positions(q.device)[column], _NOWHERE)
-        index = column.unflatten(1, groups).flatten(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])
-        value = v.gather(2, index).view(*column.shape, v.shape[-1]) * reached.unsqueeze(-1)
-        value = value.masked_fill(best.isnan().unsqueeze(-1), math.nan)  # as softmax would have it
-        chosen = torch.where(reached, scores.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
+        grouped = (x.unflatten(1, groups) for x in (best, column))
+        position, value = (x.flatten(1, 2) for x in taken(block, v, *grouped))
+        score = torch.where(best != -math.inf, scores.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
         lse, weights = _softmax(scores)
         mean = (weights * torch.where(scores == -math.inf, 0.0, scores)).sum(dim=-1)
         if self.straight_through is None:
@@ -102,7 +98,7 @@ class Sampled(Scored):
         else:
             soft_lse, weights = _softmax(perturbed / self.straight_through)
             soft = soft_lse, (weights.unflatten(1, groups).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
-        return best, position, chosen, value, lse, mean, *soft
+        return best, position, score, value, lse, mean, *soft
 
     def merge(self, into: State, part: State) -> None:
         (best, position), (part_best, part_position) = into[:2], part[:2]
@@ -111,12 +107,12 @@ class Sampled(Scored):
             over = wins.unsqueeze(-1) if x.dim() > wins.dim() else wins
             x.copy_(torch.where(over, other.to(x.dtype), x))
         for at in (4, 6):
-            _average(into[at : at + 2], part[at : at + 2])
+            average(into[at : at + 2], part[at : at + 2])
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
-        _, position, chosen, value, lse, mean, *soft = state
+        _, position, score, value, lse, mean, *soft = state
         reached = lse > -math.inf
-        log_prob, entropy = torch.where(reached, chosen - lse, 0.0), torch.where(reached, lse - mean, 0.0)
+        log_prob, entropy = torch.where(reached, score - lse, 0.0), torch.where(reached, lse - mean, 0.0)
         return value.to(problem.dtype), (position, log_prob, entropy, lse, *soft)
 
     def tile_grad(
@@ -150,40 +146,23 @@ class Sampled(Scored):
         """Of the scores ``[B, Hq, M, N]``."""
         position, _, entropy, lse, soft_lse, soft_out = (x.unsqueeze(-1) for x in output_grad.saved[1:])
         _, dlog_prob, dentropy = (None if x is None else x.unsqueeze(-1) for x in output_grad.grad_extras)
-        weights, total = torch.exp(scores - _finite(lse)), torch.zeros_like(scores, dtype=torch.float64)
+        weights, total = torch.exp(scores - without_infinity(lse)), torch.zeros_like(scores, dtype=torch.float64)
         if dlog_prob is not None:
-            total += dlog_prob * (self._won(block, position).double() - weights)
+            total += dlog_prob * (chosen(block, position).double() - weights)
         if dentropy is not None:
-            surprise = torch.where(scores == -math.inf, 0.0, scores - _finite(lse) + entropy)
+            surprise = torch.where(scores == -math.inf, 0.0, scores - without_infinity(lse) + entropy)
             total -= dentropy * weights * surprise
         if self.straight_through is not None:
-            perturbed = scores + _gumbel(self._uniform(problem, block, v.device))
-            soft = torch.exp(perturbed / self.straight_through - _finite(soft_lse))
+            perturbed = scores + _gumbel(uniform(problem.seed, *indices(problem, block)))
+            soft = torch.exp(perturbed / self.straight_through - without_infinity(soft_lse))
             dweights = (output_grad.dout.unflatten(1, (problem.kv_heads, -1)) @ v.unsqueeze(2).mT).flatten(1, 2)
             delta = (output_grad.dout * soft_out.squeeze(-1)).sum(dim=-1, keepdim=True)
             total += soft * (dweights - delta) / self.straight_through
         return total
 
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
-        won: torch.Tensor = self._won(block, saved[1].unsqueeze(-1)).unflatten(1, (problem.kv_heads, -1))
+        won: torch.Tensor = chosen(block, saved[1].unsqueeze(-1)).unflatten(1, (problem.kv_heads, -1))
         return won.to(problem.accumulator)
-
-    @staticmethod
-    def _won(block: Block, position: torch.Tensor) -> torch.Tensor:
-        """Which pairs were drawn: its pair may lie in the rectangle of another tile too, outside its band."""
-        won = position == block.k_positions(position.device)
-        return won if block.allowed is None else won & block.allowed
-
-    @staticmethod
-    def _uniform(problem: Problem, block: Block, device: torch.device) -> torch.Tensor:
-        """``[B, Hq, M, N]``."""
-        return uniform(
-            problem.seed,
-            torch.arange(problem.batch, device=device)[:, None, None, None],
-            torch.arange(problem.heads, device=device)[:, None, None],
-            block.q_positions(device)[:, None],
-            block.k_positions(device),
-        )
 
     def _exact(
         self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, perturbed: torch.Tensor
@@ -196,7 +175,7 @@ class Sampled(Scored):
         # written so that a NaN is a candidate, and where margins are NaN every key is
         near = ~(perturbed < (perturbed.amax(dim=-1) - margin).unsqueeze(-1)) & (perturbed != -math.inf)
         out, device = torch.full_like(perturbed, -math.inf), q.device
-        for at in (x.unbind(1) for x in near.nonzero().split(_AT_ONCE)):
+        for at in (x.unbind(1) for x in near.nonzero().split(AT_ONCE)):
             batch, head, row, column = at
             where = block.q_positions(device)[row], block.k_positions(device)[column]
             noise = alike(_gumbel, uniform(problem.seed, batch, head, *where))
@@ -212,18 +191,4 @@ def _gumbel(u: torch.Tensor) -> torch.Tensor:
 def _softmax(scores: torch.Tensor) -> State:
     """The log-sum-exp of rows, and their weights."""
     lse = scores.logsumexp(dim=-1)
-    return lse, torch.exp(scores - _finite(lse).unsqueeze(-1))
-
-
-def _average(into: State, part: State) -> None:
-    """Merges a log-sum-exp and a mean by its weights, as in `mechanisms.softmax`, in place."""
-    (lse, mean), (part_lse, part_mean) = into, part
-    weight = torch.sigmoid(torch.nan_to_num(part_lse - lse, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
-    weight = weight.unsqueeze(-1) if mean.dim() > lse.dim() else weight
-    mean.lerp_(part_mean.to(mean.dtype), weight.to(mean.dtype))
-    torch.logaddexp(lse, part_lse, out=lse)
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """Lse with 0 for -inf: the scores it is taken from are all -inf, and exp(-inf - 0) is the 0 wanted."""
-    return torch.where(lse == -math.inf, 0.0, lse)
+    return lse, torch.exp(scores - without_infinity(lse).unsqueeze(-1))

@@ -33,8 +33,9 @@ import torch
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite, seed_of
-from ringattn.mechanisms.dropout import kept
+from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.dropout import fresh, indices, kept, seed_of
+from ringattn.mechanisms.lse import average, without_infinity
 from ringattn.mechanisms.scores import TABLES, WORDS, Scored
 
 
@@ -99,7 +100,7 @@ class Softmax(Scored):
     def new_seed(self) -> int | torch.Tensor:
         if not self.dropout:
             return 0
-        return torch.randint(1 << 62, (), device="cpu") if self.seed is None else self.seed
+        return fresh(self.seed)
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         super().check(problem, queries, keys)
@@ -123,24 +124,20 @@ class Softmax(Scored):
     def tile(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         scores, _ = self.scores(problem, block, q, k)
         lse = scores.logsumexp(dim=-1)
-        weights = torch.exp(scores - _finite(lse).unsqueeze(-1)).to(v.dtype)
+        weights = torch.exp(scores - without_infinity(lse).unsqueeze(-1)).to(v.dtype)
         factor = self._factor(problem, block)
         if factor is not None:
             weights = weights * factor
         return (weights @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
     def merge(self, into: State, part: State) -> None:
-        (out, lse), (part_out, part_lse) = into, part
-        # -inf - -inf, where neither side has a key, is nan: such a row keeps its zeros.
-        weight = torch.sigmoid(torch.nan_to_num_(part_lse - lse, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
-        out.lerp_(part_out.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
-        torch.logaddexp(lse, part_lse, out=lse)
+        average(into[::-1], part[::-1])
 
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         out, lse = state
         if "sinks" in problem.params:
             with_sink = torch.logaddexp(lse, problem.params["sinks"].to(lse.dtype)[:, None])
-            out *= torch.exp(lse - _finite(with_sink)).to(out.dtype).unsqueeze(-1)
+            out *= torch.exp(lse - without_infinity(with_sink)).to(out.dtype).unsqueeze(-1)
             lse = with_sink
         return out.to(problem.dtype), (lse,)
 
@@ -160,7 +157,7 @@ class Softmax(Scored):
             return None, None, None
         lse, groups = output_grad.saved[1], (problem.kv_heads, -1)
         scores, slope = self.scores(problem, block, q, k)
-        weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
+        weights = torch.exp(scores - without_infinity(lse).unflatten(1, groups).unsqueeze(-1)).to(v.dtype)
         factor = self._factor(problem, block)
         dout = output_grad.dout.unflatten(1, groups)
         dq = dk = dv = None
@@ -181,14 +178,14 @@ class Softmax(Scored):
 
     def weights(self, problem: Problem, block: Block, q: torch.Tensor, k: torch.Tensor, saved: State) -> torch.Tensor:
         scores, _ = self.scores(problem, block, q, k)
-        lse = _finite(saved[1]).unflatten(1, (problem.kv_heads, -1)).unsqueeze(-1)
+        lse = without_infinity(saved[1]).unflatten(1, (problem.kv_heads, -1)).unsqueeze(-1)
         weights = torch.exp(scores - lse).to(problem.accumulator)
         return weights if self.width is None else weights * self._nearness(problem, block)
 
     def finish_grad(self, problem: Problem, output_grad: OutputGrad, dparams: Params) -> None:
         if "sinks" in problem.params and problem.wants("sinks"):
             total, lse = dparams["sinks"], output_grad.saved[1]
-            weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - _finite(lse))
+            weight = torch.exp(problem.params["sinks"].to(lse.dtype)[:, None] - without_infinity(lse))
             total -= (weight * _delta(output_grad.select(lambda x: x, total.dtype))).sum(dim=(0, 2))
 
     def scores(
@@ -224,22 +221,9 @@ class Softmax(Scored):
 
     def _kept(self, problem: Problem, block: Block) -> torch.Tensor:
         """0 or 1 / (1 - p) for each weight, ``[B, Hkv, Hq / Hkv, M, N]``."""
-        device = problem.device
-        keep: torch.Tensor = kept(
-            problem.seed,
-            self.dropout,
-            torch.arange(problem.batch, device=device)[:, None, None, None],
-            torch.arange(problem.heads, device=device)[:, None, None],
-            block.q_positions(device)[:, None],
-            block.k_positions(device),
-        )
-        keep = keep.unflatten(1, (problem.kv_heads, -1)).to(problem.accumulator)
-        return keep / (1 - self.dropout)
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """Lse with 0 for -inf: the scores it is taken from are all -inf, and exp(-inf - 0) is the 0 wanted."""
-    return torch.where(lse == -math.inf, 0.0, lse)
+        keep = kept(problem.seed, self.dropout, *indices(problem, block))
+        grouped: torch.Tensor = keep.unflatten(1, (problem.kv_heads, -1)).to(problem.accumulator)
+        return grouped / (1 - self.dropout)
 
 
 def _delta(output_grad: OutputGrad) -> torch.Tensor:

@@ -24,9 +24,6 @@ class Total(Summarising):
             return self.attend(problem, q, self.summarise(problem, k, v))
         return (_of_query_heads(problem, block.allowed.to(v.dtype) @ v),)
 
-    def merge(self, into: State, part: State) -> None:
-        into[0].add_(part[0])
-
     def finish(self, problem: Problem, state: State) -> tuple[torch.Tensor, State]:
         return state[0].to(problem.dtype), ()
 
