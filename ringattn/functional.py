@@ -15,7 +15,7 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mechanisms.total import Total
 from ringattn.runtime import op
-from ringattn.runtime.request import Request, wanted_gradients
+from ringattn.runtime.request import Request, results_of, wanted_gradients
 from ringattn.runtime.spelling import spelled
 from ringattn.runtime.transforms import outside_graphs, refuse_export
 from ringattn.schedules.base import Schedule
@@ -138,9 +138,7 @@ def attention(
         out = out.to(dtype)
     if not request.results:
         return out
-    accumulator = torch.promote_types(dtype, torch.float32)
-    found = (aux[mechanism.extras.index(name)] for name in request.results)
-    return out, *(x.to(accumulator) if x.is_floating_point() else x for x in found)
+    return out, *results_of(mechanism, request.results, aux, dtype)
 
 
 def running_sum(x: torch.Tensor, sharding: Sharding) -> torch.Tensor:
@@ -191,7 +189,6 @@ def _compiled(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The same as two ops of a graph. What the arguments hold is looked at when they run, but for the mechanism."""
     refuse_export("ringattn.attention")
-    request.check_kinds(q, k, v)
     mechanism, params = request.mechanism, list(request.mechanism.params.values())
     numbers: list[float] = []
     text, schedule, kernel = (spelled(x, numbers) for x in (mechanism, request.schedule, request.kernel))

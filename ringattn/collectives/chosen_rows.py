@@ -9,7 +9,6 @@ import torch
 
 from ringattn.bands import Array
 from ringattn.checking import instance, positions
-from ringattn.errors import InputError
 from ringattn.functional import summed_first
 from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask
@@ -21,7 +20,7 @@ from ringattn.runtime import agreement
 from ringattn.runtime.call import WaveCall
 from ringattn.runtime.folding import add, fold
 from ringattn.runtime.replicated import Replicated, own_tiles
-from ringattn.runtime.request import Request, check_tensors, problem_of
+from ringattn.runtime.request import Request, check_part, check_tensors, problem_of
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import outside_graphs
 from ringattn.runtime.wave import rows as ordered_rows
@@ -79,21 +78,18 @@ def attention_rows(
     with torch.no_grad(), running(transport, f"attention_rows {number}", q.device.type):
         if isinstance(mechanism, Ordered):
             weights = ordered_rows(wave, q, k, [*mechanism.params.values()], at.tolist(), number)
-            return weights.index_select(2, torch.from_numpy(order.reshape(-1)).to(weights.device))
-        compare = call.compare(f"row {number}", seed)
-        tensors = {"q": (q, 2)} | {
-            x: (mechanism.params[x], dim) for x, dim in mechanism.sharded.items() if x in mechanism.params
-        }
-        chosen = _of_all_ranks(transport, tensors, at, sharding)
-        params = [chosen.get(name, x) for name, x in mechanism.params.items()]
-        weights = _weights(call, call.problem_of(params, seed), chosen["q"], k.detach())
-        compare()
+        else:
+            compare = call.compare(f"row {number}", seed)
+            cut = {x: (mechanism.params[x], dim) for x, dim in mechanism.sharded.items() if x in mechanism.params}
+            chosen = _of_all_ranks(transport, {"q": (q, 2), **cut}, at, sharding)
+            params = [chosen.get(name, x) for name, x in mechanism.params.items()]
+            weights = _weights(call, call.problem_of(params, seed), chosen["q"], k.detach())
+            compare()
     return weights.index_select(2, torch.from_numpy(order.reshape(-1)).to(weights.device))
 
 
 def _wave(q: torch.Tensor, k: torch.Tensor, request: Request) -> WaveCall:
     """The call of a mechanism that walks the keys in order, with keys for values."""
-    request.check_kinds(q, k, k)
     params = request.mechanism.params.values()
     call = request.call((q, k, k, *params), (False,) * (3 + len(params)))
     assert isinstance(call, WaveCall)
@@ -105,11 +101,8 @@ def _call(
 ) -> Replicated:
     shown = f"q {list(q.shape)}, k {list(k.shape)}"
     check_tensors(q, k, k, shown)
-    for x, owner, what in ((q, sharding, "queries"), (k, kv, "keys")):
-        if x.shape[2] != owner.count:
-            raise InputError(
-                f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {shown}."
-            )
+    check_part(q, sharding, "queries", shown)
+    check_part(k, kv, "keys", shown)
     problem = problem_of(mechanism.without_tensors, q, k, k[..., :0])
     mechanism.check(problem, sharding.count, kv.length)
     asked = len(mask.classify(sharding.length, kv.length)[1]) > 0
@@ -124,7 +117,7 @@ def _call(
         "mechanism": mechanism.text,
     }
     tiles = own_tiles(mask, spans, sharding.length, kv)
-    return Replicated(problem, tiles, Reference(), sharding.mesh.connected(), fields)
+    return Replicated(problem, sharding.mesh.connected(), fields, tiles, Reference())
 
 
 def _of_all_ranks(

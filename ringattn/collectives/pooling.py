@@ -10,7 +10,6 @@ import torch
 
 from ringattn import layouts
 from ringattn.checking import instance
-from ringattn.errors import InputError
 from ringattn.kernels.choice import chosen_kernel
 from ringattn.masks import Full
 from ringattn.mechanisms.base import Mechanism, Problem
@@ -18,7 +17,15 @@ from ringattn.mechanisms.softmax import Softmax
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.replicated import Replicated, own_tiles
-from ringattn.runtime.request import check_extras, check_tensors, problem_of, wanted_gradients
+from ringattn.runtime.request import (
+    check_extras,
+    check_part,
+    check_tensors,
+    constants_of,
+    problem_of,
+    results_of,
+    wanted_gradients,
+)
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import Once, outside_graphs
 from ringattn.sharding import Sharding
@@ -67,9 +74,7 @@ def pool(
     out, *others = _Pool.apply(call, number, seed, q, k, v, *params)  # type: ignore[no-untyped-call]
     if not extras:
         return out  # type: ignore[no-any-return]
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    found = (others[mechanism.extras.index(name)] for name in extras)
-    return out, *(x.to(accumulator) if x.is_floating_point() else x for x in found)
+    return out, *results_of(mechanism, extras, others, q.dtype)
 
 
 def _call(
@@ -98,7 +103,7 @@ def _call(
             "mechanism": mechanism.text,
             "gradients": " ".join(itertools.compress(("q", "k", "v", *mechanism.params), wanted)) or "none",
         }
-        call = Replicated(problem, tiles, kernel, sharding.mesh.connected(), fields)
+        call = Replicated(problem, sharding.mesh.connected(), fields, tiles, kernel)
         sharding.calls.keep(key, call)
     return call
 
@@ -113,14 +118,8 @@ def _problem(
 ) -> Problem:
     shown = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     check_tensors(q, k, v, shown)
-    if k.shape[2] != sharding.count:
-        raise InputError(
-            f"Rank {sharding.mesh.sequence_rank} holds {sharding.count} of the {sharding.length} keys; got {shown}. "
-            f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
-        )
-    inputs = zip(("q", "k", "v", *mechanism.params), wanted, strict=True)
-    constants = frozenset(name for name, there in inputs if not there)
-    problem = problem_of(mechanism.without_tensors, q, k, v, constants=constants)
+    check_part(k, sharding, "keys", shown)
+    problem = problem_of(mechanism.without_tensors, q, k, v, constants=constants_of(mechanism, wanted))
     mechanism.check(problem, q.shape[2], sharding.length)
     return problem
 

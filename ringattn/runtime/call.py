@@ -19,25 +19,16 @@ from ringattn.transports.base import Transport
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
-    """What is kept from call to call, as long as nothing but the tensors' content changes.
+class Asked:
+    """What all ranks have been asked for alike.
 
     Attributes:
-        fields: what the ranks must agree on, for `agreement`.
-        wanted: which of q, k, v and the params need gradients.
-        spelling: the mechanism as compiled code holds it.
-        handle: by which the ops find the call.
+        fields: what they must agree on, for `agreement`.
     """
 
     problem: Problem
     transport: Transport
     fields: Mapping[str, str]
-    wanted: tuple[bool, ...]
-    spelling: tuple[list[float], str]
-    handle: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "handle", number_of(self))
 
     def compare(self, name: str, seed: int) -> Callable[[], None]:
         """Compares the call with every other rank's before any payload; what it returns is called after all of it."""
@@ -51,6 +42,24 @@ class Call:
             return self.problem
         named = dict(zip(self.problem.mechanism.params, params, strict=True))
         return dataclasses.replace(self.problem, params=named, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call(Asked):
+    """What is kept from call to call, as long as nothing but the tensors' content changes.
+
+    Attributes:
+        wanted: which of q, k, v and the params need gradients.
+        spelling: the mechanism as compiled code holds it.
+        handle: by which the ops find the call.
+    """
+
+    wanted: tuple[bool, ...]
+    spelling: tuple[list[float], str]
+    handle: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", number_of(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

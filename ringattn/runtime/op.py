@@ -68,9 +68,8 @@ def ticket_of(call: Call, seed: int) -> torch.Tensor:
 
 
 def prepared(request: Request, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Call, torch.Tensor, Tensors]:
-    """The call, the ticket of one run, and the params. A rank that refuses tells the others, which wait for it."""
+    """The call of a request of the right kinds, the ticket of one run, and the params. Others hear of a refusal."""
     try:
-        request.check_kinds(q, k, v)
         refuse_transforms("ringattn.attention", q, k, v)
         params = list(request.mechanism.params.values())
         call = request.call((q, k, v, *params), wanted_gradients(q, k, v, *params))

@@ -8,7 +8,7 @@ ranks, are added up along the same tree, and each rank computes those of its key
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,10 +18,10 @@ from ringattn.masks import Mask
 from ringattn.mechanisms.base import Mechanism, OutputGrad, Problem, State
 from ringattn.plans.demand import Demand
 from ringattn.plans.tiles import Tiles
-from ringattn.runtime import agreement, preparing
+from ringattn.runtime import preparing
+from ringattn.runtime.call import Asked
 from ringattn.runtime.folding import add, fold
 from ringattn.sharding import Sharding
-from ringattn.transports.base import Transport
 
 
 def own_tiles(mask: Mask, q_spans: Array, q_length: int, keys: Sharding) -> Tiles:
@@ -33,30 +33,15 @@ def own_tiles(mask: Mask, q_spans: Array, q_length: int, keys: Sharding) -> Tile
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Replicated:
+class Replicated(Asked):
     """A call whose queries are on every rank.
 
     Attributes:
         tiles: the pairs of the queries and this rank's own keys.
-        fields: what the ranks must agree on.
     """
 
-    problem: Problem
     tiles: Tiles
     kernel: Kernel
-    transport: Transport
-    fields: Mapping[str, str]
-
-    def compare(self, name: str, seed: int) -> Callable[[], None]:
-        """Compares the call with every other rank's before any payload; what it returns is called after all of it."""
-        if not self.transport.agrees:
-            return agreement.nothing
-        return agreement.begin(self.transport, {**self.fields, "call": name, "seed": str(seed)})
-
-    def problem_of(self, params: Sequence[torch.Tensor], seed: int) -> Problem:
-        """The problem of one call, without what passes over keys would find."""
-        named = dict(zip(self.problem.mechanism.params, params, strict=True))
-        return dataclasses.replace(self.problem, params=named, seed=seed)
 
     def forward(
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ class Request:
         flag(self.deterministic, "deterministic")
         flag(self.return_lse, "return_lse")
         check_extras(self.mechanism, self.extras)
-        check_extras(self.mechanism, self.results)
+        check_extras(self.mechanism, ("lse",) if self.return_lse else ())
 
     def call(self, tensors: Sequence[torch.Tensor], wanted: tuple[bool, ...]) -> Call:
         """The call, planned, verified and kept by the sharding until 64 others have been used since.
@@ -168,7 +168,7 @@ class Request:
             raise UnsupportedError(refusal)
         fields = self._fields(problem, wanted)
         if isinstance(problem.mechanism, Ordered):
-            constants = _constants(problem, wanted)
+            constants = constants_of(problem.mechanism, wanted)
             problem = dataclasses.replace(problem, constants=constants)
             return WaveCall(problem, transport, fields, wanted, self._spelling(), self._wave(problem))
         own = self._planned(problem)
@@ -303,12 +303,8 @@ class Request:
         """The problem the tensors pose, or an error that shows the whole call."""
         call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         check_tensors(q, k, v, call)
-        for x, owner, what in ((q, self.sharding, "queries"), (k, self.kv, "keys")):
-            if x.shape[2] != owner.count:
-                raise InputError(
-                    f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
-                    f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
-                )
+        check_part(q, self.sharding, "queries", call)
+        check_part(k, self.kv, "keys", call)
         problem = problem_of(self.mechanism.without_tensors, q, k, v)
         self.mechanism.check(problem, self.sharding.count, self.kv.length)
         return problem
@@ -318,6 +314,24 @@ def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.
     """The problem of these tensors' shapes."""
     batch, heads, _, dim = q.shape
     return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device, **more)
+
+
+def check_part(x: torch.Tensor, owner: Sharding, what: str, call: str) -> None:
+    """Raises InputError where these are not as many tokens as this rank holds. ``call`` shows all of them."""
+    if x.shape[2] != owner.count:
+        raise InputError(
+            f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
+            f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
+        )
+
+
+def results_of(
+    mechanism: Mechanism, names: Sequence[str], extras: Sequence[torch.Tensor], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The extras of these names as callers get them: numbers in float32, for float64 inputs in float64."""
+    accumulator = torch.promote_types(dtype, torch.float32)
+    found = (extras[mechanism.extras.index(name)] for name in names)
+    return (x.to(accumulator) if x.is_floating_point() else x for x in found)
 
 
 def check_extras(mechanism: Mechanism, extras: object) -> None:
@@ -360,11 +374,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) 
 
 def _completed(problem: Problem, plan: Plan, wanted: tuple[bool, ...]) -> Problem:
     """The problem, with what partial tiles are evaluated by where there are any, and what needs no gradient."""
-    constants = _constants(problem, wanted)
+    constants = constants_of(problem.mechanism, wanted)
     return dataclasses.replace(problem, allows=plan.mask.allows if len(plan.partial) else None, constants=constants)
 
 
-def _constants(problem: Problem, wanted: tuple[bool, ...]) -> frozenset[str]:
+def constants_of(mechanism: Mechanism, wanted: Sequence[bool]) -> frozenset[str]:
     """Those inputs whose gradients nobody asked for."""
-    inputs = ("q", "k", "v", *problem.mechanism.params)
+    inputs = ("q", "k", "v", *mechanism.params)
     return frozenset(name for name, there in zip(inputs, wanted, strict=True) if not there)
