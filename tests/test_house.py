@@ -113,8 +113,8 @@ MAY: dict[str, str] = {
     "runtime.folding": "mechanisms.base plans.tree transports.base",
     "runtime.preparing": "mechanisms.base runtime.agreement transports.base",
     "runtime.running": "errors transports.base",
-    "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.tiles runtime.call "
-    "runtime.folding runtime.preparing sharding",
+    "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.planning plans.tiles "
+    "runtime.call runtime.folding runtime.preparing sharding",
     "collectives.pooling": "checking kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
     "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
     "collectives.chosen_rows": "bands checking functional kernels.reference masks mechanisms.base "

@@ -116,7 +116,7 @@ def _call(
         "layout": sharding.signature if kv == sharding else f"{sharding.signature}, keys {kv.signature}",
         "mechanism": mechanism.text,
     }
-    tiles = own_tiles(mask, spans, sharding.length, kv)
+    tiles = own_tiles(mechanism, mask, spans, sharding.length, kv)
     return Replicated(problem, sharding.mesh.connected(), fields, tiles, Reference())
 
 

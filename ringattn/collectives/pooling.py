@@ -94,7 +94,7 @@ def _call(
         problem = _problem(q, k, v, sharding, mechanism, wanted)
         kernel, _ = chosen_kernel("auto", problem)
         queries = layouts.Contiguous().spans(q.shape[2], 1)
-        tiles = own_tiles(Full(), queries, q.shape[2], sharding)
+        tiles = own_tiles(mechanism, Full(), queries, q.shape[2], sharding)
         heads, dims = (problem.heads, problem.kv_heads), (problem.dim, problem.value_dim)
         fields = {
             "shapes": f"{problem.batch} x {heads} heads of {dims}, {q.shape[2]} queries, {sharding.length} keys",

@@ -83,7 +83,7 @@ def plan(
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     _check_mechanism(mechanism)
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
-    _check_causal(demand, mechanism)
+    check_causal(demand, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
     shape = shape_of(heads, head_dims, dtype, batch, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
@@ -149,7 +149,7 @@ def plan_all(
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
-    _check_causal(demand, mechanism)
+    check_causal(demand, mechanism)
     words, shape = _words(mask, sharding, kv_sharding), shape_of(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
@@ -217,7 +217,8 @@ def _check_serves(schedule: Schedule, mechanism: Mechanism | None) -> None:
         )
 
 
-def _check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
+def check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
+    """Raises UnsupportedError where a mask allows keys behind their query to a mechanism that knows of none."""
     if mechanism is None or not mechanism.causal:
         return
     rows, _ = bands.tighten(np.concatenate([demand.regions, demand.partial]))

@@ -17,6 +17,7 @@ from ringattn.kernels.base import Kernel
 from ringattn.masks import Mask
 from ringattn.mechanisms.base import Mechanism, OutputGrad, Problem, State
 from ringattn.plans.demand import Demand
+from ringattn.plans.planning import check_causal
 from ringattn.plans.tiles import Tiles
 from ringattn.runtime import preparing
 from ringattn.runtime.call import Asked
@@ -24,11 +25,16 @@ from ringattn.runtime.folding import add, fold
 from ringattn.sharding import Sharding
 
 
-def own_tiles(mask: Mask, q_spans: Array, q_length: int, keys: Sharding) -> Tiles:
-    """The pairs of some queries, as spans of one rank 0, and this rank's own keys."""
+def own_tiles(mechanism: Mechanism, mask: Mask, q_spans: Array, q_length: int, keys: Sharding) -> Tiles:
+    """The pairs of some queries, as spans of one rank 0, and this rank's own keys.
+
+    Raises:
+        UnsupportedError: they are not for the mechanism.
+    """
     k_spans = keys.spans[keys.spans[:, 0] == keys.mesh.sequence_rank].copy()
     k_spans[:, 0] = 0
     demand = Demand(mask, *mask.classify(q_length, keys.length), q_spans, k_spans, 1)
+    check_causal(demand, mechanism)
     return Tiles(demand.rows(0)[:, 2:])
 
 

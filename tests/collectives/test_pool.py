@@ -159,6 +159,14 @@ def test_rows_that_are_none(rows: object) -> None:
         ringattn.attention_rows(q, q, ringattn.Full(), rows, sharding=ringattn.Sharding(40, ringattn.init()))
 
 
+def test_keys_behind_their_query_are_refused_as_attention_refuses_them() -> None:
+    sharding, q = ringattn.Sharding(7, ringattn.init()), torch.ones(1, 2, 7, 4)
+    with pytest.raises(ringattn.UnsupportedError, match="no key that comes after its query"):
+        ringattn.pool(q[:, :, :3], q, q, sharding=sharding, mechanism=ringattn.Gated())
+    with pytest.raises(ringattn.UnsupportedError, match="no key that comes after its query"):
+        ringattn.attention_rows(q, q, ringattn.Window(1, 1), [2], sharding=sharding, mechanism=ringattn.Gated())
+
+
 def test_bad_pools() -> None:
     sharding = ringattn.Sharding(7, ringattn.init())
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 7, 4)
