@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ringattn.checking import MAX_RANKS, flag, instance, integer, shown
-from ringattn.errors import InputError, UnsupportedError
-from ringattn.groups import AXES, Groups
+from ringattn.errors import InputError
+from ringattn.groups import AXES, Groups, new_group
 from ringattn.plans.links import Links
 from ringattn.profile import Profile
 from ringattn.transports.base import Transport
@@ -42,6 +42,8 @@ class Mesh:
         transport: between the ranks of this sequence; None on a mesh made for planning.
         profile: what was measured of the world's ranks, for ``auto``; None where nothing was.
         groups: the process groups of `data_group` and `device_mesh`; None where they follow from the transport.
+        node: how many neighbouring ranks of the world share a node, whose links are faster; None where all do, or it
+            is not known.
     """
 
     ring: int
@@ -50,6 +52,7 @@ class Mesh:
     rank: int = 0
     transport: Transport | None = dataclasses.field(default=None, compare=False, repr=False)
     groups: Groups | None = dataclasses.field(default=None, compare=False, repr=False)
+    node: int | None = None
     profile: Profile | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,11 +67,9 @@ class Mesh:
             object.__setattr__(self, axis, size)
         if self.size > MAX_RANKS:
             raise InputError(f"A mesh has at most {MAX_RANKS} ranks; got {self.size}.")
-        if self.ulysses > 1:
-            raise UnsupportedError(
-                f"This version shards over the ring axis only; got ulysses={self.ulysses}. "
-                f"Use ring={self.ring * self.ulysses}, ulysses=1."
-            )
+        if self.node is not None:
+            needed = "a number of neighbouring ranks, or None where all share one"
+            object.__setattr__(self, "node", integer(self.node, "A node", least=1, below=MAX_RANKS + 1, needed=needed))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 0 <= self.rank < self.size:
             raise InputError(f"A rank of this mesh is 0 to {self.size - 1}; got {shown(self.rank)}.")
         if self.transport is not None:
@@ -81,9 +82,11 @@ class Mesh:
             raise InputError(f"This transport joins {size} ranks; the mesh has {self.sequence_size} to a sequence.")
 
     @classmethod
-    def virtual(cls, ring: int, ulysses: int = 1, rank: int = 0, transport: Transport | None = None) -> Mesh:
+    def virtual(
+        cls, ring: int, ulysses: int = 1, rank: int = 0, node: int | None = None, *, transport: Transport | None = None
+    ) -> Mesh:
         """A mesh of one sequence for planning or, with a transport, for a virtual rank."""
-        return cls(ring=ring, ulysses=ulysses, rank=rank, transport=transport)
+        return cls(ring=ring, ulysses=ulysses, rank=rank, transport=transport, node=node)
 
     @classmethod
     def local(cls) -> Mesh:
@@ -125,15 +128,17 @@ class Mesh:
         names = _dimensions(whole, ring, ulysses, data)
         flag(agreement, "agreement")
         sizes = {axis: 1 if name is None else int(whole.size(_index(whole, name))) for axis, name in names.items()}
-        if sizes["ulysses"] > 1:
-            cls(sizes["ring"], sizes["ulysses"])  # which says what to use instead
-        transport = TorchDistributed(whole.get_group(_index(whole, names["ring"])), agreement)
-        sizes["ring"] = transport.size
+        if names["ring"] is None:
+            sizes["ring"] = int(whole.size())
         replica, replicas = 0, None
         if names["data"] is not None:
             replica = int(whole.get_local_rank(_index(whole, names["data"])))
             replicas = whole.get_group(_index(whole, names["data"]))
-        groups = Groups(_ranks(whole, names).reshape(*(sizes[axis] for axis in AXES)), transport.group, replicas)
+        ranks = _ranks(whole, names).reshape(*(sizes[axis] for axis in AXES))
+        alone = next((axis for axis in ("ring", "ulysses") if sizes[axis] == ranks[0].numel()), None)
+        own = whole.get_group(_index(whole, names[alone])) if alone else new_group(ranks[replica].flatten().tolist())
+        transport = TorchDistributed(own, agreement)
+        groups = Groups(ranks, transport.group, replicas)
         return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport, groups=groups)
 
     def profiled(self, profile: Profile) -> Mesh:
@@ -148,6 +153,18 @@ class Mesh:
         first = self.rank - self.sequence_rank
         ranks = range(first, first + self.sequence_size)
         return None if self.profile is None else self.profile.links(ranks)
+
+    @functools.cached_property
+    def along_ring(self) -> Mesh:
+        """This rank's ring alone, as a mesh of its own: the ranks of its sequence at its place on the ulysses axis.
+
+        Its transport is a view of this one's, whose ranks have agreed already on what moves over it.
+        """
+        place = self.coordinates
+        ranks = range(place["ulysses"], self.sequence_size, self.ulysses)
+        transport = None if self.transport is None else self.transport.along(ranks)
+        node = None if self.node is None else max(self.node // self.ulysses, 1)
+        return Mesh(self.ring, rank=place["ring"], transport=transport, node=node)
 
     @property
     def axes(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import ringattn
 from ringattn import handles
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import InputError
 from tests.workers import Workers
 
 
@@ -177,9 +177,28 @@ def test_wrong_set_up_says_what_to_do(call: Callable[[], object], words: str, mo
         call()
 
 
-def test_ulysses_is_refused_with_what_to_use_instead() -> None:
-    with pytest.raises(UnsupportedError, match="Use ring=4, ulysses=1"):
-        ringattn.simulate(lambda mesh: None, ring=2, ulysses=2)
+def test_two_axes_share_a_sequence() -> None:
+    """Ranks are numbered with the ulysses axis running fastest, and schedules of one axis run over all of them."""
+
+    def places(mesh: ringattn.Mesh) -> tuple[dict[str, int], list[int]]:
+        ring = mesh.along_ring
+        there, here = torch.tensor([mesh.rank]), torch.zeros(1, dtype=torch.int64)
+        left, right = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
+        ring.connected().exchange([(right, there)], [(left, here)]).wait()
+        return mesh.coordinates, [ring.rank, ring.size, int(here)]
+
+    results = ringattn.simulate(places, ring=3, ulysses=2).results
+    for rank, (coordinates, (place, size, heard)) in enumerate(results):
+        assert coordinates == {"data": 0, "ring": rank // 2, "ulysses": rank % 2}
+        assert (place, size, heard) == (rank // 2, 3, (rank - 2) % 6)
+
+    def out(mesh: ringattn.Mesh) -> torch.Tensor:
+        sharding = ringattn.Sharding(20, mesh, "zigzag")
+        q, k, v = (sharding.split(x, 2) for x in _inputs())
+        return sharding.join(ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding), 2)
+
+    flat, both = (ringattn.simulate(out, ring=4 // u, ulysses=u).results[0] for u in (1, 2))
+    assert torch.equal(flat, both)
 
 
 @pytest.mark.parametrize("kernel", ["onednn", "sdpa", "reference"])

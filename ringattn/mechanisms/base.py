@@ -47,6 +47,7 @@ class Problem:
             where the mask is made of bands alone.
         constants: names among q, k, v and the params; nobody asked for their gradients, which need not be computed.
         known: what the passes before this one have found of this rank's queries, see `Mechanism.preparation`.
+        first_head: the first of these query heads among all of the call's, of which these may be a part.
     """
 
     mechanism: Mechanism
@@ -62,6 +63,7 @@ class Problem:
     allows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.bool_]] | None = None
     constants: frozenset[str] = frozenset()
     known: State = ()
+    first_head: int = 0
 
     def wants(self, *names: str) -> bool:
         """Whether the gradient of any of these is asked for."""
@@ -183,6 +185,7 @@ class Mechanism(ABC):
     Attributes:
         tensors: the fields that may hold learned tensors, which get gradients.
         sharded: the tensors of which each rank holds a part of its own, and the dim that is cut.
+        heads_at: the dim of a tensor that counts query heads, where it is not the first.
         extras: names of the results beside the output that callers may ask for, such as ``lse``. Those of floating
             point numbers get gradients.
         kept: names of what the backward pass needs besides.
@@ -195,6 +198,7 @@ class Mechanism(ABC):
 
     tensors: ClassVar[tuple[str, ...]] = ()
     sharded: ClassVar[Mapping[str, int]] = {}
+    heads_at: ClassVar[Mapping[str, int]] = {}
     extras: ClassVar[tuple[str, ...]] = ()
     kept: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[Mapping[str, str]] = {}

@@ -41,7 +41,7 @@ def indices(problem: Problem, block: Block) -> tuple[torch.Tensor, ...]:
     device = problem.device
     return (
         torch.arange(problem.batch, device=device)[:, None, None, None],
-        torch.arange(problem.heads, device=device)[:, None, None],
+        (torch.arange(problem.heads, device=device) + problem.first_head)[:, None, None],
         block.q_positions(device)[:, None],
         block.k_positions(device),
     )

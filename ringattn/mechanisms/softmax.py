@@ -76,6 +76,7 @@ class Softmax(Scored):
 
     tensors: ClassVar[tuple[str, ...]] = ("sinks", "alibi", "relative", "bias", "additive", "centres")
     sharded: ClassVar[Mapping[str, int]] = {"bias": 1, "centres": 2}
+    heads_at: ClassVar[Mapping[str, int]] = {"centres": 1}
     extras: ClassVar[tuple[str, ...]] = ("lse",)
     by_rows: ClassVar[bool] = True
     words: ClassVar[Mapping[str, str]] = {

@@ -140,7 +140,7 @@ def plan_all(
     [10, 26]
     """
     _check_mechanism(mechanism)
-    mesh = Mesh.virtual(ring=ring, ulysses=ulysses)
+    mesh = Mesh.virtual(ring, ulysses)
     if mesh.sequence_size > MAX_PLANS:
         raise InputError(
             f"plan_all makes the plans of up to {MAX_PLANS} ranks; got {mesh.sequence_size}. Make those you need with "

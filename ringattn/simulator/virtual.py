@@ -31,11 +31,16 @@ class Simulation:
     traffic: list[Counters]
 
 
-def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) -> Simulation:
+def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1, node: int | None = None) -> Simulation:
     """Runs ``fn(mesh, *args)`` on ``ring * ulysses`` virtual ranks in this process.
 
     One rank runs at a time, with all cores, and the next takes over only where it waits: a run is reproducible to
     the bit. Arguments are shared, not copied; each rank has its own random state, which begins as the caller's.
+
+    Args:
+        fn: a function of a mesh and of ``args``.
+        ring, ulysses: ranks on the axes of the mesh.
+        node: how many neighbouring ranks share a node, for schedules that look at it; None where all do.
 
     Raises:
         InputError: ``fn`` is not a function, or there are too many ranks: each is a thread.
@@ -51,7 +56,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
         raise InputError(f"simulate runs a function of a mesh on every rank; got {shown(fn)}.")
     for size, axis in ((ring, "ring"), (ulysses, "ulysses")):
         integer(size, f"simulate's {axis}", least=1, below=MAX_RANKS + 1, needed="a number of ranks")
-    hub = Hub(Mesh.virtual(ring=ring, ulysses=ulysses).size)
+    hub = Hub(Mesh.virtual(ring, ulysses, node=node).size)
     transports = [Simulator(hub, rank) for rank in range(hub.size)]
     results: list[Any] = [None] * hub.size
     grad_enabled = torch.is_grad_enabled()
@@ -60,7 +65,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1) ->
         failure: BaseException | None = None
         try:
             hub.begin(rank)
-            mesh = Mesh.virtual(ring=ring, ulysses=ulysses, rank=rank, transport=transports[rank])
+            mesh = Mesh.virtual(ring, ulysses, rank, node, transport=transports[rank])
             # Autograd's device threads would be shared by the ranks, and one waiting rank would stop them all.
             with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad_enabled):
                 results[rank] = fn(mesh, *args)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -161,6 +162,14 @@ class Transport(ABC):
         """
         raise TransportError(f"The {self.name} transport joins its own {self.size} ranks and no others; got {ranks}.")
 
+    def along(self, ranks: Sequence[int]) -> Transport:
+        """A view of this transport for some of its ranks, this one included, numbered in their order.
+
+        It needs no connections of its own, and its ranks do not compare their calls: they are parts of a call that all
+        ranks have compared.
+        """
+        return Along(self, ranks)
+
     def abandon(self, error: BaseException) -> None:  # noqa: B027 (some have their own way to tell)
         """Tells the ranks that wait for this one that it has raised an exception in the middle of a call."""
 
@@ -265,3 +274,33 @@ class Transport(ABC):
                 kept.append((peer, buffer))
                 size += buffer.nbytes
         return kept, size
+
+
+class Along(Transport):
+    """Some ranks of a transport, renumbered: see `Transport.along`. Buffers and counters are the transport's."""
+
+    def __init__(self, whole: Transport, ranks: Sequence[int]) -> None:
+        if whole.rank not in ranks:
+            raise TransportError(f"Rank {whole.rank} is not among those it asks a view for; got {list(ranks)}.")
+        super().__init__(whole.name, list(ranks).index(whole.rank), len(ranks), agreement=False)
+        self._whole, self._ranks = whole, tuple(ranks)
+        self.counters, self.buffers = whole.counters, whole.buffers
+
+    @property
+    def device(self) -> torch.device:
+        return self._whole.device
+
+    @functools.cached_property
+    def control(self) -> Transport:
+        control = self._whole.control
+        return self if control is self._whole else control.along(self._ranks)
+
+    def abandon(self, error: BaseException) -> None:
+        self._whole.abandon(error)
+
+    def refusal(self, device: torch.device) -> str | None:
+        return self._whole.refusal(device)
+
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
+        there, back = ([(self._ranks[peer], x) for peer, x in messages] for messages in (sends, receives))
+        return self._whole._start(there, back, label)
