@@ -88,7 +88,10 @@ MAY: dict[str, str] = {
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering "
     "mechanisms.ordered",
     "transports.base": "errors",
-    "transports.torch_distributed": "errors groups transports.base transports.news",
+    "transports.torch_distributed": "errors groups transports.base transports.direct transports.neighbours "
+    "transports.news",
+    "transports.direct": "transports.base transports.neighbours",
+    "transports.neighbours": "",
     "transports.news": "errors transports.told",
     "transports.told": "",
     "transports.*": "errors transports.base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +12,29 @@ import torch
 import ringattn
 from ringattn.errors import DeadlockError, InFlightError, TransportError
 from ringattn.transports.base import SUMMED
+from ringattn.transports.torch_distributed import TorchDistributed
 from tests.workers import Workers
 
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture(params=["simulator", "gloo", "mpi"])
+@pytest.fixture(params=["simulator", "gloo", "sockets", "mpi"])
 def run(request: pytest.FixtureRequest) -> Run:
     """``run(fn)``: the results of ``fn(mesh)`` on three ranks."""
     if request.param == "simulator":
         return lambda fn, *args: ringattn.simulate(fn, *args, ring=3).results
-    workers: Workers = request.getfixturevalue(request.param)
+    workers: Workers = request.getfixturevalue("mpi" if request.param == "mpi" else "gloo")
+    if request.param == "sockets":
+        return lambda fn, *args: workers.run(3, _by_sockets, fn, *args)
     return lambda fn, *args: workers.run(3, fn, *args)
+
+
+def _by_sockets(mesh: ringattn.Mesh, fn: Callable[..., Any], *args: Any) -> Any:
+    """As if the ranks did not share a machine."""
+    transport = mesh.connected()
+    assert isinstance(transport, TorchDistributed)
+    own = TorchDistributed(transport.group, transport.agreement, transport.news)
+    return fn(dataclasses.replace(mesh, transport=own), *args)
 
 
 def _around(mesh: ringattn.Mesh, dtype: torch.dtype) -> bool:
@@ -48,21 +60,42 @@ def test_everybody_to_everybody(run: Run, dtype: torch.dtype) -> None:
 
 
 def _in_order(mesh: ringattn.Mesh) -> list[float]:
-    """Two exchanges in flight at once between the same ranks keep their order."""
+    """Exchanges in flight at once between the same ranks keep their order, short messages and long ones."""
     transport = mesh.connected()
     left, right = (mesh.rank - 1) % mesh.size, (mesh.rank + 1) % mesh.size
-    buffers = [torch.zeros(3) for _ in range(4)]
+    buffers = [torch.zeros(size) for size in (3, 70_000, 5, 40_000)]
     handles = [
-        transport.exchange([(right, torch.full((3,), float(nth)))], [(left, buffer)])
+        transport.exchange([(right, torch.full_like(buffer, float(nth)))], [(left, buffer)])
         for nth, buffer in enumerate(buffers)
     ]
     for handle in handles:
         handle.wait()
-    return [float(buffer[0]) for buffer in buffers]
+    return [float(buffer[0]) for buffer in buffers if (buffer == buffer[0]).all()]
 
 
 def test_messages_arrive_in_the_order_they_were_sent(run: Run) -> None:
     assert run(_in_order) == [[0.0, 1.0, 2.0, 3.0]] * 3
+
+
+def _crossing(mesh: ringattn.Mesh) -> float:
+    """Rank 0 has posted what rank 1 sends, and waits for what rank 2 sends when it has heard of rank 1."""
+    first, second, short = torch.full((9000,), 1.0 + mesh.rank), torch.zeros(9000), torch.zeros(1)
+    transport = mesh.connected()
+    if mesh.rank == 0:
+        posted = transport.exchange([], [(1, second)])
+        transport.exchange([], [(2, short)]).wait()
+        posted.wait()
+    elif mesh.rank == 1:
+        transport.exchange([(0, first)], []).wait()
+        transport.exchange([(2, short)], []).wait()
+    else:
+        transport.exchange([], [(1, short)]).wait()
+        transport.exchange([(0, short)], []).wait()
+    return float(second.mean())
+
+
+def test_a_send_completes_when_its_receive_is_posted_wherever_the_receiver_waits(run: Run) -> None:
+    assert run(_crossing) == [2.0, 0.0, 0.0]
 
 
 def _count(mesh: ringattn.Mesh) -> tuple[int, int, int, int]:

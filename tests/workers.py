@@ -115,7 +115,7 @@ def _serve_gloo(rank: int, port: int, pipe: Connection) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=LIMIT)
     groups = {size: dist.new_group(list(range(size)), timeout=LIMIT) for size in range(2, SIZE + 1)}
     meshes = {
-        size: ringattn.Mesh(ring=size, rank=rank, transport=TorchDistributed(group))
+        size: ringattn.Mesh(ring=size, rank=rank, transport=TorchDistributed.over(group))
         for size, group in groups.items()
         if rank < size
     }

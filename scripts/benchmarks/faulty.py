@@ -147,7 +147,8 @@ def _close_sockets(store: int) -> None:
         with contextlib.suppress(OSError):
             if "socket" in str(link.readlink()):
                 with socket.socket(fileno=os.dup(int(link.name))) as end:
-                    if end.family != socket.AF_UNIX and end.getpeername()[1] != store:
+                    direct = end.type == socket.SOCK_SEQPACKET
+                    if direct or (end.family != socket.AF_UNIX and end.getpeername()[1] != store):
                         end.shutdown(socket.SHUT_RDWR)
 
 
