@@ -45,10 +45,15 @@ MAY: dict[str, str] = {
     "plans.tiles": "bands layouts masks",
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.shape": "payloads.base",
-    "plans.cost": "bands checking errors masks plans.shape plans.tiles plans.steps",
-    "plans.steps": "bands layouts masks payloads.base plans.shape plans.tiles",
+    "plans.exchanges": "bands payloads.base plans.tiles",
+    "plans.walk": "plans.exchanges plans.tiles",
+    "plans.buffers": "plans.exchanges",
+    "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps",
+    "plans.steps": "bands layouts masks payloads.base plans.buffers plans.exchanges plans.shape plans.tiles plans.walk",
     "plans.coverage": "bands errors layouts plans.tiles plans.steps",
-    "plans.verification": "bands checking errors layouts plans.coverage plans.tiles plans.steps",
+    "plans.homing": "bands errors plans.steps plans.tiles",
+    "plans.verification": "bands checking errors layouts plans.coverage plans.exchanges plans.homing plans.tiles "
+    "plans.steps",
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
     "plans.tree": "errors plans.cost",
@@ -107,7 +112,7 @@ MAY: dict[str, str] = {
     "runtime.gathering": "mechanisms.base payloads.base payloads.keys plans.cost plans.grid plans.plan "
     "runtime.messages transports.base",
     "runtime.deterministic": "mechanisms.base plans.grid runtime.call runtime.gathering",
-    "runtime.messages": "mechanisms.base payloads.base plans.plan plans.steps transports.base",
+    "runtime.messages": "mechanisms.base payloads.base plans.exchanges plans.plan transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
     "kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave transports.base",

@@ -216,7 +216,7 @@ def _late(plan: Plan) -> Plan:
         (_longer("receives", 4), r"message with rank 0 takes rows \[\[0, 19\]\] of a buffer of 12 rows"),
         (_longer("sends", 4), r"message with rank 2 takes rows \[\[0, 19\]\] of a buffer of 12 rows"),
         (lambda plan: dataclasses.replace(plan, gradient_wire="input"), "planned for another"),
-        (lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends + np.array([9, 0, 0, 0])), "never held"),
+        (lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends + np.array([0, 0, 9, 0, 0])), "never held"),
     ],
 )
 def test_faults_between_ranks(fault: Fault, words: str) -> None:
@@ -305,7 +305,7 @@ def test_a_tile_that_is_not_asked_is_a_fault() -> None:
         _changed(tiles.K_STRIDE, -9),
         lambda plan: dataclasses.replace(plan, tile_phases=plan.tile_phases[:-1]),
         lambda plan: dataclasses.replace(plan, tile_rows=np.where(plan.tile_rows == 1, -1, plan.tile_rows)),
-        lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends * np.array([0, 1, 1, 1])),
+        lambda plan: dataclasses.replace(plan, grad_sends=plan.grad_sends * np.array([1, 1, 0, 1, 1])),
     ],
 )
 def test_plans_out_of_form_are_refused_as_plans(fault: Fault) -> None:

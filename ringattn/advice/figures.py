@@ -16,8 +16,8 @@ from ringattn.advice import charts
 from ringattn.advice.comparison import Combination, Comparison
 from ringattn.errors import MissingDependencyError
 from ringattn.plans import tiles
+from ringattn.plans.exchanges import Exchange, Step
 from ringattn.plans.plan import Plan
-from ringattn.plans.steps import Exchange
 from ringattn.readable import shortened
 
 if TYPE_CHECKING:
@@ -120,26 +120,40 @@ def timelines(plans: Sequence[Plan], pairs_per_position: float) -> list[Segment]
     """When each rank computes and exchanges in the forward pass, a pair taking one unit of time.
 
     A step starts its exchange, computes, and waits; a message starts when both ends have come to its exchange and
-    takes `pairs_per_position` units for each key position. Steps of one phase depend on earlier phases only.
+    takes `pairs_per_position` units for each key position. Exchanges of one phase depend on earlier phases only.
     """
     clock = dict.fromkeys(range(len(plans)), 0.0)
-    steps = [(step.phase, not step.exchange, plan, step) for plan in plans for step in plan.steps]
     segments: list[Segment] = []
-    for key in sorted({(phase, late) for phase, late, _, _ in steps}):
-        now = {plan.rank: (plan, step) for phase, late, plan, step in steps if (phase, late) == key}
-        began = {rank: clock[rank] for rank in now}
-        for rank, (plan, step) in now.items():
-            done = began[rank] + (step.tiles.area if step.tiles else 0)
-            if step.tiles:
-                segments.append(Segment(rank, "compute", began[rank], done, _origins(plan, step.phase)))
-            if step.exchange:
-                start, stop = _exchange(step.exchange, rank, began, pairs_per_position)
-                senders = tuple(sorted({item.peer for item in step.exchange.receives}))
-                segments.append(Segment(rank, "exchange", start, stop, senders))
-                if stop > done:
-                    segments.append(Segment(rank, "wait", done, stop, ()))
-                done = max(done, stop)
-            clock[rank] = done
+
+    def compute(plan: Plan, step: Step) -> float:
+        began = clock[plan.rank]
+        done = began + (step.tiles.area if step.tiles else 0)
+        if step.tiles:
+            segments.append(Segment(plan.rank, "compute", began, done, _origins(plan, step.phase)))
+        return done
+
+    def bare(plan: Plan, steps: list[Step]) -> None:
+        """Steps before the next exchange."""
+        while steps and not steps[0].exchange:
+            clock[plan.rank] = compute(plan, steps.pop(0))
+
+    left = {plan.rank: list(plan.steps) for plan in plans}
+    for plan in plans:
+        bare(plan, left[plan.rank])
+    for phase in sorted({step.exchange.phase for plan in plans for step in plan.steps if step.exchange}):
+        now = [plan for plan in plans if left[plan.rank] and left[plan.rank][0].exchange.phase == phase]
+        began = {plan.rank: clock[plan.rank] for plan in now}
+        for plan in now:
+            rank, step = plan.rank, left[plan.rank].pop(0)
+            done = compute(plan, step)
+            start, stop = _exchange(step.exchange, rank, began, pairs_per_position)
+            senders = tuple(sorted({item.peer for item in step.exchange.receives}))
+            segments.append(Segment(rank, "exchange", start, stop, senders))
+            if stop > done:
+                segments.append(Segment(rank, "wait", done, stop, ()))
+            clock[rank] = max(done, stop)
+        for plan in now:
+            bare(plan, left[plan.rank])
     end = max(clock.values(), default=0.0)
     idle = [Segment(rank, "wait", time, end, ()) for rank, time in clock.items() if time < end]
     return segments + idle

@@ -163,7 +163,7 @@ class _Halo(torch.autograd.Function):
                 at, rows = neighbours.places[step.phase]
                 move.drows[:, 0, 0].zero_().index_add_(0, rows, wide[at])
             under_way.wait()
-            neighbours.plan.payload.unpack_grad(problem, own, move.returned, own)
+            move.take_back(neighbours.plan.payload, problem, own, own)
         compare()
         total = total.to(grad.dtype)
         if torch.is_grad_enabled():  # create_graph=True

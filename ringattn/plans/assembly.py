@@ -1,7 +1,7 @@
 """Assembly: one rank's plan, from what its schedule moves and what its mask demands.
 
-Schedules speak in rows of the shard a key comes from; plans in rows of the buffers in which it arrives. The way back of
-gradients follows from the demand alone, whatever the schedule.
+Schedules speak in rows of the shard a key comes from; plans in rows of the buffers in which it arrives. Where a
+schedule says nothing of the way back of gradients, it follows from the demand alone: straight to the owner.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ Phases = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Returns:
+    """How one rank's gradients go home, in rows of the origin's shard.
+
+    Attributes:
+        sends: ``(phase, peer, buffer, origin, start, stop)``: of the gradients of the rows in the buffer of a phase.
+        receives: the same of what comes, buffer 0 being this rank's own rows.
+    """
+
+    sends: Array
+    receives: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
     """What a schedule decides for one rank, in rows of the origin's shard.
 
@@ -41,10 +54,12 @@ class Moves:
     Attributes:
         receives: ``(phase, sender, origin, start, stop)``.
         sends: ``(phase, peer, source phase, origin, start, stop)``.
+        returns: None if gradients go straight to their owners, as soon as they are there on every rank.
     """
 
     receives: Array
     sends: Array
+    returns: Returns | None = None
 
 
 def assemble(
@@ -73,7 +88,8 @@ def assemble(
     rows, tile_phases, owners = table[order, 2:], tile_phases[order], table[order, K_RANK]
     if payload.per_key:
         rows, tile_phases = _in_buffers(rows, tile_phases, owners, buffers)
-        grad_sends, grad_receives = _key_gradients(demand, rank, phases, buffers)
+        returns = straight_home(demand, rank, phases, 1 + lookahead) if moves.returns is None else moves.returns
+        grad_sends, grad_receives = _returned(returns.sends, buffers), _returned(returns.receives, buffers)
     else:
         if moves.sends[:, 2].any():
             raise PlanError(
@@ -81,8 +97,10 @@ def assemble(
             )
         rows, tile_phases = _summed_up(rows, tile_phases, owners, receives, rank)
         offset = receives[:, RECV_OFFSET]
-        grad_sends = _sorted(receives[:, RECV_PHASE], receives[:, RECV_ORIGIN], offset, offset + 1)
-        grad_receives = _sorted(*moves.sends[:, [0, 1, 4, 5]].T)
+        phase, lag = receives[:, RECV_PHASE], 1 + lookahead
+        grad_sends = _sorted(phase + lag, receives[:, RECV_ORIGIN], phase, offset, offset + 1)
+        phase, peer, own, _, start, stop = moves.sends.T
+        grad_receives = _sorted(phase + lag, peer, own, start, stop)
 
     return Plan(
         rank=rank,
@@ -122,20 +140,25 @@ def _sent(sends: Array, buffers: _Buffers) -> Array:
     return np.stack([phase, peer, source, at, at + stop - start], axis=1)[order]
 
 
-def _key_gradients(demand: Demand, rank: int, phases: Phases, buffers: _Buffers) -> tuple[Array, Array]:
-    """Where the gradients of the keys a rank has used go, and which ones come back for its own."""
+def straight_home(demand: Demand, rank: int, phases: Phases, lag: int) -> Returns:
+    """The gradients of the keys a rank has used go to their owners, so many phases after the keys have come."""
     used = demand.keys_needed_by(rank)
-    used = used[used[:, K_RANK] != rank]
-    phase, owner = phases(used[:, Q_RANK], used[:, K_RANK]), used[:, K_RANK]
-    start = buffers.row(phase, owner, used[:, 2])
+    _, owner, start, stop = used[used[:, K_RANK] != rank].T
+    met = phases(np.full_like(owner, rank), owner)
+    sends = np.stack([met + lag, owner, met, owner, start, stop], axis=1)
     requested = demand.keys_requested_from(rank)
-    requested = requested[requested[:, Q_RANK] != rank]
-    return (
-        _sorted(phase, owner, start, start + used[:, 3] - used[:, 2]),
-        _sorted(
-            phases(requested[:, Q_RANK], requested[:, K_RANK]), requested[:, Q_RANK], requested[:, 2], requested[:, 3]
-        ),
-    )
+    user, own, start, stop = requested[requested[:, Q_RANK] != rank].T
+    receives = np.stack([phases(user, own) + lag, user, 0 * user, own, start, stop], axis=1)
+    return Returns(sends, receives)
+
+
+def _returned(table: Array, buffers: _Buffers) -> Array:
+    """Gradients that travel, in order, in rows of the buffers they are of."""
+    phase, peer, buffer, origin, start, stop = table.T
+    at = buffers.row(buffer, origin, start)
+    order = np.lexsort((start, origin, peer, phase))
+    returned: Array = np.stack([phase, peer, buffer, at, at + stop - start], axis=1)[order]
+    return returned
 
 
 def _summed_up(rows: Array, phases: Array, owners: Array, receives: Array, rank: int) -> tuple[Array, Array]:

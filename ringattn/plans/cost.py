@@ -12,8 +12,9 @@ from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
+from ringattn.plans.exchanges import Exchange
 from ringattn.plans.shape import Shape
-from ringattn.plans.steps import Exchange, Program
+from ringattn.plans.steps import Program
 
 MAX_ROWS = 1 << 28  # of which `lower_bound` keeps some numbers each
 
@@ -108,9 +109,8 @@ def memory(plan: Program) -> Memory:
     }
     rows, row = plan.buffer_rows, shape.row(plan.payload)
     travels, returns = row * shape.payload_itemsize(plan.payload), row * shape.grad_itemsize(plan.gradient_wire)
-    for turn, count in enumerate(rows.turns):
-        buffers[f"{plan.payload.name} {turn}"] = count * travels
-        buffers[f"gradients {turn}"] = count * row * wide
+    buffers |= {f"{plan.payload.name} {nth}": count * travels for nth, count in enumerate(rows.received)}
+    buffers |= {f"gradients {nth}": count * row * wide for nth, count in enumerate(rows.gradients)}
     buffers["staging"] = rows.staging * travels
     buffers["gradient staging"] = rows.grad_staging * returns
     buffers["gradient arrivals"] = rows.grad_arrivals * returns

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,10 @@ from ringattn.masks import Mask
 Q_RANK, K_RANK = range(2)
 Q, M, Q_STEP, K, N, K_STEP, LOW, HIGH, Q_POSITION, Q_STRIDE, K_POSITION, K_STRIDE, PARTIAL = range(13)
 WIDTH = 13
+
+CUT_ROWS = 64
+"""A tile of twice as many queries is cut at multiples of them: of fewer, kernels make no good use. Smaller tiles are
+cut only where there is but one."""
 
 T = TypeVar("T")
 
@@ -57,16 +62,47 @@ class Tiles:
         """The number of pairs in the bands, which is that of allowed pairs where no tile is partial."""
         return bands.area(self.regions)
 
-    @functools.cached_property
-    def halves(self) -> tuple[Tiles, Tiles]:
-        """The same pairs in two parts of some area each: the first tiles and the last, or one tile's queries cut."""
-        if len(self) > 1:
-            done = np.cumsum(bands.areas(self.regions))
-            at = min(int(np.searchsorted(done, done[-1] / 2)) + 1, len(self) - 1)
-            return Tiles(self.rows[:at]), Tiles(self.rows[at:])
-        low, high = self.regions.copy(), self.regions.copy()
-        low[:, Q1] = high[:, Q0] = self.rows[:, M] // 2
-        return self._part(*bands.tighten(low)), self._part(*bands.tighten(high))
+    def parts(self, weights: Sequence[int]) -> list[Tiles]:
+        """The same pairs in as many parts, of areas about as these weights; some may have no tiles.
+
+        Parts begin at a tile or, within large ones, at a row of queries.
+        """
+        areas = bands.areas(self.regions)
+        done, total, sum_of_weights = np.cumsum(areas), int(areas.sum()), max(sum(weights), 1)
+        edges, wanted = [(0, 0)], 0
+        for weight in weights[:-1]:
+            wanted += weight
+            edges.append(max(edges[-1], self._edge(done, total * wanted // sum_of_weights)))
+        edges.append((len(self), 0))
+        return [self._between(*ends) for ends in itertools.pairwise(edges)]
+
+    def _edge(self, done: Array, area: int) -> tuple[int, int]:
+        """The tile, and the row of its queries, before which about so many pairs lie; ``done`` is up to each tile."""
+        tile = int(np.searchsorted(done, area, side="left"))
+        before = int(done[tile - 1]) if tile else 0
+        if tile == len(self) or area == before:
+            return tile, 0
+        box, rows = self.regions[tile : tile + 1], int(self.rows[tile, M])
+        if rows < 2 * CUT_ROWS and len(self) > 1:
+            return (tile, 0) if 2 * (area - before) < int(done[tile]) - before else (tile + 1, 0)
+        at = np.arange(0, rows + 1, CUT_ROWS if rows >= 2 * CUT_ROWS else 1)
+        boxes = np.repeat(box, len(at), axis=0)
+        boxes[:, Q1] = at
+        tight, kept = bands.tighten(boxes)
+        above = np.zeros(len(at), dtype=np.int64)
+        above[kept] = bands.areas(tight)
+        row = int(at[np.abs(above - (area - before)).argmin()])
+        return (tile, row) if row < rows else (tile + 1, 0)
+
+    def _between(self, first: tuple[int, int], last: tuple[int, int]) -> Tiles:
+        """The tiles from one edge to another."""
+        stop = last[0] + (last[1] > 0)
+        boxes = self.regions[first[0] : stop].copy()
+        if len(boxes):
+            boxes[0, Q0] = first[1]
+            boxes[-1, Q1] = last[1] or boxes[-1, Q1]
+        tight, kept = bands.tighten(boxes)
+        return self._part(tight, first[0] + kept)
 
     def columns(self, nth: Array, k: Array) -> tuple[Array, Array]:
         """One column of each tile, its nth key, which lies in buffer row k: the rows, and the tiles they are of."""

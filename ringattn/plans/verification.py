@@ -19,17 +19,9 @@ from ringattn.checking import sequence
 from ringattn.errors import PlanError
 from ringattn.plans import tiles
 from ringattn.plans.coverage import Keys, Sums, sums_of_mask, sums_of_tiles
-from ringattn.plans.steps import (
-    RECV_OFFSET,
-    RECV_ORIGIN,
-    RECV_PHASE,
-    RECV_START,
-    RECV_STOP,
-    Exchange,
-    Item,
-    Program,
-    Step,
-)
+from ringattn.plans.exchanges import Exchange, Item, Step
+from ringattn.plans.homing import verify_returns
+from ringattn.plans.steps import GRAD_BUFFER, Program
 from ringattn.plans.tiles import Tiles
 
 
@@ -37,7 +29,8 @@ def verify_rank(plan: Program, keys: Keys | None = None) -> None:
     """Checks one rank's plan. Raises PlanError."""
     keys = Keys(plan.k_spans) if keys is None else keys
     _verify_form(plan)
-    if not {*plan.grad_sends[:, 0].tolist()} <= {*plan.slots} or not {*plan.tile_phases.tolist()} <= {0, *plan.slots}:
+    returned, read = {*plan.grad_sends[:, GRAD_BUFFER].tolist()}, {*plan.tile_phases.tolist()}
+    if not returned <= {*plan.slots} or not read <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
     queries = layouts.positions(plan.q_spans, plan.rank)
     allowed = sums_of_mask(plan.regions, queries, keys), sums_of_mask(plan.partial, queries, keys)
@@ -45,6 +38,7 @@ def verify_rank(plan: Program, keys: Keys | None = None) -> None:
         _verify_sources(plan, name, steps, keys)
         _verify_slots(plan, name, steps)
         _verify_coverage(plan, name, steps, allowed, keys)
+    _verify_gradients(plan)
     _verify_canonical(plan)
 
 
@@ -73,7 +67,7 @@ def verify(plans: Sequence[Program]) -> None:
                 f"Rank {plan.rank} and rank 0 planned for another mask, sharding, payload or gradient dtype."
             )
         verify_rank(plan, keys)
-    _verify_returns(plans)
+    verify_returns(plans)
     for name, exchanges in (
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
@@ -173,84 +167,42 @@ def _verify_slots(plan: Program, name: str, steps: Sequence[Step]) -> None:
     """Walks the steps: keys have arrived before they are used or relayed, and no buffer is overwritten too early."""
     content: dict[int, int] = {}
     for step in steps:
-        exchange = step.exchange
-        arriving = {phase for item in exchange.receives if not item.gradient for phase in item.phases}
-        relayed = {phase for item in exchange.sends if not item.gradient for phase in item.phases}
+        arriving, relayed = (_moved(side, gradients=False) for side in (step.exchange.receives, step.exchange.sends))
         reading = ({step.phase} if step.tiles else set()) | relayed
         for phase in reading - {0}:
             if content.get(plan.slots.get(phase, -1)) != phase:
                 raise PlanError(
                     f"Rank {plan.rank}, {name}, phase {step.phase}: uses the keys of phase {phase} before they arrive."
                 )
-        leaving = {phase for item in exchange.sends if item.gradient for phase in item.phases}
-        if step.tiles and plan.slots.get(step.phase) in {plan.slots[phase] for phase in leaving}:
-            raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: adds to gradients that are being sent.")
         if {plan.slots[phase] for phase in arriving} & {plan.slots[phase] for phase in reading - {0}}:
             raise PlanError(f"Rank {plan.rank}, {name}, phase {step.phase}: receives into the buffer it is reading.")
         content.update({plan.slots[phase]: phase for phase in arriving})
 
 
+def _verify_gradients(plan: Program) -> None:
+    """Walks the backward steps: gradients are computed before they leave, or others are added, and not overwritten."""
+    content: dict[int, int] = {}
+    for step in plan.backward_steps:
+        coming, leaving = (_moved(side, gradients=True) for side in (step.exchange.receives, step.exchange.sends))
+        where, computed = f"Rank {plan.rank}, backward, phase {step.exchange.phase}", step.phase if step.tiles else 0
+        if any(content.get(plan.grad_slots[phase]) != phase for phase in leaving):
+            raise PlanError(f"{where}: sends gradients of phases {sorted(leaving)} before they are computed.")
+        busy = {plan.grad_slots[phase] for phase in leaving}
+        if computed:
+            if plan.grad_slots[computed] in busy:
+                raise PlanError(f"{where}: adds to gradients that are being sent.")
+            content[plan.grad_slots[computed]] = computed
+        for phase in coming - {0}:
+            if content.get(plan.grad_slots[phase]) != phase or phase in leaving:
+                raise PlanError(f"{where}: adds to gradients of phase {phase} that are not there, or have left.")
+
+
+def _moved(items: Sequence[Item], *, gradients: bool) -> set[int]:
+    """The phases of whose buffers rows, or their gradients, travel."""
+    return {phase for item in items if item.gradient == gradients for phase in item.phases}
+
+
 # -- all ranks ------------------------------------------------------------------------------------------------------
-
-
-def _verify_returns(plans: Sequence[Program]) -> None:
-    """The gradient of every key row that a rank has used is sent home by it, and awaited there, once."""
-    sent, awaited = [], []
-    for plan in plans:
-        me = np.int64(plan.rank)
-        needed = tiles.merged(np.concatenate([np.empty((0, 3), dtype=np.int64), *_used_rows(plan)]))
-        returned = plan.grad_sends
-        going = tiles.merged(returned[:, [0, 2, 3]])
-        if not np.array_equal(needed, going) or _rows(returned[:, 2:4]) != _rows(going[:, 1:3]):
-            raise PlanError(f"Rank {plan.rank} does not send home the gradient of exactly the key rows it has used.")
-        sent.append(_origin_rows(plan))
-        received = plan.grad_receives
-        owner = np.full(len(received), me)
-        awaited.append(np.stack([received[:, 1], owner, *received[:, [0, 2, 3]].T], axis=1))
-    out, back = (tiles.merged(np.concatenate(part)) for part in (sent, awaited))
-    if not np.array_equal(out, back):
-        lost = sorted({tuple(row) for row in out.tolist()} ^ {tuple(row) for row in back.tolist()})[0]
-        raise PlanError(
-            f"A gradient does not reach its owner: from rank {lost[0]} to rank {lost[1]}, phase {lost[2]}, "
-            f"rows {lost[3]} to {lost[4]} of the owner."
-        )
-
-
-def _used_rows(plan: Program) -> list[Array]:
-    """The buffer rows that a rank's tiles of other ranks' keys read: ``(phase, start, stop)``."""
-    out = []
-    for phase, step_tiles in plan.tiles.items():
-        if not phase:
-            continue
-        if not plan.payload.per_key:
-            row = np.unique(step_tiles.rows[:, tiles.K])
-            start, stop = row, row + 1
-        else:
-            table = np.concatenate([np.full((len(step_tiles), 2), plan.rank), step_tiles.rows], axis=1)
-            start, stop = tiles.used_keys(table)[:, 2:].T
-        out.append(np.stack([np.full(len(start), phase), start, stop], axis=1))
-    return out
-
-
-def _rows(spans: Array) -> int:
-    return int((spans[:, 1] - spans[:, 0]).sum())
-
-
-def _origin_rows(plan: Program) -> Array:
-    """A rank's returned gradients in rows of the owner: ``(rank, owner, phase, start, stop)``."""
-    out = [np.empty((0, 5), dtype=np.int64)]
-    for phase, peer, start, stop in plan.grad_sends.tolist():
-        receives = plan.receives[(plan.receives[:, RECV_PHASE] == phase) & (plan.receives[:, RECV_ORIGIN] == peer)]
-        first, last = receives[:, RECV_START], receives[:, RECV_STOP]
-        if not plan.payload.per_key:
-            hit = (start <= receives[:, RECV_OFFSET]) & (receives[:, RECV_OFFSET] < stop)
-        else:
-            shift = first - receives[:, RECV_OFFSET]
-            first, last = np.maximum(first, start + shift), np.minimum(last, stop + shift)
-            hit = first < last
-        row = np.broadcast_to([plan.rank, peer, phase], (int(hit.sum()), 3))
-        out.append(np.column_stack([row, first[hit], last[hit]]))
-    return np.concatenate(out)
 
 
 def _positions(plan: Program, item: Item, keys: Keys) -> list[Array]:

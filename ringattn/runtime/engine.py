@@ -97,8 +97,7 @@ def backward(
             drows = move.drows.zero_() if problem.wants("k", "v") else move.drows
             payload.attend_grad(problem, kernel, q, move.rows, output_grad, step.tiles, dq, drows, dparams)
         under_way.wait()
-        if move.returned:
-            payload.unpack_grad(problem, (k, v), move.returned, own)
+        move.take_back(payload, problem, (k, v), own)
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]

@@ -1,8 +1,8 @@
 """Messages: a plan's exchanges found in a rank's buffers, once for as long as the buffers stay where they are.
 
-The rows of a payload, ``[rows, B, Hkv, size]``, arrive in two buffers that take turns, and their gradients are
-accumulated in two more. What does not lie in one run, or travels in another dtype than it is kept in, is copied
-together first, into a staging buffer in which the messages of one exchange lie behind one another.
+The rows of a payload, ``[rows, B, Hkv, size]``, arrive in buffers that serve phase after phase, and their gradients are
+accumulated in others. What does not lie in one run, or travels in another dtype than it is kept in, is copied together
+first, into a staging buffer in which the messages of one exchange lie behind one another.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Pair, Parcel, Payload
+from ringattn.plans.exchanges import Exchange, Item, Step
 from ringattn.plans.plan import Plan
-from ringattn.plans.steps import Exchange, Item, Step
 from ringattn.transports.base import Buffers, Handle, Message, Transport
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -31,6 +31,7 @@ class Move:
         copies: rows that are copied together before it starts.
         sends, receives: its messages.
         returned: gradients of own rows that have come back when it is over.
+        summed: gradients of others' rows that have come, and those that they are added to on their way.
         rows, drows: what the step's tiles attend to, and its gradient; empty in phase 0, whose rows are the rank's own.
     """
 
@@ -40,6 +41,7 @@ class Move:
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
     returned: tuple[Parcel, ...]
+    summed: tuple[Copy, ...]
     rows: torch.Tensor
     drows: torch.Tensor
 
@@ -50,6 +52,13 @@ class Move:
         for source, target in self.copies:
             target.copy_(source)
         return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
+
+    def take_back(self, payload: Payload, problem: Problem, own: Pair, grads: Pair) -> None:
+        """Adds the gradients that came, when the exchange is over: to those of own keys, or to others' on their way."""
+        for source, target in self.summed:
+            target += source
+        if self.returned:
+            payload.unpack_grad(problem, own, self.returned, grads)
 
 
 Moves = tuple[tuple[Step, Move], ...]
@@ -124,11 +133,12 @@ class _Rooms:
         def take(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
             return buffers.take(name, (count, *shape), dtype, problem.device)
 
-        self._received = [take(f"rows {turn}", count, travels) for turn, count in enumerate(rows.turns)]
+        self._received = [take(f"rows {nth}", count, travels) for nth, count in enumerate(rows.received)]
         self._gradients = [
-            take(f"gradients {turn}", count if gradients else 0, problem.accumulator)
-            for turn, count in enumerate(rows.turns)
+            take(f"gradients {nth}", count, problem.accumulator)
+            for nth, count in enumerate(rows.gradients if gradients else ())
         ]
+        self._nothing = take("nothing", 0, travels)
         self._staging = take("staging", rows.staging, travels)
         self._grad_staging = take("gradient staging", rows.grad_staging, returns)
         self._grad_arrivals = take("gradient arrivals", rows.grad_arrivals, returns)
@@ -140,17 +150,19 @@ class _Rooms:
         for item in exchange.sends:
             if plan.packed(item):
                 rows = (grad_staging if item.gradient else staging).next(item.rows)
-                own, others = self._put_together(item, rows)
+                own, others = self._apart(item, rows)
                 packs += own
                 copies += others
             else:
                 rows = self._run(item)
             sends.append((item.peer, rows))
-        receives, returned, arrivals = [], [], _Staging(self._grad_arrivals)
+        receives, returned, summed, arrivals = [], [], [], _Staging(self._grad_arrivals)
         for item in exchange.receives:
             if item.gradient:
                 rows = arrivals.next(item.rows)
-                returned += [Parcel(spans, rows) for _, spans, _ in item.sources]
+                parcels, others = self._apart(item, rows)
+                returned += parcels
+                summed += [(part, into) for into, part in others]
             else:
                 rows = self._run(item)
             receives.append((item.peer, rows))
@@ -161,34 +173,36 @@ class _Rooms:
             sends=tuple(sends),
             receives=tuple(receives),
             returned=tuple(returned),
-            rows=self._rows(self._received, step.phase),
-            drows=self._rows(self._gradients, step.phase),
+            summed=tuple(summed),
+            rows=self._rows(False, step.phase),
+            drows=self._rows(True, step.phase),
         )
 
     def _run(self, item: Item) -> torch.Tensor:
         """The rows of a message that lie behind one another in one buffer."""
         (phase,) = item.phases
-        return item.run_of(self._rows(self._gradients if item.gradient else self._received, phase))
+        return item.run_of(self._rows(item.gradient, phase))
 
-    def _put_together(self, item: Item, rows: torch.Tensor) -> tuple[list[Parcel], list[Copy]]:
-        """What is written into the rows of a message: of this rank's own keys, and of what lies in the buffers."""
-        packs: list[Parcel] = []
+    def _apart(self, item: Item, rows: torch.Tensor) -> tuple[list[Parcel], list[Copy]]:
+        """Where the rows of a message belong: those of this rank's own keys, and, from and to, those of the buffers."""
+        parcels: list[Parcel] = []
         copies: list[Copy] = []
         for (phase, spans, _), part in zip(
             item.sources, rows.split([count for _, _, count in item.sources]), strict=True
         ):
             if phase == 0:
-                packs.append(Parcel(spans, part))
+                parcels.append(Parcel(spans, part))
                 continue
-            source = self._rows(self._gradients if item.gradient else self._received, phase)
+            source = self._rows(item.gradient, phase)
             parts = part.split([stop - start for start, stop in spans])
             copies += [(source[start:stop], into) for (start, stop), into in zip(spans, parts, strict=True)]
-        return packs, copies
+        return parcels, copies
 
-    def _rows(self, turns: list[torch.Tensor], phase: int) -> torch.Tensor:
-        """The rows of a phase in one of two buffers that take turns; none for a rank's own."""
-        slot = self._plan.slots.get(phase)
-        return turns[slot or 0][: 0 if slot is None else self._plan.phase_rows[phase]]
+    def _rows(self, gradients: bool, phase: int) -> torch.Tensor:
+        """The rows of a phase, or their gradients, in the buffer that it has; none for a rank's own."""
+        slots, rooms = (self._plan.grad_slots, self._gradients) if gradients else (self._plan.slots, self._received)
+        slot = slots.get(phase)
+        return self._nothing if slot is None or not rooms else rooms[slot][: self._plan.phase_rows[phase]]
 
 
 class _Staging:

@@ -273,7 +273,7 @@ def _returned(call: WaveCall, own: Pair, grads: Pair) -> Pair:
                 for target, x in zip(halves(move.drows, problem), grads, strict=True):
                     target[:, :, rows] = x[:, :, at].to(target.dtype)
             under_way.wait()
-            plan.window.payload.unpack_grad(problem, own, move.returned, totals)
+            move.take_back(plan.window.payload, problem, own, totals)
     return totals[0].to(problem.dtype), totals[1].to(problem.dtype)
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn import masks
-from ringattn.plans.steps import Step
+from ringattn.plans.exchanges import Step
 from ringattn.transports.base import Message, Transport
 from scripts.benchmarks.teams import Team, Worker
 
