@@ -105,7 +105,8 @@ class Mesh:
     ) -> Mesh:
         """The mesh of a torch ``DeviceMesh``, given the names of its dimensions. One of one dimension needs none.
 
-        ``Mesh.from_device_mesh(device_mesh, ring="cp", data="dp")``. Every dimension of more than one rank is named: a
+        ``Mesh.from_device_mesh(device_mesh, ring="cp", ulysses="sp", data="dp")``; one of ``ring`` and ``ulysses`` is
+        enough, and without a name the only dimension is the ring. Every dimension of more than one rank is named: a
         dimension that is left out would leave its ranks' gradients out of a sum over the mesh. To leave one out that
         has no replicas, as of tensor parallel ranks, pass the others, ``device_mesh["dp", "cp"]``, and their names.
 
@@ -128,7 +129,7 @@ class Mesh:
         names = _dimensions(whole, ring, ulysses, data)
         flag(agreement, "agreement")
         sizes = {axis: 1 if name is None else int(whole.size(_index(whole, name))) for axis, name in names.items()}
-        if names["ring"] is None:
+        if not any(names.values()):
             sizes["ring"] = int(whole.size())
         replica, replicas = 0, None
         if names["data"] is not None:
@@ -245,7 +246,7 @@ class Mesh:
 
         FSDP2 needs one that holds the ranks of a sequence: each has gradients of its own tokens. ``fully_shard(model,
         mesh=mesh.device_mesh(flat=True))`` shards over all ranks, ``mesh.device_mesh()["data", "ring"]`` over the ring
-        with a copy for each replica (HSDP).
+        with a copy for each replica (HSDP), where the ulysses axis has one rank.
 
         Args:
             flat: one dimension, of all ranks.
@@ -296,10 +297,10 @@ def _dimensions(
     if not given and device_mesh.ndim == 1:
         _say_what_is_left_out(device_mesh)
         return names
-    if not isinstance(ring, str):
+    if not (isinstance(ring, str) or (ring is None and isinstance(ulysses, str))):
         raise InputError(
             f"ring must name the dimension of the ranks that share a sequence, one mesh dimension; got "
-            f"{device_mesh.ndim}, {listed}, and ring={shown(ring)}."
+            f"{device_mesh.ndim}, {listed}, ring={shown(ring)}, and no ulysses, which may name another or the only one."
         )
     for name in given:
         if name not in known:
