@@ -38,6 +38,7 @@ from ringattn.plans.verification import verify
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.plans.wavefront import verify_waves
 from ringattn.saving import safe_globals
+from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
@@ -73,6 +74,7 @@ __all__ = [
     "MissingDependencyError",
     "MoChA",
     "Monotonic",
+    "PassQ",
     "Plan",
     "PlanError",
     "Predicate",

@@ -55,6 +55,7 @@ MAY: dict[str, str] = {
     "plans.verification": "bands checking errors layouts plans.coverage plans.exchanges plans.homing plans.tiles "
     "plans.steps",
     "plans.plan": "plans.cost plans.steps plans.verification",
+    "plans.passing": "bands masks plans.exchanges plans.plan plans.steps plans.tiles",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
     "plans.tree": "errors plans.cost",
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
@@ -63,10 +64,11 @@ MAY: dict[str, str] = {
     "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
     "plans.planning plans.shape plans.wavefront schedules.wave sharding",
     "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
-    "plans.assembly plans.demand plans.links readable plans.plan plans.shape plans.tiles naming schedules "
-    "schedules.wave",
+    "mechanisms.softmax payloads.base payloads.queries plans.assembly plans.demand plans.links plans.passing readable "
+    "plans.plan plans.shape plans.tiles naming schedules schedules.wave",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.wave": "checking",
+    "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
     "mechanisms.base": "checking errors",
@@ -107,15 +109,19 @@ MAY: dict[str, str] = {
     "runtime.agreement": "checking errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
-    "runtime.call": "handles kernels.base mechanisms.base plans.plan plans.wave transports.base runtime.agreement "
-    "runtime.gathering runtime.messages",
-    "runtime.gathering": "mechanisms.base payloads.base payloads.keys plans.cost plans.grid plans.plan "
-    "runtime.messages transports.base",
-    "runtime.deterministic": "mechanisms.base plans.grid runtime.call runtime.gathering",
-    "runtime.messages": "mechanisms.base payloads.base plans.exchanges plans.plan transports.base",
+    "runtime.call": "handles kernels.base mechanisms.base payloads.queries plans.passing plans.plan plans.wave "
+    "transports.base runtime.agreement runtime.gathering runtime.messages",
+    "runtime.gathering": "mechanisms.base payloads.base payloads.keys payloads.outputs plans.cost plans.grid "
+    "plans.plan runtime.messages transports.base",
+    "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering",
+    "runtime.passing": "kernels.base kernels.reference mechanisms.base payloads.base payloads.columns payloads.outputs "
+    "payloads.queries runtime.call runtime.preparing",
+    "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.steps "
+    "transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
-    "readable plans.plan plans.planning runtime.agreement runtime.call runtime.gathering runtime.spelling "
-    "kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave transports.base",
+    "payloads.outputs plans.passing readable plans.plan plans.planning runtime.agreement runtime.call "
+    "runtime.gathering runtime.spelling kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave "
+    "transports.base",
     "runtime.wave": "mechanisms.base mechanisms.ordered mechanisms.walk payloads.base payloads.keys plans.wavefront "
     "runtime.call runtime.messages",
     "runtime.folding": "mechanisms.base plans.tree transports.base",
@@ -136,9 +142,12 @@ MAY: dict[str, str] = {
     "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
     "schedules.route sharding transports.base",
     "runtime.engine": "mechanisms.base runtime.call runtime.messages runtime.preparing",
-    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine "
+    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.passing "
     "runtime.request runtime.running runtime.spelling runtime.transforms runtime.wave transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
+    "payloads.columns": "",
+    "payloads.outputs": "mechanisms.base payloads.columns",
+    "payloads.queries": "mechanisms.base payloads.base payloads.columns payloads.outputs",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax mechanisms.total "
     "runtime.op runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
@@ -152,7 +161,8 @@ MAY: dict[str, str] = {
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference mechanisms.ordered",
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional masks mesh mechanisms.ordered mechanisms.total "
-    "plans.cost plans.planning plans.verification plans.wave plans.wavefront runtime.agreement sharding simulator",
+    "plans.cost plans.plan plans.planning plans.verification plans.wave plans.wavefront runtime.agreement sharding "
+    "simulator",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",

@@ -34,8 +34,10 @@ def draw_received(axes: Axes, comparison: Comparison, taken: Combination) -> Non
 
 
 def draw_balance(axes: Axes, comparison: Comparison, taken: Combination) -> None:
-    """Pairs of the busiest rank over the mean: one bar per layout, as schedules do not change who computes what."""
-    by_layout = {x.layout: x for x in comparison.combinations}
+    """Pairs of the busiest rank over the mean: one bar per layout, as keys that travel do not change who computes."""
+    by_layout: dict[str, Combination] = {}
+    for x in comparison.combinations:
+        by_layout.setdefault(x.layout, x)
     shown = list(by_layout.values())
     colours = [TAKEN if x.layout == taken.layout else MEAN for x in shown]
     axes.barh(range(len(shown)), [x.area for x in shown], 0.5, color=colours)

@@ -280,6 +280,7 @@ def measured(plans: Sequence[Plan], layout: str, schedule: str, bound: float) ->
     def mean(name: str) -> float:
         return float(sum(getattr(t, name) for t in moved)) / len(moved)
 
+    of_keys = plans[0].payload.per_key and not plans[0].queries_travel
     return Combination(
         layout=layout,
         schedule=schedule_of(plans[0]) if schedule == "auto" else schedule,
@@ -299,5 +300,5 @@ def measured(plans: Sequence[Plan], layout: str, schedule: str, bound: float) ->
         backward_messages=sum(t.backward_messages for t in moved),
         steps=max(len(plan.steps) for plan in plans),
         memory=max(plan.memory().total for plan in plans),
-        over_bound=sum(t.received_tokens for t in moved) / bound if bound and plans[0].payload.per_key else None,
+        over_bound=sum(t.received_tokens for t in moved) / bound if bound and of_keys else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -138,8 +139,9 @@ class _Halo(torch.autograd.Function):
         ctx.neighbours, ctx.number = neighbours, number
         compare, problem = neighbours.agree(f"hal {number}", x, wanted), neighbours.problem
         own, out = _as_keys(x), x.new_zeros(neighbours.count, x.shape[1])
+        pack = functools.partial(neighbours.plan.attended.pack, problem, own)
         for step, move in neighbours.passes.forward:
-            under_way = move.start(neighbours.transport, neighbours.plan.payload, problem, own)
+            under_way = move.start(neighbours.transport, pack)
             if step.tiles:
                 at, rows = neighbours.places[step.phase]
                 out[at] = (x if step.phase == 0 else move.rows[:, 0, 0])[rows]
@@ -157,13 +159,15 @@ class _Halo(torch.autograd.Function):
         for phase, (at, rows) in neighbours.places.items():
             if phase == 0:
                 total.index_add_(0, rows, wide[at])
+        payload = neighbours.plan.attended
+        pack = functools.partial(payload.pack, problem, own)
         for step, move in neighbours.passes.backward:
-            under_way = move.start(neighbours.transport, neighbours.plan.payload, problem, own)
+            under_way = move.start(neighbours.transport, pack)
             if step.tiles and step.phase:
                 at, rows = neighbours.places[step.phase]
                 move.drows[:, 0, 0].zero_().index_add_(0, rows, wide[at])
             under_way.wait()
-            move.take_back(neighbours.plan.payload, problem, own, own)
+            move.take_back(payload, problem, own, own)
         compare()
         total = total.to(grad.dtype)
         if torch.is_grad_enabled():  # create_graph=True

@@ -212,12 +212,17 @@ def _lengths(mask: Mask) -> dict[str, int | None]:
     return {"length": queries, "kv_length": None if queries == keys else keys}
 
 
-def _wrong_bytes(case: Case, planned: list[int], moved: list[int], each_pass: list[int]) -> list[str]:
-    """What the ranks have received besides what the plans say: of some passes over keys alone, as many on each."""
-    preparation = case.attends.preparation
-    passes = {(got - said) / each for got, said, each in zip(moved, planned, each_pass, strict=True) if each}
-    if preparation is not None and len(passes) == 1 and (count := passes.pop()) == int(count) > 0:
-        planned = [said + int(count) * each for said, each in zip(planned, each_pass, strict=True)]
+def _wrong_bytes(case: Case, planned: list[int], moved: list[int], passes: list[tuple[int, int]]) -> list[str]:
+    """What the ranks have received besides what the plans say.
+
+    Args:
+        passes: of passes over keys alone the first and each after it, of which there are as many on each rank.
+    """
+    if case.attends.preparation is not None:
+        planned = [said + first for said, (first, _) in zip(planned, passes, strict=True)]
+        more = {(got - said) / each for got, said, (_, each) in zip(moved, planned, passes, strict=True) if each}
+        if len(more) == 1 and (count := more.pop()) == int(count) >= 0:
+            planned = [said + int(count) * each for said, (_, each) in zip(planned, passes, strict=True)]
     if planned == moved:
         return []
     return [f"the plans say that the ranks receive {planned} bytes; they received {moved}"]
@@ -243,7 +248,7 @@ def examine(case: Case, mesh: Mesh | None = None) -> Finding:
         traffic = planned_traffic(case)
         planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t, _ in traffic]
         if not case.deterministic:  # whose passes are three
-            faults += _wrong_bytes(case, planned, moved, [each_pass for _, each_pass in traffic])
+            faults += _wrong_bytes(case, planned, moved, [each for _, each in traffic])
         if min(case.length, case.keys):
             token = case.seed % min(case.length, case.keys)
             probed = leaks(case, lambda inputs: run(mesh, case, inputs)[0], results, token)

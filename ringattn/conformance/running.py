@@ -16,6 +16,7 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.total import Total
 from ringattn.mesh import Mesh
 from ringattn.plans.cost import Traffic
+from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
 from ringattn.plans.verification import verify
 from ringattn.plans.wave import plan_wave
@@ -131,8 +132,11 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
     return joined(case, [part for part, _ in said]), [moved for _, moved in said]
 
 
-def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
-    """What the plan of every rank moves, and receives in each pass over keys alone; all have been verified."""
+def planned_traffic(case: Case) -> list[tuple[Traffic, tuple[int, int]]]:
+    """What the plan of every rank moves, and receives in passes over keys alone, the first and each after it.
+
+    All have been verified.
+    """
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
     summed = mechanism.to_sum(*case.inputs()[:3])
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
@@ -141,7 +145,7 @@ def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
     if isinstance(mechanism, Ordered):
         waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]
         verify_waves(waves)
-        return [(each.traffic(), 0) for each in waves]
+        return [(each.traffic(), (0, 0)) for each in waves]
     made = [plan(case.mask, own, case.schedule, kv, mechanism=mechanism, **shape) for own, kv in every]
     verify(made)
     traffic = [each.traffic() for each in made]
@@ -150,7 +154,12 @@ def planned_traffic(case: Case) -> list[tuple[Traffic, int]]:
         sums = [plan(Causal(), own, "auto", own, mechanism=Total(), **shape) for own, _ in every]
         verify(sums)
         traffic = [_together(one, other.traffic()) for one, other in zip(traffic, sums, strict=True)]
-    return [(x, each.over_keys.traffic().received_bytes or 0) for x, each in zip(traffic, made, strict=True)]
+    return [(x, _before(each)) for x, each in zip(traffic, made, strict=True)]
+
+
+def _before(plan: Plan) -> tuple[int, int]:
+    first, later = (x.traffic().received_bytes or 0 for x in (plan.over_keys, plan.over_keys_again))
+    return first, later
 
 
 def _together(one: Traffic, other: Traffic) -> Traffic:

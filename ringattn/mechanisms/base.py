@@ -253,6 +253,11 @@ class Mechanism(ABC):
         return dim, dtype
 
     @property
+    def summed(self) -> Mechanism:
+        """The mechanism that `with_sums` gives, as far as the shapes of what it keeps depend on it."""
+        return self
+
+    @property
     def without_tensors(self) -> Mechanism:
         """The same with placeholders for its tensors: what is kept from call to call."""
         held = {name: x.detach().to("meta") for name, x in self.params.items()}

@@ -188,6 +188,7 @@ class Threshold(Mechanism):
     """The passes over keys that find the thresholds of entmax. What is known is a `Cut`."""
 
     of: Entmax
+    sharded: ClassVar[Mapping[str, int]] = Entmax.sharded
     kept: ClassVar[tuple[str, ...]] = ("guess", "radius", "low", "high")
 
     def settled(self, known: State) -> bool:

@@ -99,12 +99,16 @@ class Gated(Summarising):
         position = position % (1 << 24)  # which float32 tells apart; no token is so far from itself
         carried = torch.stack([high, (total - high).detach().to(wide), position.to(wide)], dim=-1)
         q = torch.cat([q.to(wide), carried.repeat_interleave(q.shape[1] // k.shape[1], dim=1)], dim=-1)
-        return Gated(None, self.scale, carried=True), q, torch.cat([k.to(wide), carried], dim=-1), v.to(wide)
+        return self.summed, q, torch.cat([k.to(wide), carried], dim=-1), v.to(wide)
 
     def summed_shape(self, dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         if self.log_decay is None:
             return dim, dtype
         return dim + CARRIED, torch.promote_types(dtype, torch.float32)
+
+    @property
+    def summed(self) -> Gated:
+        return self if self.log_decay is None else Gated(None, self.scale, carried=True)
 
     def check(self, problem: Problem, queries: int, keys: int) -> None:
         if self.log_decay is not None:

@@ -1,8 +1,8 @@
 """The payload contract: what travels between ranks to be attended to, and what becomes of its gradients.
 
 Whatever travels is rows ``[rows, B, Hkv, size]`` of a buffer. A plan says which rows go where, `runtime.messages` finds
-them, and the engine moves them; a payload makes rows of its rank's own keys, attends to rows that arrived, and adds the
-gradients of its own rows that come back. To add one, write one file here and name it in a schedule.
+them, and the engine moves them; what queries attend to makes rows of its rank's own keys, attends to rows that arrived,
+and adds the gradients of its own rows that come back. To add one, write one file here and name it in a schedule.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``.
 """
@@ -54,24 +54,53 @@ class Parcel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wire:
+    """Bytes of one row as it travels, all heads.
+
+    Attributes:
+        there, back: in the forward pass; 0 where nothing comes back.
+        backward_there, backward_back: in the backward pass.
+        held: of what comes back, while it is made.
+    """
+
+    there: int
+    back: int
+    backward_there: int
+    backward_back: int
+    held: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Payload(ABC):
     """An immutable value.
 
     Attributes:
         name: what travels, in a word.
         unit: what it is counted in.
-        per_key: whether a row is one key; otherwise one row stands for a whole range of keys.
-        accumulated: whether it travels in the accumulator's dtype, not the inputs'.
+        per_key: whether a row is one position; otherwise one row stands for a whole range of keys.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     per_key: ClassVar[bool]
-    accumulated: ClassVar[bool]
 
     def rows(self, start: Rows, stop: Rows) -> Rows:
-        """How many rows stand for each range of keys."""
+        """How many rows stand for each range of positions."""
         return stop - start if self.per_key else np.ones_like(start)
+
+    def refusal(self, mechanism: Mechanism) -> str | None:
+        """Why the mechanism cannot do with it, in words; None when it can."""
+        return None
+
+
+class Attended(Payload):
+    """What travels to the queries and is attended to there, and whose gradients return.
+
+    Attributes:
+        accumulated: whether it travels in the accumulator's dtype, not the inputs'.
+    """
+
+    accumulated: ClassVar[bool]
 
     @abstractmethod
     def size(self, heads: Heads) -> int:
@@ -80,10 +109,6 @@ class Payload(ABC):
         Raises:
             InputError: that depends on a mechanism which nobody named.
         """
-
-    def refusal(self, mechanism: Mechanism) -> str | None:
-        """Why the mechanism cannot attend to it, in words; None when it can."""
-        return None
 
     @abstractmethod
     def pack(self, problem: Problem, own: Pair, parcels: Sequence[Parcel]) -> None:

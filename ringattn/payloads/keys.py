@@ -13,12 +13,12 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
-from ringattn.payloads.base import Heads, Pair, Parcel, Payload
+from ringattn.payloads.base import Attended, Heads, Pair, Parcel
 from ringattn.plans.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys(Payload):
+class Keys(Attended):
     """Keys with their values, for any mechanism."""
 
     name: ClassVar[str] = "keys"

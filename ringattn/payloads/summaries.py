@@ -17,7 +17,7 @@ import torch
 from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Mechanism, OutputGrad, Params, Problem, State, Summarising, rows_at
-from ringattn.payloads.base import Heads, Pair, Parcel, Payload
+from ringattn.payloads.base import Attended, Heads, Pair, Parcel
 from ringattn.plans import tiles as t
 from ringattn.plans.tiles import Tiles
 
@@ -25,7 +25,7 @@ AT_ONCE = 1024  # rows worked on at once: a few copies of them in the accumulato
 
 
 @dataclasses.dataclass(frozen=True)
-class Summaries(Payload):
+class Summaries(Attended):
     """Sums over keys, for mechanisms that are `Summarising`."""
 
     name: ClassVar[str] = "summaries"

@@ -12,7 +12,7 @@ from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
-from ringattn.plans.exchanges import Exchange
+from ringattn.plans.exchanges import Exchange, Item
 from ringattn.plans.shape import Shape
 from ringattn.plans.steps import Program
 
@@ -28,6 +28,7 @@ class Traffic:
         sent_summaries, received_summaries: the same where sums over keys travel in place of keys.
         backward_messages, backward_sent_bytes, backward_received_bytes: the backward pass, which moves keys and
             values once more, and returns their gradients.
+        sent_queries, received_queries: the same where queries travel, and as many states and gradients come home.
     """
 
     messages: int
@@ -40,31 +41,31 @@ class Traffic:
     backward_messages: int
     backward_sent_bytes: int | None
     backward_received_bytes: int | None
+    sent_queries: int = 0
+    received_queries: int = 0
 
 
 def traffic(plan: Program) -> Traffic:
     """Counts the items of a plan's steps."""
     forward = [step.exchange for step in plan.steps if step.exchange]
     backward = [step.exchange for step in plan.backward_steps if step.exchange]
-    shape = plan.shape
+    wire = None if plan.shape is None else plan.shape.wire(plan.payload, plan.gradient_wire)
 
     def rows(exchanges: list[Exchange], side: str, gradient: bool) -> int:
         return sum(item.rows for x in exchanges for item in getattr(x, side) if item.gradient == gradient)
 
     def size(exchanges: list[Exchange], side: str) -> int | None:
-        if shape is None:
+        if wire is None:
             return None
-        out, back = shape.payload_itemsize(plan.payload), shape.grad_itemsize(plan.gradient_wire)
-        return shape.row(plan.payload) * (rows(exchanges, side, False) * out + rows(exchanges, side, True) * back)
+        there, back = (wire.there, wire.back) if exchanges is forward else (wire.backward_there, wire.backward_back)
+        return rows(exchanges, side, False) * there + rows(exchanges, side, True) * back
 
     sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
-    tokens = plan.payload.per_key
+    unit = "queries" if plan.queries_travel else "tokens" if plan.payload.per_key else "summaries"
+    counted = {f"{side}_{x}": 0 for side in ("sent", "received") for x in ("tokens", "summaries", "queries")}
     return Traffic(
         messages=sum(len(x.sends) for x in forward),
-        sent_tokens=sent if tokens else 0,
-        received_tokens=received if tokens else 0,
-        sent_summaries=0 if tokens else sent,
-        received_summaries=0 if tokens else received,
+        **{**counted, f"sent_{unit}": sent, f"received_{unit}": received},
         sent_bytes=size(forward, "sends"),
         received_bytes=size(forward, "receives"),
         backward_messages=sum(len(x.sends) for x in backward),
@@ -89,7 +90,8 @@ def memory(plan: Program) -> Memory:
     """Every buffer of a call, inputs and results included, in bytes.
 
     The exchange's buffers are the plan's `buffer_rows`; ``kernel`` is what one launch over the largest step returns
-    before it is added up: an output and a log-sum-exp forward, three gradients backward.
+    before it is added up: an output and a log-sum-exp forward, three gradients backward. Where queries travel, the
+    buffers of gradients hold their states in the forward pass, and ``results`` those of one phase while they are made.
     """
     shape = plan.shape
     if shape is None:
@@ -107,13 +109,15 @@ def memory(plan: Program) -> Memory:
         "returned dq, dk, dv": inputs * narrow if narrow != wide else 0,
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
-    rows, row = plan.buffer_rows, shape.row(plan.payload)
-    travels, returns = row * shape.payload_itemsize(plan.payload), row * shape.grad_itemsize(plan.gradient_wire)
+    rows, wire = plan.buffer_rows, shape.wire(plan.payload, plan.gradient_wire)
+    travels, returns = max(wire.there, wire.backward_there), max(wire.back, wire.backward_back)
     buffers |= {f"{plan.payload.name} {nth}": count * travels for nth, count in enumerate(rows.received)}
-    buffers |= {f"gradients {nth}": count * row * wide for nth, count in enumerate(rows.gradients)}
+    buffers |= {f"gradients {nth}": count * wire.held for nth, count in enumerate(rows.gradients)}
     buffers["staging"] = rows.staging * travels
     buffers["gradient staging"] = rows.grad_staging * returns
     buffers["gradient arrivals"] = rows.grad_arrivals * returns
+    if plan.queries_travel:
+        buffers["results"] = max(rows.received, default=0) * wire.held
     return Memory(buffers)
 
 
@@ -133,13 +137,14 @@ def _kernel_rows(plan: Program, shape: Shape) -> int:
 def explain(plan: Program) -> str:
     """A plan in words: what it is, and a line a step."""
     moved = traffic(plan)
-    received = moved.received_tokens + moved.received_summaries
-    sent = moved.sent_tokens + moved.sent_summaries
+    received = moved.received_tokens + moved.received_summaries + moved.received_queries
+    sent = moved.sent_tokens + moved.sent_summaries + moved.sent_queries
+    home = ", and their states come home" if plan.queries_travel else ""
     lines = [
         f"rank {plan.rank} of {plan.size}, {plan.description}",
         f"  {plan.tokens} queries, {plan.key_tokens} keys, {plan.area} allowed pairs, plan {plan.hash}",
         f"  receives {received} {plan.payload.unit} in {len(plan.phase_rows) - 1} phases, "
-        f"sends {sent} in {moved.messages} messages",
+        f"sends {sent} in {moved.messages} messages{home}",
     ]
     lines += [f"  {plan.reason}"] if plan.reason else []
     if plan.shape is not None:
@@ -150,13 +155,18 @@ def explain(plan: Program) -> str:
     for step in plan.steps:
         parts = []
         if step.exchange:
-            parts += [f"send {item.rows} rows to rank {item.peer}" for item in step.exchange.sends]
-            parts += [f"receive {item.rows} rows from rank {item.peer}" for item in step.exchange.receives]
+            parts += [f"send {_rows(plan, item)} to rank {item.peer}" for item in step.exchange.sends]
+            parts += [f"receive {_rows(plan, item)} from rank {item.peer}" for item in step.exchange.receives]
         if step.tiles:
-            where = "its own keys" if step.phase == 0 else f"the {plan.payload.name} of phase {step.phase}"
-            parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, over {where}")
+            own, over = ("its own queries", "for") if plan.queries_travel else ("its own keys", "over")
+            where = own if step.phase == 0 else f"the {plan.payload.name} of phase {step.phase}"
+            parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, {over} {where}")
         lines.append(f"  phase {step.phase}: " + "; ".join(parts))
     return "\n".join(lines)
+
+
+def _rows(plan: Program, item: Item) -> str:
+    return f"{item.rows} {'states' if item.gradient and plan.queries_travel else 'rows'}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ringattn import bands, layouts
 from ringattn.bands import Array, Regions
-from ringattn.masks import Mask
+from ringattn.masks import Mask, Transposed
 from ringattn.plans import tiles
 from ringattn.plans.tiles import K_RANK, Q_RANK
 
@@ -55,6 +55,11 @@ class Demand:
         """The same demand with one cut for all ranks."""
         return dataclasses.replace(self, table=self.cut(self.q_spans, self.k_spans))
 
+    @property
+    def transposed(self) -> Demand:
+        """The same pairs with queries for keys: which rank's keys need which rank's queries."""
+        return self.memo(_transposed)
+
     def rows(self, rank: int) -> Array:
         """The cut of one rank's queries with everybody's keys."""
         return self.memo(_rows, range(rank, rank + 1))
@@ -98,6 +103,12 @@ class Demand:
         if len(self.partial):
             table = np.concatenate([table, tiles.cut(self.partial, q_spans, k_spans, partial=True)])
         return table[np.lexsort((table[:, K_RANK], table[:, Q_RANK]))]
+
+
+def _transposed(demand: Demand) -> Demand:
+    regions, partial = bands.transpose(demand.regions), bands.transpose(demand.partial)
+    turned = Demand(Transposed(demand.mask), regions, partial, demand.k_spans, demand.q_spans, demand.size)
+    return turned if demand.table is None else turned.for_all_ranks()
 
 
 def _rows(demand: Demand, ranks: range) -> Array:

@@ -16,13 +16,18 @@ class Plan(Program):
 
     def verify(self) -> None:
         """Checks this rank's part: see `verification.verify_rank`. Raises PlanError."""
-        verify_rank(self)
+        verify_rank(self.moved)
 
     @property
     def over_keys(self) -> Plan:
         """The same pass over keys alone, whose values have no dims."""
         shape = self.shape and dataclasses.replace(self.shape, value_dim=0)
         return dataclasses.replace(self, shape=shape)
+
+    @property
+    def over_keys_again(self) -> Plan:
+        """The same of each such pass after the first."""
+        return self.over_keys
 
     def traffic(self) -> Traffic:
         """What this rank moves: key positions, messages and, where the shape is known, bytes."""

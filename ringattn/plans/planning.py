@@ -16,15 +16,19 @@ from ringattn.checking import instance, integer, pair
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
-from ringattn.mechanisms.base import Mechanism, Summarising
+from ringattn.mechanisms.base import Mechanism, Problem, Summarising
 from ringattn.mechanisms.ordered import Ordered
+from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.naming import named
+from ringattn.payloads.base import Payload
+from ringattn.payloads.queries import Queries, Trips
 from ringattn.plans.assembly import assemble
 from ringattn.plans.demand import Demand
 from ringattn.plans.links import MOST, ROW_BYTES, Links
+from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
-from ringattn.plans.shape import Shape
+from ringattn.plans.shape import GradientWire, Shape
 from ringattn.plans.tiles import K_RANK
 from ringattn.readable import dtype_name, readable_seconds, shortened
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
@@ -86,6 +90,7 @@ def plan(
     check_causal(demand, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
     shape = shape_of(heads, head_dims, dtype, batch, mechanism)
+    shape = _with_queries(shape, taken.payload, taken.gradient_wire, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
 
 
@@ -115,7 +120,8 @@ def verified_plan(
         kept = plan(mask, sharding, schedule, kv_sharding, mechanism=mechanism)
         kept.verify()
         sharding.plans.keep(key, kept)
-    return dataclasses.replace(kept, shape=shape_of(mechanism=mechanism, **shape))
+    asked = _with_queries(shape_of(mechanism=mechanism, **shape), kept.payload, kept.gradient_wire, mechanism)
+    return dataclasses.replace(kept, shape=asked)
 
 
 def plan_all(
@@ -152,6 +158,7 @@ def plan_all(
     check_causal(demand, mechanism)
     words, shape = _words(mask, sharding, kv_sharding), shape_of(heads, head_dims, dtype, batch, mechanism)
     taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
+    shape = _with_queries(shape, taken.payload, taken.gradient_wire, mechanism)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
 
@@ -291,7 +298,25 @@ def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:
     return ring, f"auto took ring: all ranks together receive {by_ring} {same}"
 
 
+def _with_queries(
+    shape: Shape | None, payload: Payload, gradient_wire: GradientWire, mechanism: Mechanism | None
+) -> Shape | None:
+    """The shape with what travels of a query, where queries do. Without a mechanism, as of softmax."""
+    if shape is None or not isinstance(payload, Queries):
+        return shape
+    mechanism = (Softmax() if mechanism is None else mechanism).summed
+    kind, device = checked_dtype(shape.dtype), torch.device("meta")
+    problem = Problem(
+        mechanism, shape.batch, shape.heads, shape.kv_heads, shape.dim, shape.value_dim, kind, device, mechanism.params
+    )
+    trips, rows = Trips.of(problem, narrow=gradient_wire == "input"), shape.batch * shape.heads
+    before = None if trips.before is None else (trips.wire(rows, before=0), trips.wire(rows, before=1))
+    return dataclasses.replace(shape, queries=trips.wire(rows), before=before)
+
+
 def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str, shape: Shape | None) -> Plan:
+    passed, mask = isinstance(schedule.payload, Queries), demand.mask
+    demand = demand.transposed if passed else demand
     built = assemble(
         demand,
         rank,
@@ -303,4 +328,4 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
         gradient_wire=schedule.gradient_wire,
         shape=shape,
     )
-    return dataclasses.replace(built, reason=reason)
+    return dataclasses.replace(PassPlan.of(built, mask) if passed else built, reason=reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ringattn.payloads.base import Payload
+from ringattn.payloads.base import Attended, Payload, Wire
 
 GradientWire = Literal["float32", "input"]
 """The dtype in which gradients of keys and values travel: that of the accumulators, or of the inputs."""
@@ -17,6 +17,8 @@ class Shape:
 
     Attributes:
         summary: numbers in the summary of one key head, for mechanisms that have summaries.
+        queries: bytes of a query that travels, where queries do; and `before` of the passes over keys alone that go
+            before, the first and those after it.
     """
 
     batch: int
@@ -27,20 +29,20 @@ class Shape:
     dtype: str
     itemsize: int
     summary: int | None = None
+    queries: Wire | None = None
+    before: tuple[Wire, Wire] | None = None
 
     @property
     def accumulator(self) -> int:
         """Bytes of an accumulated number: float64 for float64 inputs, else float32."""
         return max(self.itemsize, 4)
 
-    def row(self, payload: Payload) -> int:
-        """Numbers in one row of a payload, all key heads."""
-        return self.batch * self.kv_heads * payload.size(self)
-
-    def payload_itemsize(self, payload: Payload) -> int:
-        """Bytes of one number of a payload."""
-        return self.accumulator if payload.accumulated else self.itemsize
-
-    def grad_itemsize(self, gradient_wire: GradientWire) -> int:
-        """Bytes of one number of its gradients, as they travel."""
-        return self.itemsize if gradient_wire == "input" else self.accumulator
+    def wire(self, payload: Payload, gradient_wire: GradientWire) -> Wire:
+        """The bytes of one row of a payload."""
+        if not isinstance(payload, Attended):
+            assert self.queries is not None  # by `plans.planning`
+            return self.queries
+        row = self.batch * self.kv_heads * payload.size(self)
+        there = row * (self.accumulator if payload.accumulated else self.itemsize)
+        back = row * (self.itemsize if gradient_wire == "input" else self.accumulator)
+        return Wire(there, 0, there, back, held=row * self.accumulator)

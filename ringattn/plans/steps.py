@@ -16,13 +16,14 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
 from ringattn import layouts
 from ringattn.bands import Array, Regions
 from ringattn.masks import Mask
-from ringattn.payloads.base import Payload
+from ringattn.payloads.base import Attended, Payload
 from ringattn.plans import buffers, tiles
 from ringattn.plans.exchanges import Exchange, Item, Step, grouped
 from ringattn.plans.shape import GradientWire, Shape
@@ -98,6 +99,20 @@ class Program:
     gradient_wire: GradientWire
     shape: Shape | None = None
     reason: str = ""
+
+    queries_travel: ClassVar[bool] = False
+    """Whether queries go to the keys, and not keys to the queries: see `plans.passing`."""
+
+    @property
+    def moved(self) -> Program:
+        """The program as the side that stays sees it, which is what is verified: itself, where keys travel."""
+        return self
+
+    @property
+    def attended(self) -> Attended:
+        """What travels, where it is attended to."""
+        assert isinstance(self.payload, Attended)  # queries are not
+        return self.payload
 
     @functools.cached_property
     def tokens(self) -> int:

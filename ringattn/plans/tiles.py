@@ -104,6 +104,11 @@ class Tiles:
         tight, kept = bands.tighten(boxes)
         return self._part(tight, first[0] + kept)
 
+    @functools.cached_property
+    def transposed(self) -> Tiles:
+        """The same pairs with queries for keys."""
+        return Tiles(transposed(self.rows))
+
     def columns(self, nth: Array, k: Array) -> tuple[Array, Array]:
         """One column of each tile, its nth key, which lies in buffer row k: the rows, and the tiles they are of."""
         boxes = self.regions.copy()
@@ -295,6 +300,13 @@ def partial_area(mask: Mask, row: list[int]) -> int:
         allowed = mask.allows(row[Q_POSITION] + row[Q_STRIDE] * i, row[K_POSITION] + row[K_STRIDE] * j[None, :])
         total += int(np.count_nonzero(band & allowed))
     return total
+
+
+def transposed(rows: Array) -> Array:
+    """Tiles with queries for keys, in the order they are in."""
+    out: Array = rows[:, [K, N, K_STEP, Q, M, Q_STEP, HIGH, LOW, K_POSITION, K_STRIDE, Q_POSITION, Q_STRIDE, PARTIAL]]
+    out[:, [LOW, HIGH]] *= -1
+    return out
 
 
 def used_keys(table: Array) -> Array:

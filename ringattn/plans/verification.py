@@ -52,6 +52,7 @@ def verify(plans: Sequence[Program]) -> None:
     sequence(plans, Program, "plans", "every rank's plan, in order, as plan_all makes them")
     if [plan.rank for plan in plans] != list(range(len(plans))) or {plan.size for plan in plans} != {len(plans)}:
         raise PlanError(f"verify takes every rank's plan, in order; got ranks {[plan.rank for plan in plans]}.")
+    plans = [plan.moved for plan in plans]
     first = plans[0]
     keys = Keys(first.k_spans)
     for plan in plans:

@@ -10,11 +10,13 @@ import torch
 from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
+from ringattn.payloads.queries import Trip, Trips
+from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
 from ringattn.plans.wave import WavePlan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.gathering import Gathering
-from ringattn.runtime.messages import Moves, Passes
+from ringattn.runtime.messages import Forms, Moves, Passes
 from ringattn.transports.base import Transport
 
 
@@ -90,10 +92,51 @@ class TileCall(Call):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class PassCall(Call):
+    """A call whose plan brings queries to keys."""
+
+    plan: PassPlan
+    kernel: Kernel
+
+    @property
+    def tours(self) -> Tours:
+        """The exchanges of its passes over the transport's buffers."""
+        return self.transport.buffers.views(self, _tours)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tour:
+    """A pass in which queries go to the keys, and something of them comes home."""
+
+    trip: Trip
+    moves: Moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Tours:
+    """The passes of a call; those over keys alone that go `before`, where it has some, the first and the ones after."""
+
+    forward: Tour
+    backward: Tour
+    before: tuple[Tour, Tour] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class WaveCall(Call):
     """A call whose plan hands blocks of queries from rank to rank."""
 
     plan: WavePlan
+
+
+def _tours(call: PassCall) -> Tours:
+    trips = Trips.of(call.problem, narrow=call.plan.gradient_wire == "input")
+
+    def tour(trip: Trip) -> Tour:
+        forms = Forms.of_columns(trip.there, trip.back, call.problem)
+        return Tour(trip, messages.round_trip(call.plan.moved, forms, call.transport.buffers))
+
+    before = None if trips.before is None else (tour(trips.before[0]), tour(trips.before[1]))
+    return Tours(tour(trips.forward), tour(trips.backward), before)
 
 
 def _key_passes(call: TileCall) -> Moves:

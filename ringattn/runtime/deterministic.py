@@ -21,9 +21,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ringattn.mechanisms.base import Block, OutputGrad, Problem, State
+from ringattn.payloads.outputs import OutputSide
 from ringattn.plans.grid import TILE, Tile
 from ringattn.runtime.call import TileCall
-from ringattn.runtime.gathering import Gathering, OutputSide
+from ringattn.runtime.gathering import Gathering
 
 
 def forward(

@@ -9,6 +9,7 @@ Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -52,10 +53,10 @@ def _finished(
     call: TileCall, problem: Problem, passes: Moves, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, State]:
     """What one pass over keys and values gives."""
-    kernel, payload = call.kernel, call.plan.payload
-    state: State | None = None
+    kernel, payload = call.kernel, call.plan.attended
+    pack, state = functools.partial(payload.pack, problem, (k, v)), None
     for step, move in passes:
-        under_way = move.start(call.transport, payload, problem, (k, v))
+        under_way = move.start(call.transport, pack)
         if step.tiles:
             state = (
                 kernel.forward(problem, q, k, v, step.tiles, state)
@@ -81,7 +82,8 @@ def backward(
     """The gradients of q, k, v and the params. ``saved`` is all that `forward` gave, ``number`` the forward's."""
     compare = call.compare(f"bwd {number}", seed)
     problem = call.problem_of(params, seed)
-    kernel, payload = call.kernel, call.plan.payload
+    kernel, payload = call.kernel, call.plan.attended
+    pack = functools.partial(payload.pack, problem, (k, v))
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     own = dk, dv = (
         problem.rows(problem.kv_heads, k.shape[2], problem.dim),
@@ -90,7 +92,7 @@ def backward(
     dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
     output_grad = OutputGrad(saved, dout, grad_extras)
     for step, move in call.passes.backward:
-        under_way = move.start(call.transport, payload, problem, (k, v))
+        under_way = move.start(call.transport, pack)
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)
         elif step.tiles:

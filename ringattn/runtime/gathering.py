@@ -1,20 +1,20 @@
 """Gathering: what a rank needs of the others, brought by a plan and laid into whole blocks of the sequence.
 
 Keys and values come to the queries as they are. Queries come to the keys with all that the gradient of their output is
-made of: beside each query, the gradient of its output, the output, and the mechanism's extras and their gradients, as
-numbers of the inputs' dtype, bit for bit.
+made of (`payloads.outputs`), as numbers of the inputs' dtype, bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 
 import torch
 
-from ringattn.mechanisms.base import OutputGrad, Problem
+from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Pair
 from ringattn.payloads.keys import halves
+from ringattn.payloads.outputs import OutputSide
 from ringattn.plans import cost
 from ringattn.plans.grid import TILE, Arrival, Grid
 from ringattn.plans.plan import Plan
@@ -44,10 +44,11 @@ class Gathering:
         """The other side's ``[blocks, B, heads, TILE, size]``, of either half; zeros where no row is needed."""
         shape = len(self.grid.other.numbers), self.problem.batch, self.problem.kv_heads, TILE
         there = own[0].new_zeros(*shape, own[0].shape[-1]), own[1].new_zeros(*shape, own[1].shape[-1])
+        pack = functools.partial(self.plan.attended.pack, self.problem, own)
         for step, move in transport.buffers.views(
             self, lambda it: messages.gathering(it.plan, it.problem, transport.buffers)
         ):
-            under_way = move.start(transport, self.plan.payload, self.problem, own)
+            under_way = move.start(transport, pack)
             if step.tiles:
                 arrived = own if step.phase == 0 else halves(move.rows, self.problem)
                 for blocks, rows in zip(there, arrived, strict=True):
@@ -86,65 +87,3 @@ def _lay(blocks: torch.Tensor, rows: torch.Tensor, arrival: Arrival) -> None:
     """Lays rows ``[B, heads, rows, size]`` into their blocks."""
     at, block, row = (torch.from_numpy(x).to(rows.device) for x in (arrival.rows, arrival.block, arrival.row))
     blocks.permute(1, 2, 0, 3, 4)[:, :, block, row] = rows[:, :, at]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OutputSide:
-    """How the output side of a backward pass travels beside the queries.
-
-    Attributes:
-        fields: dtype and shape, of one query and head, of the gradient of the output, of the output, of each extra and
-            what is kept, and of the gradient of each extra that has one.
-        extras, kept: how many of them there are.
-        dtype: as which it travels.
-    """
-
-    fields: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    extras: int
-    kept: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, problem: Problem) -> OutputSide:
-        """That of a problem's mechanism."""
-        mechanism = problem.mechanism
-        params = {name: torch.zeros_like(x, device=problem.device) for name, x in mechanism.params.items()}
-        problem = dataclasses.replace(problem, params=params)  # which decide on dtypes
-        out, others = mechanism.finish(problem, mechanism.empty(problem, 0))
-        extras = others[: len(mechanism.extras)]
-        travel = out, out, *others, *(x for x in extras if x.is_floating_point())
-        fields = tuple((x.dtype, tuple(x.shape[3:])) for x in travel)
-        return cls(fields, len(extras), len(others) - len(extras), problem.dtype)
-
-    @property
-    def size(self) -> int:
-        """Numbers of one head that travel beside a query."""
-        return sum(self._sizes)
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [math.prod(shape) * dtype.itemsize // self.dtype.itemsize for dtype, shape in self.fields]
-
-    def packed(self, output_grad: OutputGrad) -> torch.Tensor:
-        """``[B, Hq, Sq, size]``."""
-        out, *others = output_grad.saved
-        grads = [
-            x.new_zeros(x.shape) if grad is None else grad.to(x.dtype)
-            for x, grad in zip(others[: self.extras], output_grad.grad_extras, strict=True)
-            if x.is_floating_point()
-        ]
-        columns = (x.unsqueeze(-1).flatten(3) for x in (output_grad.dout, out, *others, *grads))
-        return torch.cat([x.contiguous().view(self.dtype) for x in columns], dim=-1)
-
-    def unpacked(self, rows: torch.Tensor) -> OutputGrad:
-        """The same of ``[B, Hq, rows, size]``."""
-        parts = rows.split(self._sizes, dim=-1)
-        columns = [
-            x.contiguous().view(dtype).view(*x.shape[:3], *shape)
-            for x, (dtype, shape) in zip(parts, self.fields, strict=True)
-        ]
-        dout, out, *numbers = columns
-        known = self.extras + self.kept
-        others, grads = numbers[:known], iter(numbers[known:])
-        grad_extras = tuple(next(grads) if x.is_floating_point() else None for x in others[: self.extras])
-        return OutputGrad((out, *others), dout, grad_extras)

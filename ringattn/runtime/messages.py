@@ -1,24 +1,29 @@
 """Messages: a plan's exchanges found in a rank's buffers, once for as long as the buffers stay where they are.
 
-The rows of a payload, ``[rows, B, Hkv, size]``, arrive in buffers that serve phase after phase, and their gradients are
-accumulated in others. What does not lie in one run, or travels in another dtype than it is kept in, is copied together
-first, into a staging buffer in which the messages of one exchange lie behind one another.
+The rows of a payload, ``[rows, B, H, size]``, arrive in buffers that serve phase after phase, and their gradients, or
+whatever else goes home of them, are made in others. What does not lie in one run, or travels in another dtype than it
+is kept in, is copied together first, into a staging buffer in which the messages of one exchange lie one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ringattn.mechanisms.base import Problem
-from ringattn.payloads.base import Pair, Parcel, Payload
+from ringattn.payloads.base import Attended, Pair, Parcel
+from ringattn.payloads.columns import Columns
 from ringattn.plans.exchanges import Exchange, Item, Step
 from ringattn.plans.plan import Plan
+from ringattn.plans.steps import Program
 from ringattn.transports.base import Buffers, Handle, Message, Transport
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 """From and to, equal shapes."""
+Pack = Callable[[Sequence[Parcel]], None]
+"""Writes the rows of all parcels that leave in one exchange, of what is this rank's own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,15 +50,15 @@ class Move:
     rows: torch.Tensor
     drows: torch.Tensor
 
-    def start(self, transport: Transport, payload: Payload, problem: Problem, own: Pair) -> Handle:
+    def start(self, transport: Transport, pack: Pack) -> Handle:
         """Starts the exchange, after putting together what does not travel from where it lies."""
         if self.packs:
-            payload.pack(problem, own, self.packs)
+            pack(self.packs)
         for source, target in self.copies:
             target.copy_(source)
         return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
 
-    def take_back(self, payload: Payload, problem: Problem, own: Pair, grads: Pair) -> None:
+    def take_back(self, payload: Attended, problem: Problem, own: Pair, grads: Pair) -> None:
         """Adds the gradients that came, when the exchange is over: to those of own keys, or to others' on their way."""
         for source, target in self.summed:
             target += source
@@ -79,7 +84,7 @@ class Passes:
 
 def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     """All exchanges of a plan."""
-    rooms = _Rooms(plan, problem, buffers)
+    rooms = _Rooms(plan, Forms.of(plan, problem), buffers)
     forward, backward = plan.steps, plan.backward_steps
     if not problem.wants("k", "v"):
         backward = tuple(step for step in map(_without_gradients, backward) if step.exchange or step.tiles)
@@ -91,7 +96,7 @@ def passes(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
 
 def there_and_back(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
     """The exchanges of a plan by which rows are brought, and only their gradients go back, nothing being recomputed."""
-    rooms = _Rooms(plan, problem, buffers)
+    rooms = _Rooms(plan, Forms.of(plan, problem), buffers)
     backward = (step for step in map(_gradients_alone, plan.backward_steps) if step.exchange or step.tiles)
     return Passes(
         tuple((step, rooms.move(step)) for step in plan.steps),
@@ -101,8 +106,16 @@ def there_and_back(plan: Plan, problem: Problem, buffers: Buffers) -> Passes:
 
 def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
     """The exchanges of a plan's forward pass alone, which brings rows."""
-    rooms = _Rooms(plan, problem, buffers, gradients=False)
+    rooms = _Rooms(plan, Forms.of(plan, problem), buffers, gradients=False)
     return tuple((step, rooms.move(step)) for step in plan.steps)
+
+
+def round_trip(plan: Program, forms: Forms, buffers: Buffers) -> Moves:
+    """The exchanges of a pass in which rows are brought and something of each goes back, if that has a size."""
+    rooms, steps = _Rooms(plan, forms, buffers), plan.backward_steps
+    if not forms.held.size:
+        steps = tuple(step for step in map(_without_gradients, steps) if step.exchange or step.tiles)
+    return tuple((step, rooms.move(step)) for step in steps)
 
 
 def _without_gradients(step: Step) -> Step:
@@ -120,28 +133,67 @@ def _some(step: Step, *, gradients: bool) -> Step:
     return Step(Exchange(step.exchange.phase, sends, receives), step.phase, step.tiles)
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one row lies in a buffer: ``[B, H, size]``."""
+
+    batch: int
+    heads: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch, self.heads, self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """How rows lie in the buffers in which they arrive, those in which what goes back is made, and as it travels."""
+
+    arriving: Form
+    held: Form
+    returning: Form
+
+    @classmethod
+    def of(cls, plan: Plan, problem: Problem) -> Forms:
+        """Those of a plan by which something travels that is attended to, and its gradients return."""
+        payload = plan.attended
+        travels = problem.accumulator if payload.accumulated else problem.dtype
+        returns = problem.dtype if plan.gradient_wire == "input" else problem.accumulator
+        size = payload.size(problem)
+
+        def form(dtype: torch.dtype) -> Form:
+            return Form(problem.batch, problem.kv_heads, size, dtype, problem.device)
+
+        return cls(form(travels), form(problem.accumulator), form(returns))
+
+    @classmethod
+    def of_columns(cls, there: Columns, back: Columns, problem: Problem) -> Forms:
+        """Those of queries."""
+        sizes = (there.size, back.size, back.size)
+        return cls(*(Form(problem.batch, problem.heads, size, torch.uint8, problem.device) for size in sizes))
+
+
 class _Rooms:
     """A plan's rows in a rank's buffers."""
 
-    def __init__(self, plan: Plan, problem: Problem, buffers: Buffers, gradients: bool = True) -> None:
+    def __init__(self, plan: Program, forms: Forms, buffers: Buffers, gradients: bool = True) -> None:
         self._plan = plan
-        travels = problem.accumulator if plan.payload.accumulated else problem.dtype
-        returns = problem.dtype if plan.gradient_wire == "input" else problem.accumulator
-        shape = (problem.batch, problem.kv_heads, plan.payload.size(problem))
         rows = plan.buffer_rows if gradients else dataclasses.replace(plan.buffer_rows, grad_staging=0, grad_arrivals=0)
 
-        def take(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-            return buffers.take(name, (count, *shape), dtype, problem.device)
+        def take(name: str, count: int, form: Form) -> torch.Tensor:
+            return buffers.take(name, (count, *form.shape), form.dtype, form.device)
 
-        self._received = [take(f"rows {nth}", count, travels) for nth, count in enumerate(rows.received)]
+        self._received = [take(f"rows {nth}", count, forms.arriving) for nth, count in enumerate(rows.received)]
         self._gradients = [
-            take(f"gradients {nth}", count, problem.accumulator)
-            for nth, count in enumerate(rows.gradients if gradients else ())
+            take(f"gradients {nth}", count, forms.held) for nth, count in enumerate(rows.gradients if gradients else ())
         ]
-        self._nothing = take("nothing", 0, travels)
-        self._staging = take("staging", rows.staging, travels)
-        self._grad_staging = take("gradient staging", rows.grad_staging, returns)
-        self._grad_arrivals = take("gradient arrivals", rows.grad_arrivals, returns)
+        self._nothing = take("nothing", 0, forms.arriving)
+        self._staging = take("staging", rows.staging, forms.arriving)
+        self._grad_staging = take("gradient staging", rows.grad_staging, forms.returning)
+        self._grad_arrivals = take("gradient arrivals", rows.grad_arrivals, forms.returning)
 
     def move(self, step: Step) -> Move:
         exchange, plan = step.exchange, self._plan

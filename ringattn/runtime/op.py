@@ -27,8 +27,9 @@ import torch
 from ringattn.handles import found
 from ringattn.runtime import deterministic as deterministic_engine
 from ringattn.runtime import engine
+from ringattn.runtime import passing as passing_engine
 from ringattn.runtime import wave as wave_engine
-from ringattn.runtime.call import Call, TileCall, WaveCall
+from ringattn.runtime.call import Call, PassCall, TileCall, WaveCall
 from ringattn.runtime.request import Request, problem_of, wanted_gradients
 from ringattn.runtime.running import running
 from ringattn.runtime.spelling import unspelled
@@ -184,6 +185,8 @@ def _attention_backward_fake(
 def _engine(call: Call) -> ModuleType:
     if isinstance(call, WaveCall):
         return wave_engine
+    if isinstance(call, PassCall):
+        return passing_engine
     return deterministic_engine if isinstance(call, TileCall) and call.to_queries is not None else engine
 
 

@@ -20,13 +20,15 @@ from ringattn.kernels.reference import Reference
 from ringattn.masks import Mask, Transposed, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.ordered import Ordered
+from ringattn.payloads.outputs import OutputSide
+from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import verified_plan
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
-from ringattn.runtime.call import Call, TileCall, WaveCall
-from ringattn.runtime.gathering import Gathering, OutputSide, to_keys, to_queries
+from ringattn.runtime.call import Call, PassCall, TileCall, WaveCall
+from ringattn.runtime.gathering import Gathering, to_keys, to_queries
 from ringattn.runtime.spelling import spelled
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.wave import Wave
@@ -152,8 +154,9 @@ class Request:
         decide = functools.partial(agreement.decided, self.sharding.mesh.transport)
         said = f"{planned.explain()}\n  layout: {self.sharding.reason}"
         if problem.mechanism.preparation is not None:
-            bytes_ = planned.over_keys.traffic().received_bytes
-            said += f"\n  before it, passes over keys alone, as many as a rank needs: {bytes_} bytes received in each"
+            first, later = (x.traffic().received_bytes for x in (planned.over_keys, planned.over_keys_again))
+            each = f"{first} bytes received in each" if first == later else f"{first} bytes received, then {later} each"
+            said += f"\n  before it, passes over keys alone, as many as a rank needs: {each}"
         if self.deterministic:
             return "\n".join([said, *(x.explain() for x in self._gatherings(problem, planned) if x is not None)])
         work = Work.from_plan(planned)
@@ -177,8 +180,10 @@ class Request:
         if self.deterministic:
             return TileCall(*known, own, Reference(), None, *self._gatherings(problem, own))
         decide = functools.partial(agreement.decide, transport, fields)
-        before = self._before(problem, own, transport, fields)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
+        if isinstance(own, PassPlan):
+            return PassCall(*known, own, kernel)
+        before = self._before(problem, own, transport, fields)
         return TileCall(*known, own, kernel, before)
 
     def _before(self, problem: Problem, plan: Plan, transport: Transport, fields: Mapping[str, str]) -> TileCall | None:
@@ -226,7 +231,7 @@ class Request:
         if isinstance(schedule, str) and schedule in ("auto", "wave"):
             schedule = Wave()
         if not isinstance(schedule, Wave):
-            wrong = f"{schedule} brings keys to queries in any order. Use schedule='auto', which takes the wave"
+            wrong = f"{schedule} meets keys in any order. Use schedule='auto', which takes the wave"
         elif self.deterministic:
             wrong = "deterministic=True computes tiles in an order of its own. Leave it out"
         elif self.kernel != "auto":
@@ -257,8 +262,9 @@ class Request:
         parts = [name for name in mechanism.params if problem.wants(name) or name in mechanism.sharded]
         kernel, _ = chosen_kernel("reference" if self.kernel == "auto" else self.kernel, problem)
         wrong = None
-        if not plan.payload.per_key:
-            wrong = f"{self.schedule} exchanges {plan.payload.unit}, cut by rank. Use ring, route or auto"
+        if plan.queries_travel or not plan.payload.per_key:
+            what = "merges the states of queries" if plan.queries_travel else f"exchanges {plan.payload.unit}"
+            wrong = f"{self.schedule} {what}, cut by rank. Use ring, route or auto"
         elif not mechanism.by_rows:
             wrong = f"{type(mechanism).__name__} does not promise it (Mechanism.by_rows). Use Softmax, Hard or Linear"
         elif parts:

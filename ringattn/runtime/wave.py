@@ -11,6 +11,7 @@ Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -250,8 +251,9 @@ def _extended(call: WaveCall, own: Pair) -> Pair:
     whole = tuple(x.new_empty(*x.shape[:2], plan.before + x.shape[2], x.shape[3], dtype=torch.float64) for x in own)
     for target, x in zip(whole, own, strict=True):
         target[:, :, plan.before :] = x
+    pack = functools.partial(plan.window.attended.pack, problem, own)
     for step, move in call.transport.buffers.views(call, _passes).forward:
-        under_way = move.start(call.transport, plan.window.payload, problem, own)
+        under_way = move.start(call.transport, pack)
         if step.tiles and step.phase:
             at, rows = plan.arrivals[step.phase]
             for target, x in zip(whole, halves(move.rows, problem), strict=True):
@@ -265,15 +267,17 @@ def _returned(call: WaveCall, own: Pair, grads: Pair) -> Pair:
     plan, problem = call.plan, call.problem
     totals = grads[0][:, :, plan.before :], grads[1][:, :, plan.before :]
     if plan.window is not None:
+        payload = plan.window.attended
+        pack = functools.partial(payload.pack, problem, own)
         for step, move in call.transport.buffers.views(call, _passes).backward:
-            under_way = move.start(call.transport, plan.window.payload, problem, own)
+            under_way = move.start(call.transport, pack)
             if step.tiles and step.phase:
                 at, rows = plan.arrivals[step.phase]
                 move.drows.zero_()
                 for target, x in zip(halves(move.drows, problem), grads, strict=True):
                     target[:, :, rows] = x[:, :, at].to(target.dtype)
             under_way.wait()
-            move.take_back(plan.window.payload, problem, own, totals)
+            move.take_back(payload, problem, own, totals)
     return totals[0].to(problem.dtype), totals[1].to(problem.dtype)
 
 

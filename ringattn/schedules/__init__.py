@@ -5,11 +5,12 @@ texts, comparisons and conformance follow. One from outside the package is given
 """
 
 from ringattn.schedules.base import Schedule
+from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
 
-MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, Scan)
+MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, PassQ, Scan)
 """Every schedule, simpler ones first."""
 
-__all__ = ["MEMBERS", "Ring", "Route", "Scan", "Schedule"]
+__all__ = ["MEMBERS", "PassQ", "Ring", "Route", "Scan", "Schedule"]

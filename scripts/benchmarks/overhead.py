@@ -162,7 +162,7 @@ def _kernel(call: TileCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
         if step.phase == 0 and step.tiles:
             state = call.kernel.forward(call.problem, q, k, v, step.tiles, state)
         elif step.tiles:
-            state = call.plan.payload.attend(call.problem, call.kernel, q, move.rows, step.tiles, state)
+            state = call.plan.attended.attend(call.problem, call.kernel, q, move.rows, step.tiles, state)
 
 
 def walked(ranks: int, backward: bool) -> tuple[int, int, int]:
