@@ -81,8 +81,9 @@ def connect(config: Config) -> tuple[ringattn.Mesh, torch.device]:
         # are torch.distributed's: MPI is what auto takes there.
         of_torch = not on_gpu and (torch.cuda.is_available() or config.wrap != "none")
         transport: Literal["auto", "gloo"] = "gloo" if of_torch else "auto"
-        ring = config.world // config.replicas
-        mesh = ringattn.init(ring, transport=transport, timeout=config.timeout, profile=config.profile)
+        mesh = ringattn.init(
+            config.ring, config.ulysses, transport=transport, timeout=config.timeout, profile=config.profile
+        )
     return mesh, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

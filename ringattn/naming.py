@@ -1,11 +1,15 @@
 """Members of a folder by name: an instance, a member's name, or ``module:Name`` from outside the package.
 
+On a command line a name may have arguments, as the member's class takes them: ``route(lookahead=0)``.
+
 Each folder lists its members once, in a tuple ``MEMBERS``; names, error texts, help texts and tables follow from it.
 Nothing is registered: what is not a member is given as an instance, or as the place to import it from.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
@@ -44,7 +48,8 @@ def named(
 
     Args:
         kind: what is asked for, for errors, such as ``schedule``.
-        value: an instance of ``base``, or a name.
+        value: an instance of ``base``, or a name. After a name there may be arguments in parentheses: numbers, texts,
+            True, False and None as in Python, and names of other members, which need no quotes.
         base: the contract.
         members: instances, or what makes one when called without arguments, by name or as a ``MEMBERS`` tuple.
         also: names that the caller takes beside these, such as ``auto``; only for the error's list.
@@ -63,6 +68,9 @@ def named(
     if value in known:
         member = known[value]
         return member if isinstance(member, base) else _made(kind, value, cast("Callable[..., T]", member))
+    name, _, arguments = value.partition("(")
+    if arguments and name in known and not isinstance(known[name], base):
+        return _made(kind, name, functools.partial(cast("Callable[..., T]", known[name]), **_arguments(kind, value)))
     if ":" not in value:
         raise InputError(f"{wanted}; got {shown(value)}.")
     found = imported(kind, value)
@@ -71,6 +79,26 @@ def named(
     if isinstance(found, type) and issubclass(found, base):
         return _made(kind, value, found)
     raise InputError(f"{kind} {shown(value)} is no {base.__name__}; it is {shown(found)}.")
+
+
+def _arguments(kind: str, text: str) -> dict[str, object]:
+    """Those of ``name(first=1, second=other)``.
+
+    Raises:
+        InputError: it is not written so.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("arguments are given by their names, as in name(argument=1)")
+        return {str(each.arg): _value(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{kind} {shown(text)} cannot be read: {error}.") from error
+
+
+def _value(node: ast.expr) -> object:
+    """A literal, or the text of a name that may have arguments itself."""
+    return ast.unparse(node) if isinstance(node, (ast.Name, ast.Call)) else ast.literal_eval(node)
 
 
 def imported(kind: str, place: str) -> object:
@@ -91,10 +119,10 @@ def imported(kind: str, place: str) -> object:
 
 
 def _made(kind: str, name: str, member: Callable[..., T]) -> T:
-    """An instance from a class, or from what makes one."""
+    """An instance from a class, or from what makes one, called with the arguments that were given."""
     try:
         return member()
     except RingAttentionError:
         raise
     except Exception as error:
-        raise InputError(f"{kind} {shown(name)} cannot be made without arguments ({error}); make it first.") from error
+        raise InputError(f"{kind} {shown(name)} cannot be made so ({error}); make it first.") from error

@@ -23,6 +23,8 @@ def _found(value: object, members: Any = MEMBERS) -> Schedule:
 def test_found() -> None:
     assert _found("route") == ringattn.Route()
     assert _found(ROUTE) is ROUTE
+    assert _found("route(lookahead=0)") == ROUTE and _found("route()") == ringattn.Route()
+    assert _found("ring(gradient_wire=input, lookahead=0)") == ringattn.Ring(lookahead=0, gradient_wire="input")
     assert _found("x", {"x": lambda: ROUTE}) is _found("x", {"x": ROUTE}) is ROUTE
     assert _found("ringattn:Scan") == ringattn.Scan()
     assert _found(f"{__name__}:ROUTE") is ROUTE
@@ -41,7 +43,14 @@ def test_found() -> None:
         ("ringattn:Rind", "the module ringattn has no 'Rind'"),
         ("ringattn:Zigzag", "is no Schedule; it is <class"),
         ("os:abort", "is no Schedule; it is <built-in function abort>"),
-        ("ringattn.schedules.base:Schedule", "cannot be made without arguments"),
+        ("ringattn.schedules.base:Schedule", "cannot be made so"),
+        ("route(lookahead=2)", "lookahead is 0 or 1 phases; got 2."),
+        ("route(lookahed=0)", "unexpected keyword argument 'lookahed'"),
+        ("route(0)", "arguments are given by their names"),
+        ("route(lookahead=0", "cannot be read: '(' was never closed"),
+        ("route(lookahead=0) + 1", "arguments are given by their names"),
+        ("route(lookahead=1 + 1)", "cannot be read"),
+        ("rout(lookahead=0)", "or 'module:Name'; got 'rout(lookahead=0)'."),
         (":Ring", "cannot be imported: ValueError"),
         (".ring:Ring", "cannot be imported: TypeError"),
     ],

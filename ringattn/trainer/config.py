@@ -42,6 +42,7 @@ Examples:
   ringattn train --wrap deepspeed --zero 3 --checkpoint-activations
   ringattn train --folder runs/long --save-every 100 --resume auto
   torchrun --nproc-per-node 8 launch/train.py --replicas 2 --batch 2 --wrap fsdp2
+  torchrun --nproc-per-node 8 launch/train.py --ulysses 2   rings of 4, heads for sequence in pairs
 """
 EXTRAS = ("matplotlib", "safetensors")  # what a run folder is written with
 
@@ -72,6 +73,7 @@ class Config:
 
     ranks: Annotated[int | None, _ranks("Processes to start here; default 4, or as launched.", min=1)] = None
     replicas: Annotated[int, _ranks("Groups of ranks, each with sequences of its own.", min=1)] = 1
+    ulysses: Annotated[int, _ranks("Neighbouring ranks of a sequence that exchange heads for tokens.", min=1)] = 1
     timeout: Annotated[float, _ranks("Seconds after which a wait for another rank is an error.", min=1)] = 600.0
     layout: Annotated[str, _ranks(f"Who holds which tokens: auto, {_names(layouts.NAMED)}.")] = "auto"
     schedule: Annotated[str, _ranks(f"What moves when: auto, {_names(by_name(schedules.MEMBERS))}.")] = "auto"
@@ -135,6 +137,11 @@ class Config:
         launch = Launch.found(os.environ)
         return launch.world if launch.started else self.ranks or DEFAULT_RANKS
 
+    @property
+    def ring(self) -> int:
+        """Ranks on the ring axis: those that replicas and the ulysses axis leave."""
+        return self.world // (self.replicas * self.ulysses)
+
     def validate(self) -> None:
         """Raises InputError at the first thing that cannot work, before any process or connection is made."""
         if self.sample is not None:
@@ -166,9 +173,11 @@ class Config:
     def _rehearse(self) -> None:
         """The library itself says whether it knows these names: this rank's plan, and attention over two tokens."""
         mask, length, head_dim = ringattn.Causal(), 2, self.shape.head_dim
-        ring = self.world // self.replicas
-        mesh = ringattn.Mesh.virtual(ring=ring, rank=Launch.found(os.environ).rank % ring)
-        ringattn.plan(mask, ringattn.Sharding(self.length, mesh, self.layout, mask), self.schedule)
+        mesh = ringattn.Mesh.virtual(
+            self.ring, self.ulysses, Launch.found(os.environ).rank % (self.ring * self.ulysses)
+        )
+        sharding, heads = ringattn.Sharding(self.length, mesh, self.layout, mask), (self.heads, self.kv_heads)
+        ringattn.plan(mask, sharding, self.schedule, heads=heads, head_dims=(head_dim, head_dim), dtype=self.dtype)
         sharding = ringattn.Sharding(length, ringattn.init(transport="local"), layout=self.layout, mask=mask)
         q, k, v = (
             torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, self.dtype))
@@ -185,6 +194,9 @@ class Config:
         _need(self.width % (2 * heads) == 0, f"--width {self.width} must be even times --heads {heads}.")
         _need(self.ranks in (None, world), f"The launcher started {world} ranks; got --ranks {self.ranks}.")
         _need(world % self.replicas == 0, f"--replicas {self.replicas} does not divide the {world} ranks.")
+        sequence = world // self.replicas
+        divided = sequence % self.ulysses == 0
+        _need(divided, f"--ulysses {self.ulysses} does not divide the {sequence} ranks of a sequence.")
         _need(self.batch % self.replicas == 0, f"--replicas {self.replicas} does not divide --batch {self.batch}.")
         alone = self.wrap != "none" and world == 1
         _need(not alone, f"--wrap {self.wrap} is for several ranks; got one. Leave it out, or set --ranks.")

@@ -47,6 +47,9 @@ BAD = {
     "--lr 0": "--lr",
     "--ranks 0": "--ranks",
     "--ranks 4 --replicas 3": "--replicas 3",
+    "--ranks 4 --ulysses 3": "--ulysses 3 does not divide the 4 ranks",
+    "--ranks 8 --replicas 2 --batch 2 --ulysses 8": "--ulysses 8 does not divide the 4 ranks",
+    "--schedule route(lookahed=1)": "lookahed",
     "--replicas 2": "--batch 1",
     "--check 1 --dtype bfloat16": "--check",
     "--lenght 5": "--lenght",
@@ -120,16 +123,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
-def test_replicas_train_like_one_rank(
+def test_replicas_of_two_axes_train_like_one_rank(
     trainer: ModuleType, texts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two sequences a step, one on each of two replicas: gradients are summed over the world."""
+    """Two sequences a step, one on each of two replicas of two ranks: gradients are summed over the world."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     line = ["--data", str(texts), "--length", "40", "--steps", "0", "--check", "2", *MODEL]
-    code = run_command(trainer.main, [*line, "--ranks", "2", "--replicas", "2", "--batch", "2"])
+    code = run_command(trainer.main, [*line, *["--ranks", "4", "--replicas", "2", "--ulysses", "2", "--batch", "2"]])
     out, err = capfd.readouterr()
     assert code == 0, err
-    assert "on 2 ranks and on 1 are equal" in out
+    assert "on 4 ranks and on 1 are equal" in out
 
 
 def test_bad_input_ends_the_command_with_2() -> None:

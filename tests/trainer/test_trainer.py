@@ -172,12 +172,12 @@ def test_compiled_and_recomputed_blocks_are_the_blocks(
         assert compare(trace, alone).largest <= TOLERANCE
 
 
-def _wrapped(mesh: ringattn.Mesh, config: Config) -> list[tuple[Trace, float]]:
+def _wrapped(mesh: ringattn.Mesh, config: Config, axis: str) -> list[tuple[Trace, float]]:
     """SGD steps with every wrapper of torch, on two replicas of two ranks; the norm that the next step clips by."""
     from torch.distributed.device_mesh import init_device_mesh
 
     devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    mesh = ringattn.Mesh.from_device_mesh(devices, ring="cp", data="dp")
+    mesh = ringattn.Mesh.from_device_mesh(devices, data="dp", **{axis: "cp"})
     trainer = load_trainer()
     corpus, found = Corpus(read_corpus(config.data)[0], config.seed), []
     for wrap in ("none", "ddp", "fsdp2"):
@@ -189,10 +189,11 @@ def _wrapped(mesh: ringattn.Mesh, config: Config) -> list[tuple[Trace, float]]:
     return found
 
 
-def test_wrappers_of_torch_train_alike(trainer: ModuleType, tiny: Config, gloo: Workers) -> None:
+@pytest.mark.parametrize("axis", ["ring", "ulysses"])
+def test_wrappers_of_torch_train_alike(trainer: ModuleType, tiny: Config, gloo: Workers, axis: str) -> None:
     config = dataclasses.replace(tiny, batch=4, replicas=2)
     [alone] = traces(trainer, config, 1)
-    for found in gloo.run(4, _wrapped, config):
+    for found in gloo.run(4, _wrapped, config, axis):
         for trace, norm in found:
             difference = compare(trace, alone)
             assert difference.largest <= TOLERANCE, difference.table()
