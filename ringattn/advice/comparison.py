@@ -18,6 +18,7 @@ from ringattn.masks import Mask, checked
 from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.mesh import Mesh
 from ringattn.naming import by_name
 from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_count, shortened
@@ -40,7 +41,11 @@ def schedules_for(mechanism: Mechanism) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be planned: a mask over `length` tokens on `ring` ranks, the heads of the call and what attends."""
+    """What is to be planned: a mask over `length` tokens on ranks, the heads of the call and what attends.
+
+    Attributes:
+        ring, ulysses: the ranks' axes, as `ringattn.init` takes them.
+    """
 
     mask: Mask
     length: int
@@ -51,11 +56,16 @@ class Request:
     value_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
     mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         checked(self.mask)
         tokens(self.length, "The sequence's length")
-        integer(self.ring, "ring", least=1, below=MOST_RANKS + 1, needed="a number of ranks, all of which are planned")
+        for axis in ("ring", "ulysses"):
+            needed = "a number of ranks, all of which are planned"
+            integer(getattr(self, axis), axis, least=1, below=MOST_RANKS + 1, needed=needed)
+        if self.ranks > MOST_RANKS:
+            raise InputError(f"At most {MOST_RANKS} ranks are planned together; got {self.ranks}.")
         for name in ("heads", "kv_heads", "dim", "value_dim"):
             integer(getattr(self, name), name, least=1, below=MOST)
         if self.heads % self.kv_heads:
@@ -63,6 +73,21 @@ class Request:
                 f"Query heads must be a multiple of key heads; got {self.heads} and {self.kv_heads}. "
                 f"Use {self.heads} key heads, or a divisor of it."
             )
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the first of the ranks."""
+        return Mesh.virtual(self.ring, self.ulysses)
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.ring * self.ulysses
+
+    @property
+    def shown_ranks(self) -> str:
+        """How many, in words, and on which axes where there are two."""
+        return f"{self.ranks} ranks" + f" ({self.ring} x {self.ulysses})" * (self.ulysses > 1)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -76,6 +101,7 @@ class Request:
             layout=layout,
             schedule=schedule,
             ring=self.ring,
+            ulysses=self.ulysses,
             heads=(self.heads, self.kv_heads),
             head_dims=(self.dim, self.value_dim),
             dtype=self.dtype,
@@ -89,7 +115,7 @@ class Request:
 
     def spans(self, layout: str) -> Array:
         """Who holds what, as `layouts` describes it."""
-        return layouts.named(layout, self.mask, self.length)[0].spans(self.length, self.ring)
+        return layouts.named(layout, self.mask, self.length)[0].spans(self.length, self.ranks)
 
     def tiles(self, layout: str) -> int:
         """How many tiles the layout cuts the mask into, or some more."""
@@ -97,7 +123,7 @@ class Request:
 
     def __str__(self) -> str:
         return (
-            f"{self.mechanism}, {shortened(str(self.mask))}, {self.length} tokens on {self.ring} ranks, "
+            f"{self.mechanism}, {shortened(str(self.mask))}, {self.length} tokens on {self.shown_ranks}, "
             f"{self.heads} query and {self.kv_heads} key heads of {self.dim}, {dtype_name(self.dtype)}"
         )
 
@@ -170,7 +196,7 @@ class Comparison:
         """The bound in bytes, of the mean rank."""
         asked = self.request
         row = asked.kv_heads * (asked.dim + asked.value_dim) * asked.dtype.itemsize
-        return self.bound / asked.ring * row
+        return self.bound / asked.ranks * row
 
 
 def tile_count(regions: Regions, spans: Array) -> int:
@@ -219,8 +245,8 @@ def compare(
     left_out = {name: size for name, size in sizes.items() if size > COMPARED_TILES}
     compared = [name for name in names if name not in left_out]
     if not compared:
-        raise InputError(_too_many(left_out, request.ring))
-    bound = ringattn.lower_bound(request.mask, request.length, request.ring)
+        raise InputError(_too_many(left_out, request.ranks))
+    bound = ringattn.lower_bound(request.mask, request.length, request.ranks)
     known: dict[tuple[bytes, str], Combination] = {}
     combinations, refused = [], {}
     asked = request.schedules if schedules is None else schedules
@@ -244,8 +270,7 @@ def compare(
 def _auto(request: Request, combinations: Sequence[Combination], bound: float) -> Combination | None:
     if request.tiles("auto") > COMPARED_TILES:
         return None
-    mesh = ringattn.Mesh.virtual(ring=request.ring)
-    sharding = ringattn.Sharding(request.length, mesh, mask=request.mask)
+    sharding = ringattn.Sharding(request.length, request.mesh, mask=request.mask)
     one = ringattn.plan(request.mask, sharding, mechanism=request.mechanism)
     layout, schedule = request.layout_named("auto"), schedule_of(one)
     same = [x for x in combinations if (x.layout, x.schedule) == (layout, schedule)]
@@ -256,12 +281,12 @@ def refuse_too_many(request: Request, layout: str) -> None:
     """An error where a layout would cut the mask into more tiles than fit into memory."""
     size = request.tiles(layout)
     if size > PLANNED_TILES:
-        raise InputError(_too_many({layout: size}, request.ring))
+        raise InputError(_too_many({layout: size}, request.ranks))
 
 
-def _too_many(sizes: dict[str, int], ring: int) -> str:
+def _too_many(sizes: dict[str, int], ranks: int) -> str:
     found = ", ".join(f"{name} into {readable_count(size)}" for name, size in sizes.items())
-    return f"On {ring} ranks this mask would be cut into too many tiles to plan: {found}. Take another layout."
+    return f"On {ranks} ranks this mask would be cut into too many tiles to plan: {found}. Take another layout."
 
 
 def schedule_of(plan: Plan) -> str:

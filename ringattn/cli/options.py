@@ -37,7 +37,10 @@ def listed(names: Iterable[str]) -> str:
 
 
 Length = Annotated[int, typer.Option(help="Tokens of the sequence.", min=0)]
-RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence.", min=1)]
+RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequence; with --ulysses, groups.", min=1)]
+UlyssesSize = Annotated[
+    int, typer.Option("--ulysses", help="Ranks of a group, which exchange heads for tokens.", min=1)
+]
 Heads = Annotated[int, typer.Option(help="Query heads.", min=1)]
 KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many as query heads unless given.", min=1)]
 Dim = Annotated[int, typer.Option(help="Size of a query and key.", min=1)]

@@ -44,6 +44,7 @@ Rank = Annotated[int | None, typer.Option(help="Explain this rank's plan step by
 
 def plan(
     ring: options.RingSize = 4,
+    ulysses: options.UlyssesSize = 1,
     length: options.Length = 8192,
     heads: options.Heads = 8,
     kv_heads: options.KvHeads = None,
@@ -76,8 +77,10 @@ def plan(
       ringattn plan --ring 8 --length 65536 --mechanism linear
 
       ringattn plan --ring 8 --length 8192 --layout zigzag --schedule route --rank 3
+
+      ringattn plan --ring 4 --ulysses 2 --length 65536 --heads 32 --kv-heads 8
     """
-    _refuse(layout, schedule, verified, rank, ring, draw)
+    _refuse(layout, schedule, verified, rank, ring * ulysses, draw)
     request = Request(
         masks.parse(mask),
         length,
@@ -88,6 +91,7 @@ def plan(
         value_dim or dim,
         options.dtype_named(dtype),
         options.mechanism_named(mechanism),
+        ulysses,
     )
     try:
         if "all" in (layout, schedule):
@@ -101,14 +105,14 @@ def plan(
         raise typer.Exit(1) from error
 
 
-def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ring: int, draw: Path | None) -> None:
+def _refuse(layout: str, schedule: str, verified: str, rank: int | None, ranks: int, draw: Path | None) -> None:
     if layout != "all":
         layouts.named(layout, masks.Causal(), 1)
     if schedule != "all":
         named_schedule(schedule)
     choice(verified, "--verify", CHECKED)
-    if rank is not None and rank >= ring:
-        raise InputError(f"--rank must be below --ring ({ring}); got {rank}.")
+    if rank is not None and rank >= ranks:
+        raise InputError(f"--rank must be below the number of ranks ({ranks}); got {rank}.")
     options.check_writable(draw, "--draw", ".png")
 
 
@@ -122,7 +126,7 @@ def _compared(
     as_json: bool,
 ) -> None:
     if verified == "auto":
-        size = request.length * request.ring
+        size = request.length * request.ranks
         verified = "all" if size <= CHECK_ALL else "recommended" if size <= CHECK_ONE else "none"
     comparison = compare(request, names, schedules, verified, partial(options.track, "layouts and schedules"))
     advice = recommend(comparison.combinations)

@@ -55,7 +55,7 @@ def show_comparison(comparison: Comparison, choice: Recommendation) -> None:
 
 def _show_notes(console: Console, comparison: Comparison) -> None:
     """What the columns leave open: the bound, what was left out, what was checked."""
-    ring, everything = comparison.request.ring, comparison.request.length * (comparison.request.ring - 1)
+    request, everything = comparison.request, comparison.request.length * (comparison.request.ranks - 1)
     notes = []
     if comparison.bound:
         notes.append(
@@ -67,7 +67,8 @@ def _show_notes(console: Console, comparison: Comparison) -> None:
     for name, words in comparison.refused.items():
         console.print(f"not {name}: {words}", highlight=False)
     for name, tiles in comparison.left_out.items():
-        notes.append(f"left out: {name} would cut this mask into up to {readable_count(tiles)} tiles on {ring} ranks")
+        cut = f"would cut this mask into up to {readable_count(tiles)} tiles on {request.ranks} ranks"
+        notes.append(f"left out: {name} {cut}")
     checked = {
         "all": "checked: the plans of every combination, all ranks' together",
         "recommended": "checked: the plans of the recommended combination only (--verify all checks every one)",
@@ -95,7 +96,9 @@ def comparison_for_machines(comparison: Comparison, choice: Recommendation) -> d
     return {
         "mask": str(asked.mask),
         "length": asked.length,
-        "ranks": asked.ring,
+        "ranks": asked.ranks,
+        "ring": asked.ring,
+        "ulysses": asked.ulysses,
         "heads": asked.heads,
         "kv_heads": asked.kv_heads,
         "dim": asked.dim,

@@ -48,6 +48,7 @@ class Outcome:
 
 def simulate(
     ring: options.RingSize = 4,
+    ulysses: options.UlyssesSize = 1,
     length: options.Length = 2048,
     heads: options.Heads = 4,
     kv_heads: options.KvHeads = None,
@@ -79,19 +80,22 @@ def simulate(
       ringattn simulate --ring 4 --length 8192 --mechanism linear --backward
 
       ringattn simulate --ring 64 --length 16384 --schedule route --json
+
+      ringattn simulate --ring 2 --ulysses 4 --length 4096 --heads 8 --kv-heads 2 --backward
     """
-    given = {"ranks": ring, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
+    given = {"ranks": ring * ulysses, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
     case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, kernel, **given)
-    integer(ring, "--ring", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
+    integer(ring * ulysses, "--ring times --ulysses", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
+    mesh = Mesh.virtual(ring, ulysses)
     options.refuse_too_large(case)
-    planned = _planned(case, schedule)
+    planned = _planned(case, mesh, schedule)
     started = time.perf_counter()
     answer = _oracle(case)
     oracle_seconds = time.perf_counter() - started
     bounds = _shown(limits(case, answer))
-    outcomes = [_run(each, plans, answer, bounds) for each, plans in planned.items()]
+    outcomes = [_run(each, mesh, plans, answer, bounds) for each, plans in planned.items()]
     if as_json:
-        options.print_json(_machine(case, outcomes, oracle_seconds))
+        options.print_json(_machine(case, mesh, outcomes, oracle_seconds))
     else:
         _show(case, outcomes, oracle_seconds)
     if not all(outcome.within for outcome in outcomes):
@@ -103,26 +107,27 @@ def _shown(results: dict[str, float]) -> dict[str, float]:
     return {name: results[name] for name in NAMES if name in results}
 
 
-def _planned(case: Case, schedule: str | None) -> dict[Case, list[Plan]]:
+def _planned(case: Case, mesh: Mesh, schedule: str | None) -> dict[Case, list[Plan]]:
     """Every rank's plan by the schedule asked for; otherwise by each that serves the mechanism, mask and layout."""
     names = schedules_for(case.attends) if schedule is None else (schedule,)
     planned = {}
     for each in (dataclasses.replace(case, schedule=name) for name in names):
         try:
-            planned[each] = _plans(each)
+            planned[each] = _plans(each, mesh)
         except UnsupportedError:
             if schedule is not None or isinstance(case.attends, Ordered):
                 raise
     return planned
 
 
-def _plans(case: Case) -> list[Plan]:
+def _plans(case: Case, mesh: Mesh) -> list[Plan]:
     return ringattn.plan_all(
         case.mask,
         case.length,
         layout=case.layout,
         schedule=case.schedule,
-        ring=case.ranks,
+        ring=mesh.ring,
+        ulysses=mesh.ulysses,
         heads=(case.heads, case.kv_heads),
         head_dims=(case.dim, case.value_dim),
         dtype=case.dtype,
@@ -150,21 +155,21 @@ class _Messages(ProgressColumn):
         return ProgressBar(total=self._total or None, completed=done, width=40, pulse=not self._total)
 
 
-def _run(case: Case, plans: list[Plan], answer: reference.Evaluation, bounds: dict[str, float]) -> Outcome:
+def _run(case: Case, mesh: Mesh, plans: list[Plan], answer: reference.Evaluation, bounds: dict[str, float]) -> Outcome:
     moved = [plan.traffic() for plan in plans]
     messages = sum(t.messages + t.backward_messages * case.backward for t in moved)
     planned = sum((t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t in moved)
     inputs = case.inputs()
     column = _Messages(messages)
 
-    def rank(mesh: Mesh) -> Part:
-        column.transports.append(mesh.connected())
-        return attend(mesh, case, inputs)
+    def rank(one: Mesh) -> Part:
+        column.transports.append(one.connected())
+        return attend(one, case, inputs)
 
     with options.progress_bar("{task.description}", column, TimeElapsedColumn()) as progress:
         progress.add_task(f"{case.schedule} on {case.ranks} virtual ranks")
         started = time.perf_counter()
-        simulation = ringattn.simulate(rank, ring=case.ranks)
+        simulation = ringattn.simulate(rank, ring=mesh.ring, ulysses=mesh.ulysses)
         seconds = time.perf_counter() - started
     return Outcome(
         str(case.schedule),
@@ -178,7 +183,7 @@ def _run(case: Case, plans: list[Plan], answer: reference.Evaluation, bounds: di
     )
 
 
-def _machine(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> dict[str, Any]:
+def _machine(case: Case, mesh: Mesh, outcomes: list[Outcome], oracle_seconds: float) -> dict[str, Any]:
     shown = [
         {
             **dataclasses.asdict(outcome),
@@ -188,7 +193,8 @@ def _machine(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> dict
         for outcome in outcomes
     ]
     return {
-        "ring": case.ranks,
+        "ring": mesh.ring,
+        "ulysses": mesh.ulysses,
         "mask": str(case.mask),
         "mechanism": str(case.attends),
         "length": case.length,

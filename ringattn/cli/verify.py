@@ -59,6 +59,7 @@ def verify(
     kernel: options.KernelName = "auto",
     dtype: options.DtypeName = "float32",
     seed: options.Seed = 0,
+    ulysses: options.UlyssesSize = 1,
     model: Annotated[
         str | None,
         typer.Option(help="A transformers model to check instead: config.json, a folder with one, or module:function."),
@@ -79,13 +80,15 @@ def verify(
 
       torchrun --nproc-per-node 2 --no-python ringattn verify --mask "window:127&causal" --dtype bfloat16
 
+      torchrun --nproc-per-node 4 --no-python ringattn verify --ulysses 2
+
     With --model, a transformers model with random weights is compared with itself in one process: every attention
     layer, logits, loss and every gradient, on packed documents of --length tokens; and no document may see another.
 
       torchrun --nproc-per-node 2 --no-python ringattn verify --model my-model/config.json --shrink --length 257
     """
     if model is not None:
-        verify_model(model, length, shrink=shrink, seed=seed, as_json=as_json)
+        verify_model(model, length, ulysses=ulysses, shrink=shrink, seed=seed, as_json=as_json)
         return
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")
@@ -93,7 +96,7 @@ def verify(
     case = options.case_of(mask or usual, length, heads, kv_heads, dim, None, dtype, mechanism, kernel, seed=seed)
     options.refuse_too_large(case)
     case.mask.regions(length, length)  # a mask that does not fit is refused before any rank waits for another
-    mesh = ringattn.init()
+    mesh = ringattn.init(ulysses=ulysses)
     try:
         case = dataclasses.replace(case, ranks=mesh.sequence_size)
         findings = _findings(mesh, _combinations(mesh, case, layout, schedule))
@@ -123,7 +126,15 @@ def _combinations(mesh: Mesh, case: Case, layout: str | None, schedule: str | No
             if isinstance(case.attends, Ordered):
                 ringattn.plan_wave(sharding, mechanism=case.attends, mask=case.mask)
             else:
-                ringattn.plan(case.mask, sharding, taken.schedule, mechanism=case.attends)
+                ringattn.plan(
+                    case.mask,
+                    sharding,
+                    taken.schedule,
+                    heads=(case.heads, case.kv_heads),
+                    head_dims=(case.dim, case.value_dim),
+                    dtype=case.dtype,
+                    mechanism=case.attends,
+                )
             cases.append(taken)
         except UnsupportedError:  # on every rank alike
             if schedule is not None:

@@ -21,7 +21,7 @@ PASSES = 3
 SHOWN = 8  # layers and gradients of a table, the worst first
 
 
-def verify_model(source: str, length: int, *, shrink: bool, seed: int, as_json: bool) -> None:
+def verify_model(source: str, length: int, *, ulysses: int, shrink: bool, seed: int, as_json: bool) -> None:
     """Prints the verdict on rank 0; ends with exit code 1 on every rank where the model differs from itself."""
     if length < 3:
         raise InputError(f"verify --model packs three documents: --length must be 3 or more; got {length}.")
@@ -33,7 +33,7 @@ def verify_model(source: str, length: int, *, shrink: bool, seed: int, as_json: 
         ) from error
     model = load_model(source, shrink=shrink, seed=seed)  # refused before any rank waits for another
     documents = [length // 3, 1, length - length // 3 - 1]
-    mesh = ringattn.init()
+    mesh = ringattn.init(ulysses=ulysses)
     try:
         with options.bar("verifying", PASSES, shown=mesh.rank == 0) as advance:
             parity = compare(model, mesh, documents, seed=seed, advance=advance)

@@ -80,6 +80,19 @@ def test_simulate_takes_any_length_and_number_of_ranks(shape: tuple[str, str]) -
     assert run("simulate", "--length", shape[0], "--ring", shape[1], "--backward").exit_code == 0
 
 
+def test_simulate_and_plan_on_two_axes() -> None:
+    shown = run("simulate", "--ring", "3", "--ulysses", "2", "--length", "61", "--dim", "8", "--backward", "--json")
+    value = json.loads(shown.stdout)
+    assert shown.exit_code == 0 and (value["ring"], value["ulysses"]) == (3, 2)
+    for outcome in value["schedules"]:
+        assert outcome["received_bytes"] == outcome["planned_bytes"] > 0
+    shown = run("plan", "--ring", "3", "--ulysses", "2", "--length", "61", "--schedule", "route(lookahead=0)", "--json")
+    value = json.loads(shown.stdout)
+    assert shown.exit_code == 0 and [value[name] for name in ("ranks", "ring", "ulysses")] == [6, 3, 2]
+    shown = run("plan", "--ring", "3", "--ulysses", "2", "--length", "61")
+    assert "61 tokens on 6 ranks (3 x 2)" in shown.output
+
+
 def test_simulate_ends_with_1_when_the_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = conformance.attend
 

@@ -34,7 +34,7 @@ def test_the_table_has_every_mechanism() -> None:
     assert rows["Softmax()"]["state"] == "Dv + 1"
     assert rows["Softmax()"]["received_bytes"] == 12 * 2 * 16 * 4  # rank 1 of zigzag sees half of the other's: 12 keys
     assert rows["Linear()"]["travels"] == "D Dv + D a run of keys"
-    assert rows["Linear()"]["schedules"] == ["ring", "route", "scan"]
+    assert {"ring", "route", "scan"} <= {*rows["Linear()"]["schedules"]}
     assert all(row["times"] is None for row in rows.values())
 
 
