@@ -38,6 +38,7 @@ from ringattn.plans.verification import verify
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.plans.wavefront import verify_waves
 from ringattn.saving import safe_globals
+from ringattn.schedules.all_gather import AllGather
 from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AgreementError",
+    "AllGather",
     "Balance",
     "Balanced",
     "Blocks",

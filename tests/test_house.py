@@ -51,9 +51,10 @@ MAY: dict[str, str] = {
     "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps",
     "plans.steps": "bands layouts masks payloads.base plans.buffers plans.exchanges plans.shape plans.tiles plans.walk",
     "plans.coverage": "bands errors layouts plans.tiles plans.steps",
+    "plans.slices": "bands plans.steps",
     "plans.homing": "bands errors plans.steps plans.tiles",
-    "plans.verification": "bands checking errors layouts plans.coverage plans.exchanges plans.homing plans.tiles "
-    "plans.steps",
+    "plans.verification": "bands checking errors layouts plans.coverage plans.exchanges plans.homing plans.slices "
+    "plans.tiles plans.steps",
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.passing": "bands masks plans.exchanges plans.plan plans.steps plans.tiles",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
@@ -65,9 +66,10 @@ MAY: dict[str, str] = {
     "plans.planning plans.shape plans.wavefront schedules.wave sharding",
     "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
     "mechanisms.softmax payloads.base payloads.queries plans.assembly plans.demand plans.links plans.passing readable "
-    "plans.plan plans.shape plans.tiles naming schedules schedules.wave",
+    "plans.plan plans.shape plans.slices plans.tiles naming schedules schedules.wave",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
     "schedules.wave": "checking",
+    "schedules.all_gather": "bands checking plans.assembly plans.demand plans.tiles schedules.base",
     "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
     "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
     "plans.tiles",
@@ -116,8 +118,8 @@ MAY: dict[str, str] = {
     "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering",
     "runtime.passing": "kernels.base kernels.reference mechanisms.base payloads.base payloads.columns payloads.outputs "
     "payloads.queries runtime.call runtime.preparing",
-    "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.steps "
-    "transports.base",
+    "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.shape "
+    "plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "payloads.outputs plans.passing readable plans.plan plans.planning runtime.agreement runtime.call "
     "runtime.gathering runtime.spelling kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave "
@@ -141,7 +143,9 @@ MAY: dict[str, str] = {
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "
     "plans.coverage plans.grid plans.plan plans.planning runtime.agreement runtime.messages runtime.transforms "
     "schedules.route sharding transports.base",
-    "runtime.engine": "mechanisms.base runtime.call runtime.messages runtime.preparing",
+    "runtime.heads": "mechanisms.base payloads.base",
+    "runtime.engine": "mechanisms.base payloads.base plans.shape runtime.call runtime.heads runtime.messages "
+    "runtime.preparing",
     "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.passing "
     "runtime.request runtime.running runtime.spelling runtime.transforms runtime.wave transports.base",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",

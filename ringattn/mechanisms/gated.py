@@ -165,7 +165,7 @@ class Gated(Summarising):
 
     def summarise(self, problem: Problem, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, sums = self._apart(k)
-        last = sums[:, :, -1:]
+        last = _last(sums)
         state: torch.Tensor = (keys * _decay(last - sums)).transpose(-1, -2) @ v
         return torch.cat([state.flatten(2), last.flatten(2)], dim=-1)
 
@@ -202,7 +202,7 @@ class Gated(Summarising):
         self, problem: Problem, k: torch.Tensor, v: torch.Tensor, dsummary: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         keys, sums = self._apart(k)
-        decays = _decay(sums[:, :, -1:] - sums)
+        decays = _decay(_last(sums) - sums)
         dstate = self._opened(dsummary)[0].unflatten(2, (keys.shape[-1], problem.value_dim))
         dk = None
         if problem.wants("k"):
@@ -252,6 +252,18 @@ class Gated(Summarising):
         (content, _), (keys, _) = self._apart(q.unflatten(1, (problem.kv_heads, -1))), self._apart(k.unsqueeze(2))
         products = content @ keys.transpose(-1, -2)
         return products * self._decays(problem, block, q, k) * self._scale(problem)
+
+
+def _last(sums: torch.Tensor) -> torch.Tensor:
+    """The cumulative sums ``[B, Hkv, 1, 2]`` at the last of keys, of ``[B, Hkv, N, 2]``, where least is left.
+
+    Keys of several ranks lie in a buffer in the order of the ranks, which need not be that of positions.
+    """
+    if not sums.shape[-1]:
+        return sums[:, :, -1:]
+    backwards = sums.flip(2)
+    at = backwards[..., :1].argmin(dim=2, keepdim=True)  # of equal ones the last, in whose digits the rest is told
+    return backwards.gather(2, at.expand(*at.shape[:3], sums.shape[-1]))
 
 
 def _decay(difference: torch.Tensor) -> torch.Tensor:

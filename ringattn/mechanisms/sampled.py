@@ -178,7 +178,7 @@ class Sampled(Scored):
         for at in (x.unbind(1) for x in near.nonzero().split(AT_ONCE)):
             batch, head, row, column = at
             where = block.q_positions(device)[row], block.k_positions(device)[column]
-            noise = alike(_gumbel, uniform(problem.seed, batch, head, *where))
+            noise = alike(_gumbel, uniform(problem.seed, batch, head + problem.first_head, *where))
             out[at] = self.pairs(problem, block, q, k, at) + noise
         return out
 

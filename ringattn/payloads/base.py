@@ -47,10 +47,12 @@ class Parcel:
     Attributes:
         spans: half-open ranges of the rank's keys, in the order they travel.
         rows: what stands for them, part of a buffer.
+        slice: of which slice of heads.
     """
 
     spans: list[tuple[int, int]]
     rows: torch.Tensor
+    slice: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

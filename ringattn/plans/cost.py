@@ -49,18 +49,22 @@ def traffic(plan: Program) -> Traffic:
     """Counts the items of a plan's steps."""
     forward = [step.exchange for step in plan.steps if step.exchange]
     backward = [step.exchange for step in plan.backward_steps if step.exchange]
-    wire = None if plan.shape is None else plan.shape.wire(plan.payload, plan.gradient_wire)
+    shape = plan.shape
+    wire = None if shape is None else shape.wire(plan.payload, plan.gradient_wire)
 
-    def rows(exchanges: list[Exchange], side: str, gradient: bool) -> int:
-        return sum(item.rows for x in exchanges for item in getattr(x, side) if item.gradient == gradient)
+    def rows(side: str) -> int:
+        """Each once, whose heads may travel in slices."""
+        return sum(x.rows for each in forward for x in getattr(each, side) if not (x.gradient or x.slice))
 
     def size(exchanges: list[Exchange], side: str) -> int | None:
-        if wire is None:
+        if shape is None or wire is None:
             return None
         there, back = (wire.there, wire.back) if exchanges is forward else (wire.backward_there, wire.backward_back)
-        return rows(exchanges, side, False) * there + rows(exchanges, side, True) * back
+        heads = shape.heads_of(plan.slices)
+        items: list[Item] = [item for each in exchanges for item in getattr(each, side)]
+        return sum(x.rows * heads[x.slice] * (back if x.gradient else there) for x in items) // shape.kv_heads
 
-    sent, received = rows(forward, "sends", False), rows(forward, "receives", False)
+    sent, received = rows("sends"), rows("receives")
     unit = "queries" if plan.queries_travel else "tokens" if plan.payload.per_key else "summaries"
     counted = {f"{side}_{x}": 0 for side in ("sent", "received") for x in ("tokens", "summaries", "queries")}
     return Traffic(
@@ -110,9 +114,15 @@ def memory(plan: Program) -> Memory:
         "kernel": _kernel_rows(plan, shape) * narrow,
     }
     rows, wire = plan.buffer_rows, shape.wire(plan.payload, plan.gradient_wire)
-    travels, returns = max(wire.there, wire.backward_there), max(wire.back, wire.backward_back)
+    widest = shape.heads_of(plan.slices)[0]
+
+    def of_slice(size: int) -> int:
+        """Of the bytes of a row, those of the widest slice."""
+        return size * widest // shape.kv_heads
+
+    travels, returns = of_slice(max(wire.there, wire.backward_there)), of_slice(max(wire.back, wire.backward_back))
     buffers |= {f"{plan.payload.name} {nth}": count * travels for nth, count in enumerate(rows.received)}
-    buffers |= {f"gradients {nth}": count * wire.held for nth, count in enumerate(rows.gradients)}
+    buffers |= {f"gradients {nth}": count * of_slice(wire.held) for nth, count in enumerate(rows.gradients)}
     buffers["staging"] = rows.staging * travels
     buffers["gradient staging"] = rows.grad_staging * returns
     buffers["gradient arrivals"] = rows.grad_arrivals * returns
@@ -130,7 +140,9 @@ def _kernel_rows(plan: Program, shape: Shape) -> int:
         rows = step_tiles.rows
         q = int((rows[:, tiles.Q] + rows[:, tiles.M]).max() - rows[:, tiles.Q].min())
         k = int((rows[:, tiles.K] + rows[:, tiles.N]).max() - rows[:, tiles.K].min())
-        most = max(most, q * shape.heads * shape.dim + k * shape.kv_heads * (shape.dim + shape.value_dim))
+        heads = shape.heads_of(plan.slices)[0] if phase else shape.kv_heads
+        group = shape.heads // shape.kv_heads
+        most = max(most, heads * (q * group * shape.dim + k * (shape.dim + shape.value_dim)))
     return most * shape.batch
 
 
@@ -147,6 +159,7 @@ def explain(plan: Program) -> str:
         f"sends {sent} in {moved.messages} messages{home}",
     ]
     lines += [f"  {plan.reason}"] if plan.reason else []
+    lines += [f"  key heads in {_sizes(plan)}, one after the other"] if plan.slices > 1 else []
     if plan.shape is not None:
         lines.append(
             f"  {moved.received_bytes} bytes received forward, {moved.backward_received_bytes} backward; "
@@ -163,6 +176,11 @@ def explain(plan: Program) -> str:
             parts.append(f"compute {len(step.tiles)} tiles, {step.tiles.area} pairs, {over} {where}")
         lines.append(f"  phase {step.phase}: " + "; ".join(parts))
     return "\n".join(lines)
+
+
+def _sizes(plan: Program) -> str:
+    words = f"{plan.slices} slices"
+    return words if plan.shape is None else f"{words} of {', '.join(map(str, plan.shape.heads_of(plan.slices)))}"
 
 
 def _rows(plan: Program, item: Item) -> str:

@@ -28,12 +28,14 @@ class Item:
         parts: ``(phase, start, stop)``, half-open row ranges in the order they travel: of the buffer of a phase, or of
             this rank's own rows in phase 0, of which what is not per key travels once for each range. Rows that are
             received have one phase; gradients are added to what lies in these ranges.
+        slice: of which slice of heads, where these travel apart.
     """
 
     peer: int
     payload: Payload
     gradient: bool
     parts: Array
+    slice: int = 0
 
     @functools.cached_property
     def phases(self) -> set[int]:

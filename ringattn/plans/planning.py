@@ -29,6 +29,7 @@ from ringattn.plans.links import MOST, ROW_BYTES, Links
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
 from ringattn.plans.shape import GradientWire, Shape
+from ringattn.plans.slices import in_slices
 from ringattn.plans.tiles import K_RANK
 from ringattn.readable import dtype_name, readable_seconds, shortened
 from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule
@@ -39,18 +40,21 @@ CLOSE = 0.02  # of two schedules' seconds, which differ by less for no reason
 MAX_PLANS = 1 << 17  # at once: half a minute
 
 
-def named_schedule(schedule: Any) -> Schedule | None:
-    """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand."""
+def named_schedule(schedule: Any, heads: tuple[int, int] | None = None) -> Schedule | None:
+    """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand.
+
+    Args:
+        heads: query and key heads, where they are known, for which it is made.
+    """
     if isinstance(schedule, Wave) or (isinstance(schedule, str) and schedule == "wave"):
         raise UnsupportedError(
             "wave hands blocks of queries from rank to rank, for mechanisms that walk the keys in order, such as "
             "Monotonic. Use ring, route or auto."
         )
-    return (
-        None
-        if isinstance(schedule, str) and schedule == "auto"
-        else named("schedule", schedule, Schedule, MEMBERS, also=("auto",))
-    )
+    if isinstance(schedule, str) and schedule == "auto":
+        return None
+    found = named("schedule", schedule, Schedule, MEMBERS, also=("auto",))
+    return found if heads is None else found.for_heads(pair(heads, "heads", "two numbers, of query and key heads")[1])
 
 
 def plan(
@@ -88,7 +92,7 @@ def plan(
     _check_mechanism(mechanism)
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
     check_causal(demand, mechanism)
-    taken, reason = _taken(named_schedule(schedule), demand, mechanism, sharding.mesh.links)
+    taken, reason = _taken(named_schedule(schedule, heads), demand, mechanism, sharding.mesh.links)
     shape = shape_of(heads, head_dims, dtype, batch, mechanism)
     shape = _with_queries(shape, taken.payload, taken.gradient_wire, mechanism)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason, shape)
@@ -108,16 +112,16 @@ def verified_plan(
     Raises:
         PlanError: the plan is wrong.
     """
-    taken = named_schedule(schedule)
+    taken = named_schedule(schedule, shape.get("heads"))
     if taken is not None:
         _check_serves(taken, mechanism)
     kv = None
     if kv_sharding is not None and kv_sharding != sharding:
         kv = (kv_sharding.length, kv_sharding.layout)
-    key = (mask, kv, schedule, isinstance(mechanism, Summarising), mechanism is not None and mechanism.causal)
+    key = (mask, kv, taken or schedule, isinstance(mechanism, Summarising), mechanism is not None and mechanism.causal)
     kept: Plan | None = sharding.plans.get(key)
     if kept is None:
-        kept = plan(mask, sharding, schedule, kv_sharding, mechanism=mechanism)
+        kept = plan(mask, sharding, taken or schedule, kv_sharding, mechanism=mechanism)
         kept.verify()
         sharding.plans.keep(key, kept)
     asked = _with_queries(shape_of(mechanism=mechanism, **shape), kept.payload, kept.gradient_wire, mechanism)
@@ -157,7 +161,7 @@ def plan_all(
     demand = _demand(mask, sharding, kv_sharding).for_all_ranks()
     check_causal(demand, mechanism)
     words, shape = _words(mask, sharding, kv_sharding), shape_of(heads, head_dims, dtype, batch, mechanism)
-    taken, reason = _taken(named_schedule(schedule), demand, mechanism, None)
+    taken, reason = _taken(named_schedule(schedule, heads), demand, mechanism, None)
     shape = _with_queries(shape, taken.payload, taken.gradient_wire, mechanism)
     return [_build(demand, rank, taken, words, reason, shape) for rank in range(demand.size)]
 
@@ -328,4 +332,5 @@ def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: st
         gradient_wire=schedule.gradient_wire,
         shape=shape,
     )
+    built = in_slices(built, schedule.head_slices)
     return dataclasses.replace(PassPlan.of(built, mask) if passed else built, reason=reason)

@@ -37,6 +37,10 @@ class Shape:
         """Bytes of an accumulated number: float64 for float64 inputs, else float32."""
         return max(self.itemsize, 4)
 
+    def heads_of(self, slices: int) -> tuple[int, ...]:
+        """The key heads of so many slices, larger ones first."""
+        return heads_of(self.kv_heads, slices)
+
     def wire(self, payload: Payload, gradient_wire: GradientWire) -> Wire:
         """The bytes of one row of a payload."""
         if not isinstance(payload, Attended):
@@ -46,3 +50,9 @@ class Shape:
         there = row * (self.accumulator if payload.accumulated else self.itemsize)
         back = row * (self.itemsize if gradient_wire == "input" else self.accumulator)
         return Wire(there, 0, there, back, held=row * self.accumulator)
+
+
+def heads_of(heads: int, slices: int) -> tuple[int, ...]:
+    """How many of so many heads each slice has, larger ones first."""
+    each, more = divmod(heads, slices)
+    return tuple(each + (nth < more) for nth in range(slices))

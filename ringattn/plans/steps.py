@@ -76,6 +76,8 @@ class Program:
             in buffer 0, and of others those to whose gradients it is added before they go on.
         lookahead: 1 when the next exchange runs while this rank computes, 0 when it does not.
         gradient_wire: the dtype in which gradients of keys and values travel.
+        slices: into how many slices of key heads, with the query heads that read them, everything is cut that is not of
+            this rank's own keys. Where there are several, phase p is of slice p - 1, and its exchange brings no other.
         shape: heads, dims and dtype, where they were given.
         reason: why this schedule was taken, where ``auto`` chose it.
     """
@@ -97,6 +99,7 @@ class Program:
     grad_receives: Array
     lookahead: int
     gradient_wire: GradientWire
+    slices: int = 1
     shape: Shape | None = None
     reason: str = ""
 
@@ -126,11 +129,10 @@ class Program:
 
     @functools.cached_property
     def area(self) -> int:
-        """Allowed pairs this rank computes."""
-        asked = self.tile_rows[:, PARTIAL] != 0
-        return Tiles(self.tile_rows[~asked]).area + sum(
-            tiles.partial_area(self.mask, row) for row in self.tile_rows[asked].tolist()
-        )
+        """Allowed pairs this rank computes, each counted once, whose heads may be computed in slices."""
+        rows = self.tile_rows if self.slices == 1 else self.tile_rows[self.tile_phases <= 1]
+        asked = rows[:, PARTIAL] != 0
+        return Tiles(rows[~asked]).area + sum(tiles.partial_area(self.mask, row) for row in rows[asked].tolist())
 
     @functools.cached_property
     def tiles(self) -> dict[int, Tiles]:
@@ -158,25 +160,37 @@ class Program:
         """The messages of gradients in each phase."""
         for phase, rows in grouped(table[:, GRAD_PHASE], table):
             peer, buffer, start, stop = rows[:, GRAD_PEER:].T
-            yield phase, self._items(peer, start, stop, True, buffer)
+            yield phase, self._items(peer, start, stop, True, buffer, self.slice_of(phase - self.lag))
 
     @functools.cached_property
     def _key_exchanges(self) -> dict[int, Exchange]:
         exchanges: dict[int, Exchange] = {}
         for phase, rows in grouped(self.sends[:, SEND_PHASE], self.sends):
             start, stop, source = rows[:, [SEND_START, SEND_STOP, SEND_SOURCE]].T
-            exchanges[phase] = Exchange(phase, sends=self._items(rows[:, SEND_PEER], start, stop, False, source))
+            items = self._items(rows[:, SEND_PEER], start, stop, False, source, self.slice_of(phase))
+            exchanges[phase] = Exchange(phase, sends=items)
         for phase, rows in grouped(self.receives[:, RECV_PHASE], self.receives):
             offset = rows[:, RECV_OFFSET]
             stop = offset + received_rows(self.payload, rows)
-            items = self._items(rows[:, RECV_SENDER], offset, stop, False, phase)
+            items = self._items(rows[:, RECV_SENDER], offset, stop, False, phase, self.slice_of(phase))
             exchange = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(exchange, receives=items)
         return exchanges
 
-    def _items(self, peers: Array, start: Array, stop: Array, gradient: bool, phases: int | Array) -> tuple[Item, ...]:
+    def _items(
+        self, peers: Array, start: Array, stop: Array, gradient: bool, phases: int | Array, nth: int
+    ) -> tuple[Item, ...]:
         parts = np.stack([np.broadcast_to(phases, start.shape), start, stop], axis=1)
-        return tuple(Item(peer, self.payload, gradient, part) for peer, part in grouped(peers, parts))
+        return tuple(Item(peer, self.payload, gradient, part, nth) for peer, part in grouped(peers, parts))
+
+    @property
+    def lag(self) -> int:
+        """How many phases after its keys a gradient goes home that goes straight there: it is computed by then."""
+        return 1 + self.lookahead
+
+    def slice_of(self, phase: int) -> int:
+        """The slice of heads that a phase is of."""
+        return phase - 1 if self.slices > 1 else 0
 
     @functools.cached_property
     def phase_rows(self) -> dict[int, int]:
@@ -227,9 +241,8 @@ class Program:
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
-        h.update(
-            repr((self.rank, self.size, self.payload.name, self.lookahead, self.gradient_wire, self.shape)).encode()
-        )
+        options = self.payload.name, self.lookahead, self.gradient_wire, self.slices, self.shape
+        h.update(repr((self.rank, self.size, *options)).encode())
         return h.hexdigest()
 
 

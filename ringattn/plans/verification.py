@@ -21,6 +21,7 @@ from ringattn.plans import tiles
 from ringattn.plans.coverage import Keys, Sums, sums_of_mask, sums_of_tiles
 from ringattn.plans.exchanges import Exchange, Item, Step
 from ringattn.plans.homing import verify_returns
+from ringattn.plans.slices import of_slice
 from ringattn.plans.steps import GRAD_BUFFER, Program
 from ringattn.plans.tiles import Tiles
 
@@ -37,7 +38,9 @@ def verify_rank(plan: Program, keys: Keys | None = None) -> None:
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps, keys)
         _verify_slots(plan, name, steps)
-        _verify_coverage(plan, name, steps, allowed, keys)
+        for nth in range(plan.slices):
+            computed = [step for step in steps if plan.slices == 1 or step.phase in (0, nth + 1)]
+            _verify_coverage(plan, name, computed, allowed, keys)
     _verify_gradients(plan)
     _verify_canonical(plan)
 
@@ -62,13 +65,14 @@ def verify(plans: Sequence[Program]) -> None:
             (plan.q_spans, first.q_spans),
             (plan.k_spans, first.k_spans),
         )
-        alike = (plan.gradient_wire, plan.payload) == (first.gradient_wire, first.payload)
+        alike = all(getattr(plan, name) == getattr(first, name) for name in ("gradient_wire", "payload", "slices"))
         if not alike or not all(np.array_equal(a, b) for a, b in asked):
             raise PlanError(
-                f"Rank {plan.rank} and rank 0 planned for another mask, sharding, payload or gradient dtype."
+                f"Rank {plan.rank} and rank 0 planned for another mask, sharding, payload, gradient dtype or slices."
             )
         verify_rank(plan, keys)
-    verify_returns(plans)
+    for nth in range(first.slices):
+        verify_returns([of_slice(plan, nth) if plan.slices > 1 else plan for plan in plans])
     for name, exchanges in (
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
@@ -85,6 +89,8 @@ def _verify_form(plan: Program) -> None:
     columns = [tiles.M, tiles.N, tiles.Q_STEP, tiles.K_STEP, tiles.Q_STRIDE, tiles.K_STRIDE]
     if len(plan.tile_phases) != len(plan.tile_rows) or (plan.tile_rows[:, columns] < 1).any():
         raise PlanError(f"Rank {plan.rank} has tiles without a phase, without pairs, or with a step below 1.")
+    if plan.slices > 1 and not {*plan.slots} <= {*range(1, plan.slices + 1)}:
+        raise PlanError(f"Rank {plan.rank} receives keys in phases that are of none of its {plan.slices} slices.")
 
 
 def _verify_canonical(plan: Program) -> None:
@@ -252,7 +258,7 @@ def _match(
         for (i, send), (j, receive) in zip(sends, receives, strict=True):
             meets[sender][i].append((receiver, j))
             meets[receiver][j].append((sender, i))
-            if send.gradient != receive.gradient or not _carry_the_same(
+            if (send.gradient, send.slice) != (receive.gradient, receive.slice) or not _carry_the_same(
                 _positions(plans[sender], send, keys), _positions(plans[receiver], receive, keys)
             ):
                 raise PlanError(

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 import torch
 
 from ringattn.mechanisms.base import OutputGrad, Problem, State
+from ringattn.payloads.base import Attended, Parcel
+from ringattn.plans.shape import heads_of
 from ringattn.runtime import preparing
 from ringattn.runtime.call import TileCall
+from ringattn.runtime.heads import Heads
 from ringattn.runtime.messages import Moves
 
 
@@ -53,18 +56,30 @@ def _finished(
     call: TileCall, problem: Problem, passes: Moves, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, State]:
     """What one pass over keys and values gives."""
-    kernel, payload = call.kernel, call.plan.attended
-    pack, state = functools.partial(payload.pack, problem, (k, v)), None
+    kernel, payload, mechanism = call.kernel, call.plan.attended, problem.mechanism
+    every, state = Heads.sliced(problem, heads_of(problem.kv_heads, call.plan.slices)), None
+    pack = functools.partial(_pack, payload, every, k, v)
     for step, move in passes:
         under_way = move.start(call.transport, pack)
-        if step.tiles:
-            state = (
-                kernel.forward(problem, q, k, v, step.tiles, state)
-                if step.phase == 0
-                else payload.attend(problem, kernel, q, move.rows, step.tiles, state)
-            )
+        if step.tiles and step.phase == 0:
+            state = kernel.forward(problem, q, k, v, step.tiles, state)
+        elif step.tiles:
+            if state is None and len(every) > 1:
+                state = mechanism.empty(problem, q.shape[2])
+            some = every[call.plan.slice_of(step.phase)]
+            seen = None if state is None else some.of_state(state)
+            part = payload.attend(some.problem, kernel, some.of_queries(q), move.rows, step.tiles, seen)
+            state = part if state is None else state
         under_way.wait()
-    return problem.mechanism.finish(problem, problem.mechanism.empty(problem, q.shape[2]) if state is None else state)
+    return mechanism.finish(problem, mechanism.empty(problem, q.shape[2]) if state is None else state)
+
+
+def _pack(
+    payload: Attended, every: Sequence[Heads], k: torch.Tensor, v: torch.Tensor, parcels: Sequence[Parcel]
+) -> None:
+    """Writes the rows of all parcels of one exchange, which are of one slice of heads."""
+    some = every[parcels[0].slice]
+    payload.pack(some.problem, some.of_keys(k, v), parcels)
 
 
 def backward(
@@ -83,7 +98,8 @@ def backward(
     compare = call.compare(f"bwd {number}", seed)
     problem = call.problem_of(params, seed)
     kernel, payload = call.kernel, call.plan.attended
-    pack = functools.partial(payload.pack, problem, (k, v))
+    every = Heads.sliced(problem, heads_of(problem.kv_heads, call.plan.slices))
+    pack = functools.partial(_pack, payload, every, k, v)
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     own = dk, dv = (
         problem.rows(problem.kv_heads, k.shape[2], problem.dim),
@@ -97,9 +113,13 @@ def backward(
             kernel.backward(problem, q, k, v, output_grad, step.tiles, (dq, dk, dv), dparams)
         elif step.tiles:
             drows = move.drows.zero_() if problem.wants("k", "v") else move.drows
-            payload.attend_grad(problem, kernel, q, move.rows, output_grad, step.tiles, dq, drows, dparams)
+            some = every[call.plan.slice_of(step.phase)]
+            query, result = some.of_queries(q), some.of_output(output_grad)
+            gradients = some.of_queries(dq), drows, some.of_params(dparams)
+            payload.attend_grad(some.problem, kernel, query, move.rows, result, step.tiles, *gradients)
         under_way.wait()
-        move.take_back(payload, problem, (k, v), own)
+        some = every[move.back]
+        move.take_back(payload, some.problem, some.of_keys(k, v), some.of_keys(*own))
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]

@@ -17,6 +17,7 @@ from ringattn.payloads.base import Attended, Pair, Parcel
 from ringattn.payloads.columns import Columns
 from ringattn.plans.exchanges import Exchange, Item, Step
 from ringattn.plans.plan import Plan
+from ringattn.plans.shape import heads_of
 from ringattn.plans.steps import Program
 from ringattn.transports.base import Buffers, Handle, Message, Transport
 
@@ -57,6 +58,11 @@ class Move:
         for source, target in self.copies:
             target.copy_(source)
         return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
+
+    @property
+    def back(self) -> int:
+        """The slice of heads whose gradients have come back, all of one exchange of one."""
+        return self.returned[0].slice if self.returned else 0
 
     def take_back(self, payload: Attended, problem: Problem, own: Pair, grads: Pair) -> None:
         """Adds the gradients that came, when the exchange is over: to those of own keys, or to others' on their way."""
@@ -143,10 +149,6 @@ class Form:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.batch, self.heads, self.size
-
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
@@ -181,10 +183,12 @@ class _Rooms:
 
     def __init__(self, plan: Program, forms: Forms, buffers: Buffers, gradients: bool = True) -> None:
         self._plan = plan
+        self._heads = heads_of(forms.arriving.heads, plan.slices)
         rows = plan.buffer_rows if gradients else dataclasses.replace(plan.buffer_rows, grad_staging=0, grad_arrivals=0)
 
         def take(name: str, count: int, form: Form) -> torch.Tensor:
-            return buffers.take(name, (count, *form.shape), form.dtype, form.device)
+            shape = count, form.batch, self._heads[0], form.size
+            return buffers.take(name, shape, form.dtype, form.device)
 
         self._received = [take(f"rows {nth}", count, forms.arriving) for nth, count in enumerate(rows.received)]
         self._gradients = [
@@ -201,7 +205,7 @@ class _Rooms:
         staging, grad_staging = _Staging(self._staging), _Staging(self._grad_staging)
         for item in exchange.sends:
             if plan.packed(item):
-                rows = (grad_staging if item.gradient else staging).next(item.rows)
+                rows = (grad_staging if item.gradient else staging).next(item.rows, self._heads[item.slice])
                 own, others = self._apart(item, rows)
                 packs += own
                 copies += others
@@ -211,7 +215,7 @@ class _Rooms:
         receives, returned, summed, arrivals = [], [], [], _Staging(self._grad_arrivals)
         for item in exchange.receives:
             if item.gradient:
-                rows = arrivals.next(item.rows)
+                rows = arrivals.next(item.rows, self._heads[item.slice])
                 parcels, others = self._apart(item, rows)
                 returned += parcels
                 summed += [(part, into) for into, part in others]
@@ -243,7 +247,7 @@ class _Rooms:
             item.sources, rows.split([count for _, _, count in item.sources]), strict=True
         ):
             if phase == 0:
-                parcels.append(Parcel(spans, part))
+                parcels.append(Parcel(spans, part, item.slice))
                 continue
             source = self._rows(item.gradient, phase)
             parts = part.split([stop - start for start, stop in spans])
@@ -254,17 +258,27 @@ class _Rooms:
         """The rows of a phase, or their gradients, in the buffer that it has; none for a rank's own."""
         slots, rooms = (self._plan.grad_slots, self._gradients) if gradients else (self._plan.slots, self._received)
         slot = slots.get(phase)
-        return self._nothing if slot is None or not rooms else rooms[slot][: self._plan.phase_rows[phase]]
+        if slot is None or not rooms:
+            return self._nothing
+        return _first(rooms[slot], self._plan.phase_rows[phase], self._heads[self._plan.slice_of(phase)])
+
+
+def _first(rows: torch.Tensor, count: int, heads: int) -> torch.Tensor:
+    """The first of a buffer's rows, which have so many heads; it may have been made for more."""
+    if rows.shape[2] == heads:
+        return rows[:count]
+    _, batch, _, size = rows.shape
+    return rows.view(-1)[: count * batch * heads * size].view(count, batch, heads, size)
 
 
 class _Staging:
-    """Hands out the rows of a buffer, from its beginning, to the messages of one exchange."""
+    """Hands out a buffer's rows, from its beginning, to the messages of one exchange, all of one slice of heads."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
         self._at = 0
 
-    def next(self, count: int) -> torch.Tensor:
+    def next(self, count: int, heads: int) -> torch.Tensor:
         """The next rows."""
         self._at += count
-        return self._rows[self._at - count : self._at]
+        return _first(self._rows, self._at, heads)[self._at - count :]

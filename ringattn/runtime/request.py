@@ -265,6 +265,8 @@ class Request:
         if plan.queries_travel or not plan.payload.per_key:
             what = "merges the states of queries" if plan.queries_travel else f"exchanges {plan.payload.unit}"
             wrong = f"{self.schedule} {what}, cut by rank. Use ring, route or auto"
+        elif plan.slices > 1:
+            wrong = "every key that a rank needs lies there at once, all heads of it. Use AllGather(slices=1)"
         elif not mechanism.by_rows:
             wrong = f"{type(mechanism).__name__} does not promise it (Mechanism.by_rows). Use Softmax, Hard or Linear"
         elif parts:

@@ -4,13 +4,14 @@ To add a schedule, write one file, its line in ``MEMBERS`` and its name in ``rin
 texts, comparisons and conformance follow. One from outside the package is given as an instance or as ``module:Name``.
 """
 
+from ringattn.schedules.all_gather import AllGather
 from ringattn.schedules.base import Schedule
 from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
 
-MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, PassQ, Scan)
+MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, AllGather, PassQ, Scan)
 """Every schedule, simpler ones first."""
 
-__all__ = ["MEMBERS", "PassQ", "Ring", "Route", "Scan", "Schedule"]
+__all__ = ["MEMBERS", "AllGather", "PassQ", "Ring", "Route", "Scan", "Schedule"]

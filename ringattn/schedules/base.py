@@ -47,6 +47,15 @@ class Schedule(ABC):
         """Why the schedule cannot serve a mask and sharding, in words; None when it can."""
         return None
 
+    @property
+    def head_slices(self) -> int:
+        """Into how many slices of key heads what travels is cut, whose plans are one in phases of their own."""
+        return 1
+
+    def for_heads(self, kv_heads: int) -> Schedule:
+        """The same for so many key heads."""
+        return self
+
     @abstractmethod
     def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
         """The phase in which each of these ranks' queries meets the keys of the other; 0 for a rank's own.

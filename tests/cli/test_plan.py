@@ -71,7 +71,7 @@ def test_the_comparison_is_what_the_plans_say(mask: str, length: int, ring: int)
         assert x["steps"] == max(len(plan.steps) for plan in plans)
         assert x["memory"] == max(plan.memory().total for plan in plans)
         received = sum(t.received_tokens for t in moved)
-        assert x["over_bound"] == (pytest.approx(received / bound) if bound else None)
+        assert x["over_bound"] == (pytest.approx(received / bound) if bound and not moved[0].received_queries else None)
 
 
 @pytest.mark.parametrize(
