@@ -46,6 +46,8 @@ MAY: dict[str, str] = {
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.shape": "payloads.base",
     "plans.exchanges": "bands payloads.base plans.tiles",
+    "plans.stages": "bands",
+    "plans.clock": "bands plans.shape plans.steps",
     "plans.walk": "plans.exchanges plans.tiles",
     "plans.buffers": "plans.exchanges",
     "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps",
@@ -71,8 +73,8 @@ MAY: dict[str, str] = {
     "schedules.wave": "checking",
     "schedules.all_gather": "bands checking plans.assembly plans.demand plans.tiles schedules.base",
     "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
-    "schedules.*": "bands errors layouts schedules.base payloads.base payloads.summaries plans.assembly plans.demand "
-    "plans.tiles",
+    "schedules.*": "bands checking errors layouts schedules.base payloads.base payloads.summaries plans.assembly "
+    "plans.demand plans.stages plans.tiles",
     "mechanisms.base": "checking errors",
     "mechanisms.dropout": "checking errors mechanisms.base",
     "mechanisms.lse": "mechanisms.base",

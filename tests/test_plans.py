@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn.conformance.drawing import LAYOUTS, SCHEDULES
+from ringattn.conformance.drawing import FORMS, LAYOUTS, SCHEDULES
 from ringattn.errors import InputError, PlanError
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
@@ -34,7 +34,7 @@ def _plans(schedule: Schedule | str = "route", mask: ringattn.Mask | None = None
     length=st.integers(0, 90),
     ranks=st.integers(1, 9),
     layout=st.sampled_from(("auto", *LAYOUTS)),
-    schedule=st.sampled_from(("auto", *SCHEDULES)),
+    schedule=st.sampled_from(("auto", *SCHEDULES, *FORMS)),
 )
 def test_every_plan_is_right(
     data: st.DataObject, length: int, ranks: int, layout: str, schedule: Schedule | str

@@ -26,6 +26,9 @@ SCHEDULES: tuple[Schedule, ...] = tuple(
 )
 """Those that can serve any call."""
 
+FORMS: tuple[Schedule, ...] = (schedules.Route(stages=2), schedules.Route(stages=9, buffer=24))
+"""Other forms of these."""
+
 PARTIAL: tuple[Schedule, ...] = tuple(
     member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.MEMBERS if not member.payload.per_key
 )
@@ -63,7 +66,7 @@ PREDICATES = tuple(map(Predicate, (sparse, dilated, everything)))
 def draw(
     random: Random,
     *,
-    served_by: Sequence[Schedule | str] = ("auto", *SCHEDULES),
+    served_by: Sequence[Schedule | str] = ("auto", *SCHEDULES, *FORMS),
     kernels: Sequence[Kernel | str] = ("auto", "reference"),
     dtypes: Sequence[torch.dtype] = DTYPES,
     ranks: Sequence[int] = RANKS,

@@ -31,6 +31,7 @@ class Demand:
         regions, partial: its regions in these lengths: all pairs allowed, and pairs to be asked for.
         q_spans, k_spans: who holds which queries and keys, as `layouts` describes.
         size: ranks that share the sequence.
+        node: how many neighbouring ones share a node; None where all do, or it is not known.
         table: the cut of all ranks, sorted by the rank of the queries, then of the keys; None where ranks are planned
             one by one.
     """
@@ -41,6 +42,7 @@ class Demand:
     q_spans: Array
     k_spans: Array
     size: int
+    node: int | None = None
     table: Array | None = None
     _memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -97,6 +99,13 @@ class Demand:
             yield used
             ranks = _next(ranks, cut)
 
+    def needed_by_all(self, most: int) -> Array | None:
+        """The key rows that all ranks' queries use, without a cut: see `keys_needed_by`.
+
+        None where they are not seen at once, for the strides of a layout, or would be more than ``most`` ranges.
+        """
+        return self.memo(_needed_by_all, most)
+
     def cut(self, q_spans: Array, k_spans: Array) -> Array:
         """The mask cut by some ranks' queries and keys, sorted by the rank of the queries, then of the keys."""
         table = tiles.cut(self.regions, q_spans, k_spans)
@@ -137,6 +146,24 @@ def _keys_requested_from(demand: Demand, ranks: range) -> tuple[Array, int]:
     """The key rows of these ranks that queries use, and how many tiles do."""
     table = _columns(demand, ranks)
     return tiles.used_keys(table), len(table)
+
+
+def _needed_by_all(demand: Demand, most: int) -> Array | None:
+    spans = demand.k_spans[demand.k_spans[:, layouts.COUNT] > 0]
+    ranges = tiles.key_ranges(np.concatenate([demand.regions, demand.partial]), demand.q_spans)
+    if ranges is None or ((spans[:, layouts.STRIDE] > 1) & (spans[:, layouts.COUNT] > 1)).any():
+        return None
+    spans = spans[np.argsort(spans[:, layouts.START])]  # one behind the other: together they are the sequence
+    begin = spans[:, layouts.START]
+    end = begin + spans[:, layouts.COUNT]
+    first, last = np.searchsorted(end, ranges[:, 1], side="right"), np.searchsorted(begin, ranges[:, 2], side="left")
+    if int((last - first).sum()) > most:
+        return None
+    which, nth = bands.expand(last - first)
+    span = first[which] + nth
+    shift = spans[span, layouts.OFFSET] - begin[span]
+    start, stop = np.maximum(ranges[which, 1], begin[span]), np.minimum(ranges[which, 2], end[span])
+    return tiles.merged(np.stack([ranges[which, 0], spans[span, layouts.RANK], start + shift, stop + shift], axis=1))
 
 
 def _next(ranks: range, tile_count: int) -> range:

@@ -142,15 +142,18 @@ def plan_all(
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     mechanism: Mechanism | None = None,
+    node: int | None = None,
 ) -> list[Plan]:
     """Every rank's plan, without any process. Arguments as for `plan`.
+
+    ``node`` says how many neighbouring ranks share a node, whose links are faster; None that all do.
 
     >>> from ringattn.masks import Causal
     >>> [p.area for p in plan_all(Causal(), 8, "contiguous", ring=2)]
     [10, 26]
     """
     _check_mechanism(mechanism)
-    mesh = Mesh.virtual(ring, ulysses)
+    mesh = Mesh.virtual(ring, ulysses, node=node)
     if mesh.sequence_size > MAX_PLANS:
         raise InputError(
             f"plan_all makes the plans of up to {MAX_PLANS} ranks; got {mesh.sequence_size}. Make those you need with "
@@ -181,9 +184,8 @@ def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
             f"Queries and keys must be sharded over the same mesh; got {sharding.mesh} and {kv_sharding.mesh}."
         )
     lengths = sharding.length, kv_sharding.length
-    return Demand(
-        mask, *checked(mask).classify(*lengths), sharding.spans, kv_sharding.spans, sharding.mesh.sequence_size
-    )
+    mesh, spans = sharding.mesh, (sharding.spans, kv_sharding.spans)
+    return Demand(mask, *checked(mask).classify(*lengths), *spans, mesh.sequence_size, mesh.node)
 
 
 def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
