@@ -1,10 +1,12 @@
 """ringattn on ranks of one thread each, against PyTorch in one process and DeepSpeed's Ulysses on as many ranks.
 
-ringattn takes part over Gloo and over MPI with the kernel that it chooses, and over Gloo with each kernel by its name.
+ringattn takes part with what it chooses by itself, over Gloo and over MPI, and over Gloo with each kernel and with each
+schedule by its name.
 
-All contestants live at the same time and are called in turn, round after round, so that a slow minute of the machine
-is everybody's. A time is that of the slowest rank from a common barrier; medians over the rounds are printed, and
-beside each the error of its results against the float64 oracle, in units of the arrays A of ringattn.reference.
+All contestants live at the same time, those of ringattn in the same processes, and are called in turn, round after
+round, so that a slow minute of the machine is everybody's. A time is that of the slowest rank from a common barrier;
+medians over the rounds are printed, and beside each the error of its results against the float64 oracle, in units of
+the arrays A of ringattn.reference.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from rich.table import Table
 from ringattn import conformance, reference
 from ringattn.kernels.machine import processor
 from scripts.benchmarks.cases import Case, documents
-from scripts.benchmarks.contestants import Contestant, Results, collect, contestants, prepare_ringattn
+from scripts.benchmarks.contestants import Contestant, Results, choose, collect, contestants, keep, prepare_ringattn
 from scripts.benchmarks.teams import Team
 
 Teams = dict[Contestant, Team]
@@ -72,12 +74,14 @@ def measure(
     worst = {}
     for contestant, team in teams.items():
         positions = team.call(contestant.prepare, case)
+        team.call(keep, contestant.name)
         results = joined(team.call(collect, contestant.token_dim), positions)
         worst[contestant] = max(errors(results, expected))
     times: dict[Contestant, list[float]] = {contestant: [] for contestant in teams}
     bar = progress.add_task(case.label, total=options.rounds)
     for _ in range(options.rounds):
         for contestant, team in teams.items():
+            team.call(choose, contestant.name)
             times[contestant].append(team.time(cpu=options.cpu))
         progress.advance(bar)
     progress.remove_task(bar)
@@ -114,7 +118,7 @@ def report(name: str, teams: Teams, options: argparse.Namespace, console: Consol
 
 def _choice(column: dict[Contestant, tuple[list[float], float]]) -> str:
     """How the kernel that ringattn chooses compares with the fastest by its name, and which that is; or nothing."""
-    ours = {x: times for x, (times, _) in column.items() if x.kernel is not None and x.transport == "gloo"}
+    ours = {x: times for x, (times, _) in column.items() if x.kernel and (x.transport, x.schedule) == ("gloo", "auto")}
     medians = {x.kernel: statistics.median(times) for x, times in ours.items()}
     if "auto" not in medians or len(medians) == 1:
         return ""
@@ -169,7 +173,9 @@ def main() -> int:
     console.print(f"{processor()}, PyTorch {torch.__version__}; {load}", highlight=False)
     chosen = [c for c in contestants(options.ranks) if options.only is None or options.only in c.name]
     with ExitStack() as stack:
-        teams = {contestant: stack.enter_context(contestant.team()) for contestant in chosen}
+        homes = {contestant.home: contestant for contestant in chosen}
+        started = {home: stack.enter_context(contestant.team()) for home, contestant in homes.items()}
+        teams = {contestant: started[contestant.home] for contestant in chosen}
         for name in options.tables:
             if name != "scaling":
                 report(name, teams, options, console)

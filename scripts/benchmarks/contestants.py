@@ -13,9 +13,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
+from ringattn.advice.comparison import schedules_for
 from ringattn.kernels import MEMBERS
 from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.naming import by_name
+from ringattn.schedules import MEMBERS as SCHEDULES
 from scripts.benchmarks.cases import Case
 from scripts.benchmarks.teams import Team, Worker
 
@@ -35,9 +38,25 @@ class Contestant:
     kernel: str | None = None
     """Of ringattn; None for the others, its peers."""
     transport: str = "gloo"
+    schedule: str = "auto"
+
+    @property
+    def home(self) -> tuple[object, ...]:
+        """What contestants that live in the same processes have in common."""
+        return self.ranks, self.threads, self.transport, self.kernel is not None or self.name
 
     def team(self) -> Team:
         return Team(self.ranks, self.threads, transport=self.transport)
+
+
+def keep(worker: Worker, name: str) -> None:
+    """Keeps the call that was prepared last, for `choose`."""
+    worker.kept[name] = worker.prepared
+
+
+def choose(worker: Worker, name: str) -> None:
+    """Has a call that was kept measured next."""
+    worker.prepared = worker.kept[name]
 
 
 def measured(attend: Attend, inputs: list[torch.Tensor], case: Case) -> Callable[[], list[torch.Tensor]]:
@@ -110,14 +129,17 @@ def prepare_ulysses(worker: Worker, case: Case) -> NDArray[np.int64]:
     return positions
 
 
-def prepare_ringattn(worker: Worker, case: Case, kernel: str = "auto") -> NDArray[np.int64]:
+def prepare_ringattn(
+    worker: Worker, case: Case, kernel: str = "auto", schedule: str = "auto", ulysses: int = 1
+) -> NDArray[np.int64]:
     import ringattn
 
-    mesh = ringattn.init()
+    mesh = worker.kept.get(f"mesh {ulysses}") or ringattn.init(ulysses=ulysses)
+    worker.kept[f"mesh {ulysses}"] = mesh
     sharding = ringattn.Sharding(case.length, mesh, mask=case.mask)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ringattn.attention(q, k, v, case.mask, sharding=sharding, kernel=kernel)
+        return ringattn.attention(q, k, v, case.mask, sharding=sharding, schedule=schedule, kernel=kernel)
 
     inputs = [sharding.split(x, 2).contiguous() for x in case.inputs()]
     worker.prepared = measured(attend, inputs, case)
@@ -128,21 +150,36 @@ def prepare_ringattn(worker: Worker, case: Case, kernel: str = "auto") -> NDArra
 def contestants(ranks: int) -> tuple[Contestant, ...]:
     """Everybody, on so many ranks of one thread each; PyTorch alone has one or two threads.
 
-    ringattn comes last, with every fast kernel by its name and then with the one it chooses, over MPI and over Gloo.
+    ringattn comes last: every fast kernel by its name, every schedule by its name, and then what it chooses by itself,
+    over MPI and over Gloo.
     """
+    prepare = prepare_ringattn
     return (
         Contestant("SDPA, 1 thread", 1, 1, prepare_sdpa),
         Contestant("SDPA, 2 threads", 1, 2, prepare_sdpa),
         Contestant(f"DeepSpeed Ulysses, {ranks} ranks", ranks, 1, prepare_ulysses, token_dim=1),
         *(
-            Contestant(
-                f"ringattn {kernel}, {ranks} ranks", ranks, 1, partial(prepare_ringattn, kernel=kernel), 2, kernel
-            )
+            Contestant(f"ringattn {kernel}, {ranks} ranks", ranks, 1, partial(prepare, kernel=kernel), 2, kernel)
             for kernel in fast_kernels()
         ),
-        Contestant(f"ringattn over MPI, {ranks} ranks", ranks, 1, prepare_ringattn, 2, "auto", "mpi"),
-        Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare_ringattn, 2, "auto"),
+        *(_of_schedule(ranks, schedule, ulysses) for schedule, ulysses in schedules(ranks)),
+        Contestant(f"ringattn over MPI, {ranks} ranks", ranks, 1, prepare, 2, "auto", "mpi"),
+        Contestant(f"ringattn, {ranks} ranks", ranks, 1, prepare, 2, "auto"),
     )
+
+
+def _of_schedule(ranks: int, schedule: str, ulysses: int) -> Contestant:
+    axes = f" on {ranks // ulysses} x {ulysses}" * (ulysses > 1)
+    prepare = partial(prepare_ringattn, schedule=schedule, ulysses=ulysses)
+    return Contestant(f"ringattn {schedule}{axes}, {ranks} ranks", ranks, 1, prepare, 2, "auto", schedule=schedule)
+
+
+def schedules(ranks: int) -> list[tuple[str, int]]:
+    """The schedules that serve softmax, and on how many ulysses ranks: Ulysses on each number that divides them."""
+    flat = [(name, 1) for name in schedules_for(Softmax())]
+    if "ulysses" not in by_name(SCHEDULES):
+        return flat
+    return [*flat, *(("ulysses", size) for size in range(2, ranks + 1) if ranks % size == 0)]
 
 
 def fast_kernels() -> list[str]:

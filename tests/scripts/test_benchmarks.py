@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import ringattn
 from ringattn import bands
 from scripts.benchmarks import attention, overhead, overlap, plan, scale, wave
 from scripts.benchmarks.cases import GENERATORS, Case, documents, packed, prefixed
-from scripts.benchmarks.contestants import collect, contestants, prepare_ringattn, prepare_sdpa
+from scripts.benchmarks.contestants import collect, contestants, prepare_ringattn, prepare_sdpa, schedules
 from scripts.benchmarks.memory import Call, measure
 from scripts.benchmarks.teams import Team, timed
 
@@ -46,7 +47,8 @@ def test_a_failure_names_every_rank_and_the_team_goes_on(team: Team) -> None:
 def test_contestants_compute_the_case(team: Team, mask: str) -> None:
     case = Case(mask, 200, torch.float32, backward=True, heads=2, dim=16)
     expected = attention.oracle(dataclasses.replace(case, backward=False))  # one serves both directions
-    for prepare, shares in ((prepare_ringattn, True), (prepare_sdpa, False)):
+    ways = [partial(prepare_ringattn, schedule=schedule, ulysses=ulysses) for schedule, ulysses in schedules(2)]
+    for prepare, shares in ((prepare_ringattn, True), *((way, True) for way in ways), (prepare_sdpa, False)):
         positions = team.call(prepare, case)
         parts = team.call(collect, 2)
         if not shares:  # each process of a single-process contestant has the whole
@@ -75,7 +77,7 @@ def test_memory_reads_counters_that_equal_the_plan(team: Team, schedule: str, me
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_call_over_a_slow_link_lasts_as_long_as_the_link_needs(team: Team, lookahead: int) -> None:
-    fast = overlap.Call("ring", lookahead, False, 256, 2, "causal", float("inf"))
+    fast = overlap.Call(f"ring(lookahead={lookahead})", 1, False, 256, 2, "causal", float("inf"))
     sizes = team.call(overlap.prepare, fast)
     assert all(size > 0 for size, _ in sizes)
     slow = dataclasses.replace(fast, bandwidth=max(size for size, _ in sizes) / 0.5)  # half a second
@@ -177,9 +179,9 @@ def test_overhead_is_told_by_parts() -> None:
 
 
 def test_the_choice_of_a_kernel_is_compared_with_the_fastest_by_its_name() -> None:
-    column = {
-        x: ([seconds], 0.0) for x, seconds in zip(contestants(2), (1.0, 1.0, 1.0, 3.0, 2.0, 1.5, 2.1), strict=True)
-    }
+    seconds = {None: 1.0, "sdpa": 3.0, "onednn": 2.0, "auto": 2.1}
+    column = {x: ([0.5 if x.schedule != "auto" else seconds[x.kernel]], 0.0) for x in contestants(2)}
+    column |= {x: ([1.5], 0.0) for x in column if x.transport == "mpi"}
     assert attention._choice(column) == "1.05× onednn"
     assert attention._choice({x: value for x, value in column.items() if x.kernel != "onednn"}) == "0.70× sdpa"
     assert attention._choice({x: value for x, value in column.items() if x.kernel is None}) == ""
