@@ -34,7 +34,7 @@ from ringattn.mesh import Mesh
 from ringattn.plans.cost import Balance, Memory, Traffic, balance, lower_bound
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan, plan_all
-from ringattn.plans.verification import verify
+from ringattn.plans.ulysses import UlyssesPlan, verify
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.plans.wavefront import verify_waves
 from ringattn.saving import safe_globals
@@ -43,6 +43,7 @@ from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
+from ringattn.schedules.ulysses import Ulysses
 from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 from ringattn.simulator import Simulation, simulate
@@ -93,6 +94,8 @@ __all__ = [
     "Striped",
     "Traffic",
     "TransportError",
+    "Ulysses",
+    "UlyssesPlan",
     "UnsupportedError",
     "Wave",
     "WavePlan",

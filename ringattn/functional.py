@@ -18,8 +18,7 @@ from ringattn.runtime import op
 from ringattn.runtime.request import Request, results_of, wanted_gradients
 from ringattn.runtime.spelling import spelled
 from ringattn.runtime.transforms import outside_graphs, refuse_export
-from ringattn.schedules.base import Schedule
-from ringattn.schedules.wave import Wave
+from ringattn.schedules.base import Scheme
 from ringattn.sharding import Sharding
 
 _UP_TO = Causal()  # which compiled code cannot make
@@ -35,7 +34,7 @@ def attention(  # type: ignore[overload-overlap]  # of an empty tuple, which is 
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | Wave | str = ...,
+    schedule: Scheme | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
@@ -53,7 +52,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | Wave | str = ...,
+    schedule: Scheme | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: Literal[True],
@@ -71,7 +70,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = ...,
     mechanism: Mechanism = ...,
-    schedule: Schedule | Wave | str = ...,
+    schedule: Scheme | str = ...,
     kernel: Kernel | str = ...,
     deterministic: bool = ...,
     return_lse: bool = ...,
@@ -88,7 +87,7 @@ def attention(
     sharding: Sharding,
     kv_sharding: Sharding | None = None,
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
-    schedule: Schedule | Wave | str = "auto",
+    schedule: Scheme | str = "auto",
     kernel: Kernel | str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
@@ -211,7 +210,7 @@ def explain(
     sharding: Sharding,
     kv_sharding: Sharding | None = None,
     mechanism: Mechanism = Softmax(),  # noqa: B008 (an immutable value)
-    schedule: Schedule | Wave | str = "auto",
+    schedule: Scheme | str = "auto",
     kernel: Kernel | str = "auto",
     deterministic: bool = False,
 ) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ringattn.checking import shown, tokens
 from ringattn.errors import InputError
 from ringattn.handles import Handled
 from ringattn.layouts import Layout
+from ringattn.layouts.grouped import rows_in_groups
 from ringattn.masks import Mask, checked
 from ringattn.mesh import Mesh
 from ringattn.readable import dtype_name
@@ -25,6 +26,14 @@ from ringattn.runtime import agreement
 from ringattn.runtime.transforms import Once, refuse_transforms
 
 PLANS = 64  # calls that differ, kept by a sharding
+
+
+class Prepared(NamedTuple):
+    """What a sharding has worked out."""
+
+    spans: Array
+    plans: dict[Any, Any]
+    grouped: Prepared | None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -76,19 +85,35 @@ class Sharding(Handled):
         self.__dict__.update(state, calls=Recent(PLANS), plans=Recent(PLANS))
 
     @property
-    def prepared(self) -> tuple[Array, dict[Any, Any]]:
+    def prepared(self) -> Prepared:
         """What has been worked out so far, spans and verified plans, to be pickled: for `adopt`."""
-        return self.spans, dict(self.plans)
+        grouped = self.__dict__.get("grouped")
+        return Prepared(self.spans, dict(self.plans), None if grouped is None else grouped.prepared)
 
-    def adopt(self, prepared: tuple[Array, dict[Any, Any]]) -> None:
+    def adopt(self, prepared: Prepared) -> None:
         """Takes over what an equal sharding has worked out, as a data loader's worker does."""
-        self.__dict__["spans"] = prepared[0]
-        self.plans.update(prepared[1])
+        self.__dict__["spans"] = prepared.spans
+        self.plans.update(prepared.plans)
+        if prepared.grouped is not None:
+            self.grouped.adopt(prepared.grouped)
 
     @functools.cached_property
     def spans(self) -> Array:
         """Every rank's spans, as `layouts` describes them."""
         return self.layout.spans(self.length, self.mesh.sequence_size)
+
+    @functools.cached_property
+    def grouped(self) -> Sharding:
+        """What each group along the ulysses axis holds together, over the ring that this rank is in."""
+        layout = layouts.Grouped(self.layout, self.mesh.ulysses)
+        grouped = Sharding(self.length, self.mesh.along_ring, layout)
+        grouped.__dict__["spans"] = layout.joined(self.spans)
+        return grouped
+
+    @functools.cached_property
+    def rows_in_groups(self) -> Array:
+        """Where every rank's rows lie among its group's: see `layouts.grouped.rows_in_groups`."""
+        return rows_in_groups(self.spans, self.grouped.spans, self.mesh.ulysses)
 
     @functools.cached_property
     def signature(self) -> str:

@@ -40,6 +40,7 @@ MAY: dict[str, str] = {
     "masks.spelling": "checking errors naming masks.base masks.banded masks.blockwise",
     "masks.*": "bands checking errors masks.base",
     "layouts.base": "checking bands errors masks",
+    "layouts.grouped": "bands layouts.base",
     "layouts.choice": "masks naming layouts.base layouts.balanced layouts.simple",
     "layouts.*": "checking bands errors masks layouts.base",
     "plans.tiles": "bands layouts masks",
@@ -60,17 +61,23 @@ MAY: dict[str, str] = {
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.passing": "bands masks plans.exchanges plans.plan plans.steps plans.tiles",
     "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
+    "plans.deal": "errors layouts.base",
+    "plans.swap": "bands errors layouts plans.deal plans.shape",
+    "plans.ulysses": "bands errors layouts payloads.keys plans.cost plans.deal plans.plan plans.swap plans.tiles "
+    "plans.verification plans.exchanges",
     "plans.tree": "errors plans.cost",
     "plans.grid": "bands errors layouts masks plans.tiles plans.coverage plans.demand plans.plan",
     "plans.links": "bands plans.assembly",
     "plans.wavefront": "checking errors plans.plan plans.shape plans.verification",
     "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
-    "plans.planning plans.shape plans.wavefront schedules.wave sharding",
+    "plans.planning plans.shape plans.wavefront schedules.wave sharding schedules.route",
     "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
-    "mechanisms.softmax payloads.base payloads.queries plans.assembly plans.demand plans.links plans.passing readable "
-    "plans.plan plans.shape plans.slices plans.tiles naming schedules schedules.wave",
-    "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape",
-    "schedules.wave": "checking",
+    "mechanisms.softmax payloads.queries plans.assembly plans.demand plans.links plans.passing readable plans.plan "
+    "plans.shape plans.slices plans.tiles naming schedules schedules.wave plans.deal plans.swap plans.ulysses",
+    "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape "
+    "mechanisms.base",
+    "schedules.wave": "checking schedules.base",
+    "schedules.ulysses": "checking errors plans.shape schedules.base",
     "schedules.all_gather": "bands checking plans.assembly plans.demand plans.tiles schedules.base",
     "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
     "schedules.*": "bands checking errors layouts schedules.base payloads.base payloads.summaries plans.assembly "
@@ -109,12 +116,13 @@ MAY: dict[str, str] = {
     "groups": "",
     "profile": "errors kernels.store plans.links transports.base",
     "mesh": "plans.links profile checking errors groups transports.base transports.local transports.torch_distributed",
-    "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement runtime.transforms",
+    "sharding": "readable checking bands errors handles layouts masks mesh recent runtime.agreement "
+    "runtime.transforms layouts.grouped",
     "runtime.agreement": "checking errors readable runtime.transforms transports.base",
     "runtime.transforms": "errors",
     "runtime.spelling": "errors",
     "runtime.call": "handles kernels.base mechanisms.base payloads.queries plans.passing plans.plan plans.wave "
-    "transports.base runtime.agreement runtime.gathering runtime.messages",
+    "transports.base runtime.agreement runtime.gathering runtime.messages plans.deal plans.swap",
     "runtime.gathering": "mechanisms.base payloads.base payloads.keys payloads.outputs plans.cost plans.grid "
     "plans.plan runtime.messages transports.base",
     "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering",
@@ -124,8 +132,11 @@ MAY: dict[str, str] = {
     "plans.steps transports.base",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "payloads.outputs plans.passing readable plans.plan plans.planning runtime.agreement runtime.call "
-    "runtime.gathering runtime.spelling kernels.reference mechanisms.ordered plans.wave schedules.base schedules.wave "
-    "transports.base",
+    "runtime.gathering runtime.spelling kernels.reference mechanisms.ordered plans.wave schedules.base "
+    "schedules.wave transports.base plans.swap plans.ulysses runtime.dealing schedules.ulysses",
+    "runtime.all_to_all": "plans.deal plans.swap transports.base",
+    "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engine runtime.wave",
+    "runtime.dealing": "errors mechanisms.base mechanisms.ordered plans.deal plans.swap runtime.call",
     "runtime.wave": "mechanisms.base mechanisms.ordered mechanisms.walk payloads.base payloads.keys plans.wavefront "
     "runtime.call runtime.messages",
     "runtime.folding": "mechanisms.base plans.tree transports.base",
@@ -148,15 +159,15 @@ MAY: dict[str, str] = {
     "runtime.heads": "mechanisms.base payloads.base",
     "runtime.engine": "mechanisms.base payloads.base plans.shape runtime.call runtime.heads runtime.messages "
     "runtime.preparing",
-    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.passing "
-    "runtime.request runtime.running runtime.spelling runtime.transforms runtime.wave transports.base",
+    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.passing runtime.request "
+    "runtime.running runtime.spelling runtime.transforms runtime.wave transports.base runtime.ulysses",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.columns": "",
     "payloads.outputs": "mechanisms.base payloads.columns",
     "payloads.queries": "mechanisms.base payloads.base payloads.columns payloads.outputs",
     "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
-    "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax mechanisms.total "
-    "runtime.op runtime.request runtime.spelling runtime.transforms schedules.base schedules.wave",
+    "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax "
+    "mechanisms.total runtime.op runtime.request runtime.spelling runtime.transforms schedules.base",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",
     "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging "
     "conformance.leaks conformance.running errors kernels layouts masks mechanisms naming plans.planning "
@@ -167,8 +178,8 @@ MAY: dict[str, str] = {
     "conformance.judging": "conformance.case conformance.running errors mechanisms reference mechanisms.ordered",
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional masks mesh mechanisms.ordered mechanisms.total "
-    "plans.cost plans.plan plans.planning plans.verification plans.wave plans.wavefront runtime.agreement sharding "
-    "simulator",
+    "plans.cost plans.plan plans.planning plans.wave plans.wavefront runtime.agreement sharding simulator "
+    "plans.ulysses",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",

@@ -275,7 +275,7 @@ def test_verify_wants_every_rank() -> None:
         (lambda: ringattn.plan_all("causal", 8), "mask must be a ringattn mask"),  # type: ignore[arg-type]
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, ring=0), "at least one rank"),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, ulysses=0), "at least one rank"),
-        (lambda: ringattn.plan_all(ringattn.Causal(), 8, heads=(4, 3)), "all given"),
+        (lambda: ringattn.plan_all(ringattn.Causal(), 8, heads=(4, 2), dtype="float32"), "all given"),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "heads": (4, 3)}), "multiple of key heads"),
         (lambda: ringattn.plan_all(ringattn.Causal(), 8, **{**SHAPE, "dtype": "float7"}), "torch dtype"),
         (ringattn.plan_all(ringattn.Causal(), 8)[0].memory, "give heads, head_dims and dtype"),

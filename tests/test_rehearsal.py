@@ -35,7 +35,7 @@ from ringattn.plans.tiles import Tiles
 from ringattn.runtime import engine
 from ringattn.runtime.call import TileCall
 from ringattn.runtime.request import Request
-from ringattn.schedules import MEMBERS as SCHEDULES
+from ringattn.schedules import FLAT
 from ringattn.transports.base import Buffers, Message, Transport
 
 CUDA = torch.device("cuda", 0)
@@ -198,7 +198,8 @@ def _run(call: TileCall, inputs: Sequence[torch.Tensor], params: list[torch.Tens
     asked = extras[: len(call.problem.mechanism.extras)]
     daux = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in asked)
     gradients = engine.backward(call, q, k, v, params, 7, 1, (out, *extras), dout, daux)
-    for x, like in zip((out, *gradients[:3], *gradients[3]), (dout, q, k, v, *params), strict=True):
+    wide = [x.to(call.problem.accumulator) for x in (q, k, v)]
+    for x, like in zip((out, *gradients[:3], *gradients[3]), (dout, *wide, *params), strict=True):
         assert (x.device, x.shape, x.dtype) == (like.device, like.shape, like.dtype)
     assert all(x.device == CUDA for x in extras)
 
@@ -227,7 +228,7 @@ thresholds are found, additive scores whether any number is far from 0."""
 
 DOCUMENTS = ringattn.Documents([16, 16, 16, 1, 47])  # equal ones are one launch
 CALLS: dict[str, tuple[ringattn.Mask, str]] = {
-    **{name: (DOCUMENTS & ringattn.Causal(), "zigzag") for name in by_name(SCHEDULES)},
+    **{name: (DOCUMENTS & ringattn.Causal(), "zigzag") for name in by_name(FLAT)},
     "route": (ringattn.Window(20, 5), "contiguous"),
     "scan": (ringattn.Causal(), "contiguous"),
 }
@@ -240,7 +241,7 @@ CALLS: dict[str, tuple[ringattn.Mask, str]] = {
         (case, schedule)
         for case, (_, mechanism, _) in SERVED.items()
         for schedule in CALLS
-        if by_name(SCHEDULES)[schedule].payload.per_key or isinstance(mechanism, Summarising)
+        if by_name(FLAT)[schedule].payload.per_key or isinstance(mechanism, Summarising)
     ],
 )
 def test_every_step_runs_on_cuda_without_waiting_for_it(case: str, schedule: str) -> None:

@@ -22,7 +22,7 @@ from ringattn.mesh import Mesh
 from ringattn.naming import by_name
 from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_count, shortened
-from ringattn.schedules import MEMBERS
+from ringattn.schedules import FLAT
 
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
@@ -35,8 +35,7 @@ def schedules_for(mechanism: Mechanism) -> tuple[str, ...]:
     """The names of the schedules that may serve a mechanism: what they exchange is all it needs."""
     if isinstance(mechanism, Ordered):
         return ("wave",)
-    named = by_name(MEMBERS).items()
-    return tuple(name for name, member in named if member.payload.refusal(mechanism) is None)
+    return tuple(name for name, member in by_name(FLAT).items() if member.serves(mechanism))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _masks(mechanism: Mechanism) -> str:
 def _schedules(mechanism: Mechanism) -> tuple[str, ...]:
     if isinstance(mechanism, Ordered):
         return ("wave",)
-    return tuple(name_of(x) for x in SCHEDULES if x.payload.refusal(mechanism) is None)
+    return tuple(name_of(x) for x in SCHEDULES if x.serves(mechanism))
 
 
 def _kernels(problem: Problem) -> Iterator[str]:

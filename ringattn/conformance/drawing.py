@@ -22,7 +22,7 @@ from ringattn.naming import by_name
 from ringattn.schedules import Schedule
 
 SCHEDULES: tuple[Schedule, ...] = tuple(
-    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.MEMBERS if member.payload.per_key
+    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.FLAT if member.payload.per_key
 )
 """Those that can serve any call."""
 
@@ -30,7 +30,7 @@ FORMS: tuple[Schedule, ...] = (schedules.Route(stages=2), schedules.Route(stages
 """Other forms of these."""
 
 PARTIAL: tuple[Schedule, ...] = tuple(
-    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.MEMBERS if not member.payload.per_key
+    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.FLAT if not member.payload.per_key
 )
 """Those that refuse some mechanisms and masks."""
 

@@ -18,7 +18,7 @@ from ringattn.mesh import Mesh
 from ringattn.plans.cost import Traffic
 from ringattn.plans.plan import Plan
 from ringattn.plans.planning import plan
-from ringattn.plans.verification import verify
+from ringattn.plans.ulysses import verify
 from ringattn.plans.wave import plan_wave
 from ringattn.plans.wavefront import verify_waves
 from ringattn.runtime.agreement import gathered

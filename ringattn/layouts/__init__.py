@@ -8,6 +8,7 @@ layout, write one class with `Layout.spans` and a text, its line in ``MEMBERS`` 
 from ringattn.layouts.balanced import Balanced
 from ringattn.layouts.base import COUNT, OFFSET, RANK, START, STRIDE, Layout, counts, positions
 from ringattn.layouts.choice import MEMBERS, NAMED, chosen, named
+from ringattn.layouts.grouped import Grouped
 from ringattn.layouts.simple import Contiguous, Explicit, Striped, Zigzag
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Balanced",
     "Contiguous",
     "Explicit",
+    "Grouped",
     "Layout",
     "Striped",
     "Zigzag",

@@ -91,6 +91,12 @@ class Problem:
         before = self.over_keys(mechanism)
         return dataclasses.replace(self, known=mechanism.finish(before, mechanism.empty(before, queries))[1])
 
+    def results_like(self, queries: int) -> State:
+        """What a pass gives beside the output for so many queries: tensors on no device."""
+        nowhere = dataclasses.replace(self, device=torch.device("meta"), params=self.mechanism.without_tensors.params)
+        nowhere = nowhere.unprepared(queries)
+        return nowhere.mechanism.finish(nowhere, nowhere.mechanism.empty(nowhere, queries))[1]
+
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of states and gradient accumulators: float64 for float64 inputs, else float32."""

@@ -19,6 +19,7 @@ class Shape:
         summary: numbers in the summary of one key head, for mechanisms that have summaries.
         queries: bytes of a query that travels, where queries do; and `before` of the passes over keys alone that go
             before, the first and those after it.
+        kept: bytes that a pass gives beside the output for each query and head: of softmax, its log-sum-exp.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class Shape:
     summary: int | None = None
     queries: Wire | None = None
     before: tuple[Wire, Wire] | None = None
+    kept: int = 4
 
     @property
     def accumulator(self) -> int:
@@ -40,6 +42,16 @@ class Shape:
     def heads_of(self, slices: int) -> tuple[int, ...]:
         """The key heads of so many slices, larger ones first."""
         return heads_of(self.kv_heads, slices)
+
+    def of_heads(self, heads: int, kv_heads: int) -> Shape:
+        """The shape of some of the heads."""
+
+        def part(wire: Wire) -> Wire:
+            return Wire(*(getattr(wire, x.name) * heads // self.heads for x in dataclasses.fields(wire)))
+
+        queries = None if self.queries is None else part(self.queries)
+        before = None if self.before is None else (part(self.before[0]), part(self.before[1]))
+        return dataclasses.replace(self, heads=heads, kv_heads=kv_heads, queries=queries, before=before)
 
     def wire(self, payload: Payload, gradient_wire: GradientWire) -> Wire:
         """The bytes of one row of a payload."""

@@ -33,7 +33,7 @@ def verify_rank(plan: Program, keys: Keys | None = None) -> None:
     returned, read = {*plan.grad_sends[:, GRAD_BUFFER].tolist()}, {*plan.tile_phases.tolist()}
     if not returned <= {*plan.slots} or not read <= {0, *plan.slots}:
         raise PlanError(f"Rank {plan.rank} computes, or sends home gradients of, a phase whose keys it never held.")
-    queries = layouts.positions(plan.q_spans, plan.rank)
+    queries = np.sort(layouts.positions(plan.q_spans, plan.rank))
     allowed = sums_of_mask(plan.regions, queries, keys), sums_of_mask(plan.partial, queries, keys)
     for name, steps in (("forward", plan.steps), ("backward", plan.backward_steps)):
         _verify_sources(plan, name, steps, keys)
@@ -104,15 +104,17 @@ def _verify_canonical(plan: Program) -> None:
 def _verify_coverage(plan: Program, name: str, steps: Sequence[Step], allowed: tuple[Sums, Sums], keys: Keys) -> None:
     """Every query of this rank computes exactly its allowed keys, and asks for exactly those to be asked for."""
     rows = np.concatenate([np.empty((0, tiles.WIDTH), dtype=np.int64), *(s.tiles.rows for s in steps if s.tiles)])
+    positions = layouts.positions(plan.q_spans, plan.rank)
+    order = np.argsort(positions, kind="stable")  # of a group's rows, which need not be in the order of positions
     for partial, wanted in enumerate(allowed):
         found = sums_of_tiles(rows[rows[:, tiles.PARTIAL] == partial], plan.tokens, keys)
-        wrong = np.flatnonzero(found.weights != wanted.weights)
+        wrong = np.flatnonzero(found.weights[order] != wanted.weights)
         if len(wrong):
-            row = int(wrong[0])
-            position = layouts.positions(plan.q_spans, plan.rank)[row]
+            row, computed = int(wrong[0]), found.counts[order]
+            position = positions[order[row]]
             raise PlanError(
                 f"Rank {plan.rank}, {name}, {'asks for' if partial else 'computes'} the wrong pairs for {len(wrong)} "
-                f"of its queries. First, the query at position {position}: its tiles hold {found.counts[row]} pairs, "
+                f"of its queries. First, the query at position {position}: its tiles hold {computed[row]} pairs, "
                 f"its mask {wanted.counts[row]}."
             )
 

@@ -20,7 +20,7 @@ from ringattn.plans.cost import Memory, Traffic
 from ringattn.plans.coverage import Keys
 from ringattn.plans.grid import used_rows
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import plan, shape_of
+from ringattn.plans.planning import flat_plan, shape_of
 from ringattn.plans.shape import Shape
 from ringattn.plans.wavefront import (
     BACKWARD,
@@ -34,6 +34,7 @@ from ringattn.plans.wavefront import (
     steps_of,
     verify_wave,
 )
+from ringattn.schedules.route import Route
 from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 
@@ -233,5 +234,5 @@ def _window(reach: int, keys: Sharding, shape: Shape | None) -> Plan | None:
     """The plan by which each rank gets the keys before its own."""
     if not reach:
         return None
-    made = plan(Window(reach, 0), keys, "route")
+    made = flat_plan(Window(reach, 0), keys, Route(), keys)
     return dataclasses.replace(made, shape=shape)

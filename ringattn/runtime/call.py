@@ -11,8 +11,10 @@ from ringattn.handles import number_of
 from ringattn.kernels.base import Kernel
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.queries import Trip, Trips
+from ringattn.plans.deal import Part
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
+from ringattn.plans.swap import Swap
 from ringattn.plans.wave import WavePlan
 from ringattn.runtime import agreement, messages
 from ringattn.runtime.gathering import Gathering
@@ -119,6 +121,23 @@ class Tours:
     forward: Tour
     backward: Tour
     before: tuple[Tour, Tour] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UlyssesCall(Call):
+    """A call whose heads are dealt to the ranks of a group.
+
+    Attributes:
+        swap: what is exchanged before and after.
+        parts: by slice, this rank's parts of the heads, each with its call along the ring.
+        asked: which of the mechanism's extras are returned to the caller.
+        aux: the shapes and dtypes of the extras and of what is kept by query, of this rank's queries and all heads.
+    """
+
+    swap: Swap
+    parts: tuple[tuple[tuple[Part, Call], ...], ...]
+    asked: tuple[int, ...]
+    aux: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

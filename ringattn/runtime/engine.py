@@ -94,7 +94,10 @@ def backward(
     dout: torch.Tensor,
     grad_extras: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The gradients of q, k, v and the params. ``saved`` is all that `forward` gave, ``number`` the forward's."""
+    """The gradients of q, k and v, in the accumulator's dtype, and of the params.
+
+    ``saved`` is all that `forward` gave, ``number`` the forward's.
+    """
     compare = call.compare(f"bwd {number}", seed)
     problem = call.problem_of(params, seed)
     kernel, payload = call.kernel, call.plan.attended
@@ -122,5 +125,4 @@ def backward(
         move.take_back(payload, some.problem, some.of_keys(k, v), some.of_keys(*own))
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
-    totals = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
-    return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), totals
+    return dq, dk, dv, [dparams[name].to(p.dtype) for name, p in problem.params.items()]

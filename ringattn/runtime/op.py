@@ -28,8 +28,9 @@ from ringattn.handles import found
 from ringattn.runtime import deterministic as deterministic_engine
 from ringattn.runtime import engine
 from ringattn.runtime import passing as passing_engine
+from ringattn.runtime import ulysses as ulysses_engine
 from ringattn.runtime import wave as wave_engine
-from ringattn.runtime.call import Call, PassCall, TileCall, WaveCall
+from ringattn.runtime.call import Call, PassCall, TileCall, UlyssesCall, WaveCall
 from ringattn.runtime.request import Request, problem_of, wanted_gradients
 from ringattn.runtime.running import running
 from ringattn.runtime.spelling import unspelled
@@ -102,7 +103,7 @@ def _prepare(
     asked = unspelled(mechanism, numbers, params)
     kv = None if kv is sharding else kv
     named = unspelled(schedule, numbers), unspelled(kernel, numbers)
-    request = Request(mask, sharding, kv, asked, *named, deterministic)
+    request = Request(mask, sharding, kv, asked, *named, deterministic, traced=True)
     try:
         return ticket_of(request.call((q, k, v, *params), tuple(wanted)), int(seed))
     except Exception as error:
@@ -169,6 +170,7 @@ def _attention_backward(
         dq, dk, dv, dparams = _engine(call).backward(
             call, q, k, v, params, seed, number, tuple(saved), dout, tuple(grad_aux[: len(mechanism.extras)])
         )
+        dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
         _observe(call.transport, q_gradient=dq, k_gradient=dk, v_gradient=dv)
     return list(itertools.compress((dq, dk, dv, *dparams), wanted))
 
@@ -187,6 +189,8 @@ def _engine(call: Call) -> ModuleType:
         return wave_engine
     if isinstance(call, PassCall):
         return passing_engine
+    if isinstance(call, UlyssesCall):
+        return ulysses_engine
     return deterministic_engine if isinstance(call, TileCall) and call.to_queries is not None else engine
 
 

@@ -23,14 +23,18 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.payloads.outputs import OutputSide
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import verified_plan
+from ringattn.plans.planning import named_schedule, swap_of, verified_plan
+from ringattn.plans.swap import Swap
+from ringattn.plans.ulysses import UlyssesPlan
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
-from ringattn.runtime.call import Call, PassCall, TileCall, WaveCall
+from ringattn.runtime.call import Call, PassCall, TileCall, UlyssesCall, WaveCall
+from ringattn.runtime.dealing import dealt, part_of_first
 from ringattn.runtime.gathering import Gathering, to_keys, to_queries
 from ringattn.runtime.spelling import spelled
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Scheme
+from ringattn.schedules.ulysses import Ulysses
 from ringattn.schedules.wave import Wave
 from ringattn.sharding import Sharding
 from ringattn.transports.base import Transport
@@ -46,17 +50,26 @@ class Request:
         kv_sharding: None where the keys are sharded as the queries are.
         deterministic: whether the bits must not depend on the ranks.
         return_lse, extras: which results are returned beside the output.
+        traced: whether a compiled graph calls, which knows what comes out of a call by the shapes of what goes in.
+        planned: the plan, where it is known.
     """
 
     mask: Mask
     sharding: Sharding
     kv_sharding: Sharding | None
     mechanism: Mechanism
-    schedule: Schedule | Wave | str
+    schedule: Scheme | str
     kernel: Kernel | str
     deterministic: bool = False
     return_lse: bool = False
     extras: Sequence[str] = ()
+    traced: bool = False
+    planned: Plan | None = None
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """The mechanism's extras that come out of the call: of a graph, which may drop some, all."""
+        return self.mechanism.extras if self.traced else self.results
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -75,7 +88,7 @@ class Request:
             and isinstance(self.sharding, Sharding)
             and (self.kv_sharding is None or isinstance(self.kv_sharding, Sharding))
             and isinstance(self.mechanism, Mechanism)
-            and isinstance(self.schedule, (str, Schedule, Wave))
+            and isinstance(self.schedule, (str, Scheme))
             and isinstance(self.kernel, (str, Kernel))
             and isinstance(self.deterministic, bool)
             and _is_dense(q)
@@ -106,7 +119,7 @@ class Request:
             raise InputError(
                 f"mechanism must be a ringattn mechanism, such as ringattn.Softmax(); got {shown(self.mechanism)}."
             )
-        if not isinstance(self.schedule, (str, Schedule, Wave)):
+        if not isinstance(self.schedule, (str, Scheme)):
             raise InputError(f"schedule must be a Schedule or its name, such as 'auto'; got {shown(self.schedule)}.")
         if not isinstance(self.kernel, (str, Kernel)):
             raise InputError(f"kernel must be a Kernel or its name, such as 'auto'; got {shown(self.kernel)}.")
@@ -124,12 +137,13 @@ class Request:
         """
         kv = self.kv_sharding and (self.kv_sharding.length, self.kv_sharding.layout, self.kv_sharding.mesh)
         shapes = tuple(map(_SHAPE, tensors))
-        key = (self.mask, kv, self.mechanism.text, self.schedule, self.kernel, self.deterministic, wanted, shapes)
+        asked = self.schedule, self.kernel, self.deterministic, self.traced, self.results
+        key = (self.mask, kv, self.mechanism.text, *asked, wanted, shapes)
         calls = self.sharding.calls
         call: Call | None = calls.get(key)
         if call is None:
             q, k, v = tensors[:3]
-            call = self._prepared(self._problem(q, k, v), wanted)
+            call = self.prepared(self._problem(q, k, v), wanted)
             calls.keep(key, call)
         else:
             calls.move_to_end(key)
@@ -148,6 +162,10 @@ class Request:
         """What the call would do, in words."""
         problem = self._problem(q, k, v)
         if isinstance(problem.mechanism, Ordered):
+            swap = self._swap(problem)
+            if swap is not None:
+                along = self._along_ring._wave(problem).explain()
+                return f"{swap.described}, along the ring:\n{along}\n  layout: {self.sharding.reason}"
             return f"{self._wave(problem).explain()}\n  layout: {self.sharding.reason}"
         planned = self._planned(problem)
         problem = _completed(problem, planned, wanted_gradients(q, k, v, *self.mechanism.params.values()))
@@ -163,28 +181,52 @@ class Request:
         taken, reason = chosen_kernel(self.kernel, problem, work, decide=decide, rates=self._rates)
         return f"{said}\n  kernel {taken}: {reason}"
 
-    def _prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
+    def prepared(self, problem: Problem, wanted: tuple[bool, ...]) -> Call:
         """Planned, verified, and everything else that can be known before the tensors."""
         transport = self.sharding.mesh.connected()
         refusal = transport.refusal(problem.device)
         if refusal is not None:
             raise UnsupportedError(refusal)
         fields = self._fields(problem, wanted)
+        swap = self._swap(problem)
         if isinstance(problem.mechanism, Ordered):
             constants = constants_of(problem.mechanism, wanted)
             problem = dataclasses.replace(problem, constants=constants)
-            return WaveCall(problem, transport, fields, wanted, self._spelling(), self._wave(problem))
+            if swap is not None:
+                asked = Call(problem, transport, fields, wanted, self.spelling())
+                return self._dealt(asked, swap, self.kernel, None)
+            return WaveCall(problem, transport, fields, wanted, self.spelling(), self._wave(problem))
         own = self._planned(problem)
         problem = _completed(problem, own, wanted)
-        known = problem, transport, fields, wanted, self._spelling()
+        known = problem, transport, fields, wanted, self.spelling()
         if self.deterministic:
             return TileCall(*known, own, Reference(), None, *self._gatherings(problem, own))
         decide = functools.partial(agreement.decide, transport, fields)
+        if isinstance(own, UlyssesPlan):
+            first = part_of_first(problem, own.swap)
+            kernel, _ = chosen_kernel(self.kernel, first, Work.from_plan(own.inner), decide=decide, rates=self._rates)
+            return self._dealt(Call(*known), own.swap, kernel, own.inner)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
         if isinstance(own, PassPlan):
             return PassCall(*known, own, kernel)
         before = self._before(problem, own, transport, fields)
         return TileCall(*known, own, kernel, before)
+
+    def _dealt(self, asked: Call, swap: Swap, kernel: Kernel | str, planned: Plan | None) -> UlyssesCall:
+        """The call of heads that are dealt, whose parts go along the ring by this plan."""
+        along = dataclasses.replace(self._along_ring, kernel=kernel, planned=planned)
+
+        def prepare(part: Problem) -> Call:
+            return along.prepared(part, asked.wanted)
+
+        return dealt(asked, swap, self.sharding.count, self.returned, prepare)
+
+    @property
+    def _along_ring(self) -> Request:
+        """The same of what each group holds, along the ring."""
+        inner = self.schedule.inner if isinstance(self.schedule, Ulysses) else "auto"
+        kv = None if self.kv_sharding is None else self.kv_sharding.grouped
+        return dataclasses.replace(self, sharding=self.sharding.grouped, kv_sharding=kv, schedule=inner)
 
     def _before(self, problem: Problem, plan: Plan, transport: Transport, fields: Mapping[str, str]) -> TileCall | None:
         """The passes over keys alone, where the mechanism has any: by the same plan."""
@@ -200,7 +242,7 @@ class Request:
         profile = self.sharding.mesh.profile
         return stored if profile is None else Profiled(profile.entries)
 
-    def _spelling(self) -> tuple[list[float], str]:
+    def spelling(self) -> tuple[list[float], str]:
         """The mechanism as the ops take it, for their fakes; empty where it has no text."""
         numbers: list[float] = []
         try:
@@ -209,10 +251,12 @@ class Request:
             return [], ""
 
     def _planned(self, problem: Problem) -> Plan:
+        if self.planned is not None:
+            return self.planned
         return verified_plan(
             self.mask,
             self.sharding,
-            self.schedule,
+            self._schedule,
             self.kv,
             heads=(problem.heads, problem.kv_heads),
             head_dims=(problem.dim, problem.value_dim),
@@ -220,6 +264,20 @@ class Request:
             batch=problem.batch,
             mechanism=None if self.deterministic else problem.mechanism,
         )
+
+    @property
+    def _schedule(self) -> Scheme | str:
+        """The one asked for, which keeps nothing of a size that a graph could not know."""
+        if self.traced and isinstance(self.schedule, Ulysses):
+            return dataclasses.replace(self.schedule, keep=False)
+        return self.schedule
+
+    def _swap(self, problem: Problem) -> Swap | None:
+        """How heads are exchanged around a wave, where that was asked for."""
+        schedule = named_schedule(self.schedule) if self.schedule == "ulysses" else self.schedule
+        if not isinstance(schedule, Ulysses) or not isinstance(problem.mechanism, Ordered):
+            return None
+        return swap_of(schedule, self.sharding, self.kv, (problem.heads, problem.kv_heads))
 
     def _wave(self, problem: Problem) -> WavePlan:
         """The plan of a mechanism that walks the keys in order.
@@ -262,7 +320,9 @@ class Request:
         parts = [name for name in mechanism.params if problem.wants(name) or name in mechanism.sharded]
         kernel, _ = chosen_kernel("reference" if self.kernel == "auto" else self.kernel, problem)
         wrong = None
-        if plan.queries_travel or not plan.payload.per_key:
+        if isinstance(plan, UlyssesPlan):
+            wrong = "ulysses computes some heads at once, and which depends on them. Use ring, route or auto"
+        elif plan.queries_travel or not plan.payload.per_key:
             what = "merges the states of queries" if plan.queries_travel else f"exchanges {plan.payload.unit}"
             wrong = f"{self.schedule} {what}, cut by rank. Use ring, route or auto"
         elif plan.slices > 1:

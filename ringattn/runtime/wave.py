@@ -75,7 +75,7 @@ def backward(
     dout: torch.Tensor,
     grad_extras: tuple[()],  # noqa: ARG001 (as engines have it)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The gradients of q, k, v and the params. ``saved`` is all that `forward` gave, ``number`` the forward's."""
+    """The gradients of q, of k and v in float64, and of the params, as `engine.backward`."""
     compare = call.compare(f"bwd {number}", seed)
     problem, mechanism = call.problem_of(params, seed), _ordered(call)
     (keys, values), (_, left, above) = _extended(call, (k, v)), saved
@@ -278,7 +278,7 @@ def _returned(call: WaveCall, own: Pair, grads: Pair) -> Pair:
                     target[:, :, rows] = x[:, :, at].to(target.dtype)
             under_way.wait()
             move.take_back(payload, problem, own, totals)
-    return totals[0].to(problem.dtype), totals[1].to(problem.dtype)
+    return totals
 
 
 def _at_their_owners(call: WaveCall, weights: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,17 @@ texts, comparisons and conformance follow. One from outside the package is given
 """
 
 from ringattn.schedules.all_gather import AllGather
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Schedule, Scheme
 from ringattn.schedules.pass_q import PassQ
 from ringattn.schedules.ring import Ring
 from ringattn.schedules.route import Route
 from ringattn.schedules.scan import Scan
+from ringattn.schedules.ulysses import Ulysses
 
-MEMBERS: tuple[type[Schedule], ...] = (Ring, Route, AllGather, PassQ, Scan)
+MEMBERS: tuple[type[Scheme], ...] = (Ring, Route, AllGather, PassQ, Scan, Ulysses)
 """Every schedule, simpler ones first."""
 
-__all__ = ["MEMBERS", "AllGather", "PassQ", "Ring", "Route", "Scan", "Schedule"]
+FLAT: tuple[type[Schedule], ...] = tuple(member for member in MEMBERS if issubclass(member, Schedule))
+"""Those along one axis of ranks."""
+
+__all__ = ["FLAT", "MEMBERS", "AllGather", "PassQ", "Ring", "Route", "Scan", "Schedule", "Scheme", "Ulysses"]

@@ -13,6 +13,7 @@ from typing import ClassVar
 from ringattn.bands import Array
 from ringattn.checking import shown
 from ringattn.errors import InputError
+from ringattn.mechanisms.base import Mechanism
 from ringattn.payloads.base import Payload
 from ringattn.payloads.keys import Keys
 from ringattn.plans.assembly import Moves
@@ -20,9 +21,22 @@ from ringattn.plans.demand import Demand
 from ringattn.plans.shape import GradientWire
 
 
+class Scheme(ABC):
+    """Whatever may be asked for as the schedule of a call, an immutable value: a `Schedule`, or one of another form."""
+
+    @classmethod
+    def serves(cls, mechanism: Mechanism) -> bool:  # noqa: ARG003 (most serve all)
+        """Whether some call of the mechanism may go by it."""
+        return True
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Its name."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Schedule(ABC):
-    """An immutable value.
+class Schedule(Scheme):
+    """Keys, or what stands for them, travel to queries along one axis of ranks.
 
     Attributes:
         lookahead: 1 starts the exchange of the next phase before this phase's tiles are computed; 0 waits for it
@@ -37,11 +51,14 @@ class Schedule(ABC):
     lookahead: int = 1
     gradient_wire: GradientWire = "float32"
 
+    @classmethod
+    def serves(cls, mechanism: Mechanism) -> bool:
+        return cls.payload.refusal(mechanism) is None
+
     def __post_init__(self) -> None:
         if isinstance(self.lookahead, bool) or not isinstance(self.lookahead, int) or self.lookahead not in (0, 1):
             raise InputError(f"lookahead is 0 or 1 phases; got {shown(self.lookahead)}.")
-        if not isinstance(self.gradient_wire, str) or self.gradient_wire not in ("float32", "input"):
-            raise InputError(f"gradient_wire is 'float32' or 'input'; got {shown(self.gradient_wire)}.")
+        check_wire(self.gradient_wire)
 
     def refusal(self, demand: Demand) -> str | None:
         """Why the schedule cannot serve a mask and sharding, in words; None when it can."""
@@ -76,3 +93,9 @@ class Schedule(ABC):
             requested: all key rows of these owners that queries use: ``(q_rank, k_rank, start, stop)``.
             size: ranks that share the sequence.
         """
+
+
+def check_wire(wire: object) -> None:
+    """Raises InputError where this is no dtype in which gradients could travel."""
+    if not isinstance(wire, str) or wire not in ("float32", "input"):
+        raise InputError(f"gradient_wire is 'float32' or 'input'; got {shown(wire)}.")

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 
 from ringattn.checking import integer
+from ringattn.schedules.base import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
-class Wave:
+class Wave(Scheme):
     """An immutable value.
 
     Attributes:

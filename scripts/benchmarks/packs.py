@@ -69,7 +69,7 @@ def train(_: Worker, length: int, steps: int) -> Steps:
     spec.loader.exec_module(trainer)
     planning = Stopwatch()
     Sharding.spans.func = planning.wrap(Sharding.spans.func)  # type: ignore[attr-defined]
-    Request._prepared = planning.wrap(Request._prepared)  # type: ignore[method-assign]
+    Request.prepared = planning.wrap(Request.prepared)  # type: ignore[method-assign]
     onednn._lowered_parts = planning.wrap(onednn._lowered_parts)
 
     config = replace(Config(), length=length)

@@ -21,7 +21,7 @@ from ringattn.naming import by_name
 from scripts.benchmarks.teams import mpirun
 
 ROOT = Path(__file__).parents[2]
-OF_KEYS = [name for name, member in by_name(schedules.MEMBERS).items() if member.payload.per_key]
+OF_KEYS = [name for name, member in by_name(schedules.FLAT).items() if member.payload.per_key]
 """The schedules that serve every mechanism."""
 
 

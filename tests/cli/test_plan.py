@@ -22,7 +22,7 @@ from ringattn.cli import app, options
 from ringattn.cli import plan as command
 from ringattn.naming import by_name
 
-OF_KEYS = [name for name, member in by_name(schedules.MEMBERS).items() if member.payload.per_key]
+OF_KEYS = [name for name, member in by_name(schedules.FLAT).items() if member.payload.per_key]
 """The schedules that serve every mechanism."""
 DOCUMENTS = "documents:1500,900,2,600&causal"
 HEADS: dict[str, Any] = {"heads": (8, 2), "head_dims": (16, 8), "dtype": "float32"}
