@@ -48,6 +48,7 @@ MAY: dict[str, str] = {
     "plans.shape": "payloads.base",
     "plans.exchanges": "bands payloads.base plans.tiles",
     "plans.stages": "bands",
+    "plans.transfers": "bands plans.stages plans.tiles",
     "plans.clock": "bands plans.shape plans.steps",
     "plans.walk": "plans.exchanges plans.tiles",
     "plans.buffers": "plans.exchanges",
@@ -81,7 +82,7 @@ MAY: dict[str, str] = {
     "schedules.all_gather": "bands checking plans.assembly plans.demand plans.tiles schedules.base",
     "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
     "schedules.*": "bands checking errors layouts schedules.base payloads.base payloads.summaries plans.assembly "
-    "plans.demand plans.stages plans.tiles",
+    "plans.demand plans.stages plans.transfers plans.tiles",
     "mechanisms.base": "checking errors",
     "mechanisms.dropout": "checking errors mechanisms.base",
     "mechanisms.lse": "mechanisms.base",

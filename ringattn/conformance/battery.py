@@ -245,7 +245,7 @@ def examine(case: Case, mesh: Mesh | None = None) -> Finding:
         if name in most and not error <= most[name]
     ]
     try:
-        traffic = planned_traffic(case)
+        traffic = planned_traffic(mesh, case)
         planned = [(t.received_bytes or 0) + (t.backward_received_bytes or 0) * case.backward for t, _ in traffic]
         if not case.deterministic:  # whose passes are three
             faults += _wrong_bytes(case, planned, moved, [each for _, each in traffic])

@@ -26,13 +26,19 @@ SCHEDULES: tuple[Schedule, ...] = tuple(
 )
 """Those that can serve any call."""
 
-FORMS: tuple[Schedule, ...] = (schedules.Route(stages=2), schedules.Route(stages=9, buffer=24))
+FORMS: tuple[Schedule, ...] = (
+    schedules.Route(stages=2),
+    schedules.Route(stages=9, buffer=24),
+    schedules.Route(node_aware=True),
+    schedules.Route(buffer=24, node_aware=True, lookahead=0),
+)
 """Other forms of these."""
 
-PARTIAL: tuple[Schedule, ...] = tuple(
-    member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.FLAT if not member.payload.per_key
+PARTIAL: tuple[Schedule, ...] = (
+    *(member(lookahead=x) for x in (1, 0) for member in schedules.FLAT if not member.payload.per_key),
+    schedules.Ring(double=True),
 )
-"""Those that refuse some mechanisms and masks."""
+"""Those that refuse some mechanisms, masks or meshes."""
 
 LAYOUTS: tuple[Layout, ...] = tuple(member() for member in layouts.NAMED.values() if member is not Balanced)
 """Those that need no arguments."""

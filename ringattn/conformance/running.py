@@ -29,6 +29,9 @@ Results = dict[str, torch.Tensor]
 """By name: ``out``, ``lse`` where the mechanism has one, and with a backward pass ``dq``, ``dk``, ``dv`` and ``d`` and
 the name of each learned tensor."""
 
+NODE = 2
+"""Neighbouring virtual ranks that share a node, for schedules that look at it; the last may be alone in its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -123,7 +126,7 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
         mesh: the ranks of this process and others, which all make the same call; None for virtual ones.
     """
     if mesh is None:
-        simulation = simulate(attend, case, inputs, ring=case.ranks)
+        simulation = simulate(attend, case, inputs, ring=case.ranks, node=NODE)
         return joined(case, simulation.results), [counters.received_bytes for counters in simulation.traffic]
     counters = mesh.connected().counters
     before = counters.received_bytes
@@ -132,15 +135,16 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
     return joined(case, [part for part, _ in said]), [moved for _, moved in said]
 
 
-def planned_traffic(case: Case) -> list[tuple[Traffic, tuple[int, int]]]:
+def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[int, int]]]:
     """What the plan of every rank moves, and receives in passes over keys alone, the first and each after it.
 
-    All have been verified.
+    All have been verified. ``mesh`` as for `run`.
     """
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
     summed = mechanism.to_sum(*case.inputs()[:3])
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
-    meshes = [Mesh.virtual(ring=case.ranks, rank=rank) for rank in range(case.ranks)]
+    node = NODE if mesh is None else mesh.node
+    meshes = [Mesh.virtual(ring=case.ranks, rank=rank, node=node) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
     if isinstance(mechanism, Ordered):
         waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]

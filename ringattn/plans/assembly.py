@@ -121,6 +121,7 @@ def assemble(
         lookahead=lookahead,
         gradient_wire=gradient_wire,
         shape=shape,
+        node=demand.node,
     )
 
 

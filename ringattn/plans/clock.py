@@ -83,20 +83,20 @@ class Times:
 
 def timed(plans: Sequence[Program], shape: Shape, rates: Rates, *, backward: bool = False) -> Times:
     """What one pass of all ranks' plans takes, forward or backward."""
-    wire = shape.wire(plans[0].payload, plans[0].gradient_wire)
-    sizes = (wire.backward_there, wire.backward_back) if backward else (wire.there, wire.back)
     flops = (10 if backward else 4) * shape.batch * shape.heads * (shape.dim + shape.value_dim) / 2
     seconds = flops / (rates.backward if backward else rates.forward)
-    return _run(*_tables(plans, backward), seconds, np.array(sizes), rates, len(plans))
+    return _run(*_tables(plans, shape, backward), seconds, rates, len(plans))
 
 
-def _tables(plans: Sequence[Program], backward: bool) -> tuple[Array, Array]:
+def _tables(plans: Sequence[Program], shape: Shape, backward: bool) -> tuple[Array, Array]:
     """The steps of all ranks, ``(rank, phase, pairs before, pairs beside)``, and the messages of all exchanges.
 
     A step is an exchange, with the pairs that are computed since the last one with nothing under way and those
     computed while it is; what comes after the last has a phase behind all others'. Messages are ``(phase, sender,
-    receiver, gradient, rows)``.
+    receiver, bytes)``.
     """
+    wire, heads = shape.wire(plans[0].payload, plans[0].gradient_wire), shape.heads_of(plans[0].slices)
+    there, back = (wire.backward_there, wire.backward_back) if backward else (wire.there, wire.back)
     steps, messages = [], []
     for plan in plans:
         before = 0
@@ -107,25 +107,27 @@ def _tables(plans: Sequence[Program], backward: bool) -> tuple[Array, Array]:
                 continue
             phase = step.exchange.phase
             steps.append((plan.rank, phase, before, area))
-            messages += [(phase, plan.rank, x.peer, x.gradient, x.rows) for x in step.exchange.sends]
+            for x in step.exchange.sends:
+                size = x.rows * heads[x.slice] * (back if x.gradient else there) // shape.kv_heads
+                messages.append((phase, plan.rank, x.peer, size))
             before = 0
         steps.append((plan.rank, LAST, before, 0))
-    return np.array(steps, dtype=np.int64).reshape(-1, 4), np.array(messages, dtype=np.int64).reshape(-1, 5)
+    return np.array(steps, dtype=np.int64).reshape(-1, 4), np.array(messages, dtype=np.int64).reshape(-1, 4)
 
 
 LAST = np.iinfo(np.int64).max
 
 
-def _run(steps: Array, messages: Array, seconds: float, size: Array, rates: Rates, ranks: int) -> Times:
+def _run(steps: Array, messages: Array, seconds: float, rates: Rates, ranks: int) -> Times:
     clock, busy = np.zeros(ranks), np.zeros((2, 2, ranks))
     for phase in np.unique(steps[:, 1]).tolist():
         rank, _, before, beside = steps[steps[:, 1] == phase].T
         began = clock.copy()
         began[rank] += before * seconds
-        _, sender, receiver, gradient, rows = messages[messages[:, 0] == phase].T
+        _, sender, receiver, size = messages[messages[:, 0] == phase].T
         across = (sender // rates.node != receiver // rates.node).astype(np.int64)
         loads = np.zeros((2, 2, ranks))  # sending or receiving, by the kind of link
-        sizes = size[gradient] * rows / np.array([rates.inside.bandwidth, rates.across.bandwidth])[across]
+        sizes = size / np.array([rates.inside.bandwidth, rates.across.bandwidth])[across]
         np.add.at(loads[0], (across, sender), sizes)
         np.add.at(loads[1], (across, receiver), sizes)
         latency = np.array([rates.inside.latency, rates.across.latency])[across]

@@ -29,6 +29,8 @@ class Traffic:
         backward_messages, backward_sent_bytes, backward_received_bytes: the backward pass, which moves keys and
             values once more, and returns their gradients.
         sent_queries, received_queries: the same where queries travel, and as many states and gradients come home.
+        between_nodes_tokens, between_nodes_messages: of the forward pass, key positions that come from ranks of other
+            nodes, and messages that go to them; 0 where all ranks share a node, or the mesh does not say which do.
     """
 
     messages: int
@@ -43,6 +45,8 @@ class Traffic:
     backward_received_bytes: int | None
     sent_queries: int = 0
     received_queries: int = 0
+    between_nodes_tokens: int = 0
+    between_nodes_messages: int = 0
 
 
 def traffic(plan: Program) -> Traffic:
@@ -52,9 +56,12 @@ def traffic(plan: Program) -> Traffic:
     shape = plan.shape
     wire = None if shape is None else shape.wire(plan.payload, plan.gradient_wire)
 
-    def rows(side: str) -> int:
-        """Each once, whose heads may travel in slices."""
-        return sum(x.rows for each in forward for x in getattr(each, side) if not (x.gradient or x.slice))
+    def moved(side: str) -> list[Item]:
+        """Each row once, whose heads may travel in slices."""
+        return [x for each in forward for x in getattr(each, side) if not (x.gradient or x.slice)]
+
+    def across(items: list[Item]) -> list[Item]:
+        return [x for x in items if plan.node is not None and x.peer // plan.node != plan.rank // plan.node]
 
     def size(exchanges: list[Exchange], side: str) -> int | None:
         if shape is None or wire is None:
@@ -64,7 +71,7 @@ def traffic(plan: Program) -> Traffic:
         items: list[Item] = [item for each in exchanges for item in getattr(each, side)]
         return sum(x.rows * heads[x.slice] * (back if x.gradient else there) for x in items) // shape.kv_heads
 
-    sent, received = rows("sends"), rows("receives")
+    sent, received = (sum(x.rows for x in moved(side)) for side in ("sends", "receives"))
     unit = "queries" if plan.queries_travel else "tokens" if plan.payload.per_key else "summaries"
     counted = {f"{side}_{x}": 0 for side in ("sent", "received") for x in ("tokens", "summaries", "queries")}
     return Traffic(
@@ -75,6 +82,8 @@ def traffic(plan: Program) -> Traffic:
         backward_messages=sum(len(x.sends) for x in backward),
         backward_sent_bytes=size(backward, "sends"),
         backward_received_bytes=size(backward, "receives"),
+        between_nodes_tokens=sum(x.rows for x in across(moved("receives"))) if unit == "tokens" else 0,
+        between_nodes_messages=len(across([x for each in forward for x in each.sends])),
     )
 
 

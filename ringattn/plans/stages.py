@@ -36,49 +36,36 @@ class Limits:
     node: int | None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stages:
-    """The exchange, from 1 on, in which each pair of ranks meets.
-
-    Attributes:
-        size: ranks.
-        pairs: ``receiver * size + sender``, ascending.
-        stage: of each pair.
-    """
-
-    size: int
-    pairs: Array
-    stage: Array
-
-    def of(self, receivers: Array, senders: Array) -> Array:
-        """The exchanges of these pairs; 0 for a rank with itself."""
-        if not len(self.pairs):
-            return np.zeros_like(receivers)
-        at = np.searchsorted(self.pairs, receivers * self.size + senders)
-        found: Array = np.where(receivers == senders, 0, self.stage[np.minimum(at, len(self.pairs) - 1)])
-        return found
-
-
-def staged(needed: Array, size: int, limits: Limits) -> Stages:
-    """The stages of what ranks need of others: ``(receiver, sender, start, stop)``, rows of the sender."""
-    foreign = needed[needed[:, 0] != needed[:, 1]]
-    pairs, which = np.unique(foreign[:, 0] * size + foreign[:, 1], return_inverse=True)
-    rows = np.zeros(len(pairs), dtype=np.int64)
-    np.add.at(rows, which, foreign[:, 3] - foreign[:, 2])
-    messages = Messages(size, *np.divmod(pairs, size), rows, limits)
-    most_meet = 2 * len(pairs) > size * (size - 1)
-    return Stages(size, pairs, messages.by_distance() if most_meet else messages.by_length())
+def pairs_of(rows: Array, size: int) -> tuple[Array, Array, Array, Array]:
+    """The pairs of ranks among ``(receiver, origin, start, stop)``: which each row is of; receivers, origins, rows."""
+    pairs, which = np.unique(rows[:, 0] * size + rows[:, 1], return_inverse=True)
+    count = np.zeros(len(pairs), dtype=np.int64)
+    np.add.at(count, which, rows[:, 3] - rows[:, 2])
+    return which, *np.divmod(pairs, size), count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Messages:
-    """Messages to be put into exchanges: ``[n]`` receivers, senders and rows."""
+    """Messages to be put into exchanges.
+
+    Attributes:
+        size: ranks.
+        receiver, sender, rows: of each, ``[n]``.
+        after: the message by which the sender gets what it passes on, which has that from its origin; -1 for its own.
+            None where nobody passes anything on.
+    """
 
     size: int
     receiver: Array
     sender: Array
     rows: Array
     limits: Limits
+    after: Array | None = None
+
+    def stages(self) -> Array:
+        """The exchange of each, from 1 on."""
+        most_meet = 2 * len(self.rows) > self.size * (self.size - 1)
+        return self.by_distance() if most_meet and self.after is None else self.by_length()
 
     @functools.cached_property
     def cost(self) -> Array:
@@ -122,17 +109,20 @@ class Messages:
         return found
 
     def by_length(self) -> Array:
-        """The longest first, each into the first exchange that has room at both ends."""
+        """The longest first, each into the first exchange that has room at both ends; behind it what is passed on."""
         cost, share, buffer = self.cost, self.share, self.limits.buffer
-        order = np.lexsort((self.sender, self.receiver, -cost))
+        after = np.full(len(cost), -1) if self.after is None else self.after
+        first = np.where(after < 0, np.arange(len(cost)), after)
+        distance = (self.receiver - self.sender) % self.size
+        order = np.lexsort((self.receiver, distance, after >= 0, first, distance[first], -cost[first]))
         ins, outs = ([[[0, 0]] for _ in range(self.size)] for _ in range(2))  # by rank and exchange: cost and rows
-        stage = np.zeros(len(order), dtype=np.int64)
-        columns = (order, self.receiver[order], self.sender[order], cost[order], self.rows[order])
-        for nth, receiver, sender, takes, rows in zip(*(x.tolist() for x in columns), strict=True):
-            ends, at = (ins[receiver], outs[sender]), 0
+        stage = np.zeros(len(order) + 1, dtype=np.int64)  # the last is that of what nobody has passed on
+        columns = (order, self.receiver[order], self.sender[order], cost[order], self.rows[order], after[order])
+        for nth, receiver, sender, takes, rows, behind in zip(*(x.tolist() for x in columns), strict=True):
+            ends, at = (ins[receiver], outs[sender]), int(stage[behind])
             while True:
                 for end in ends:
-                    if len(end) == at:
+                    while len(end) <= at:
                         end.append([0, 0])
                 if all(end[at][0] + takes <= share and (not end[at][1] or end[at][1] + rows <= buffer) for end in ends):
                     break
@@ -141,4 +131,4 @@ class Messages:
                 end[at][0] += takes
                 end[at][1] += rows
             stage[nth] = at + 1
-        return stage
+        return stage[:-1]

@@ -80,6 +80,7 @@ class Program:
             this rank's own keys. Where there are several, phase p is of slice p - 1, and its exchange brings no other.
         shape: heads, dims and dtype, where they were given.
         reason: why this schedule was taken, where ``auto`` chose it.
+        node: how many neighbouring ranks share a node; None where all do, or it is not known.
     """
 
     rank: int
@@ -102,6 +103,7 @@ class Program:
     slices: int = 1
     shape: Shape | None = None
     reason: str = ""
+    node: int | None = None
 
     queries_travel: ClassVar[bool] = False
     """Whether queries go to the keys, and not keys to the queries: see `plans.passing`."""

@@ -202,8 +202,8 @@ def _verify_gradients(plan: Program) -> None:
                 raise PlanError(f"{where}: adds to gradients that are being sent.")
             content[plan.grad_slots[computed]] = computed
         for phase in coming - {0}:
-            if content.get(plan.grad_slots[phase]) != phase or phase in leaving:
-                raise PlanError(f"{where}: adds to gradients of phase {phase} that are not there, or have left.")
+            if content.get(plan.grad_slots[phase]) != phase:
+                raise PlanError(f"{where}: adds to gradients of phase {phase} that are not there.")
 
 
 def _moved(items: Sequence[Item], *, gradients: bool) -> set[int]:

@@ -2,7 +2,7 @@
 
 Nothing is received that is not used, which no schedule that moves keys and values can better. The messages are put into
 few exchanges, by all ranks alike (`plans.stages`): in none of them more arrives at a rank than a buffer of a few shards
-holds. Gradients go straight home.
+holds. Gradients go back the way the keys came: straight home, or between nodes as one sum (`plans.transfers`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 
 from ringattn import layouts
 from ringattn.bands import Array
-from ringattn.checking import integer
-from ringattn.plans.assembly import Moves
+from ringattn.checking import flag, integer
+from ringattn.plans.assembly import Moves, Returns
 from ringattn.plans.demand import Demand
-from ringattn.plans.stages import Limits, Stages, staged
+from ringattn.plans.stages import Limits
 from ringattn.plans.tiles import K_RANK, Q_RANK
+from ringattn.plans.transfers import Transfers, transfers
 from ringattn.schedules.base import Schedule
 
 SHARDS = 2  # of the largest size: the buffer where nothing else is said
@@ -33,32 +34,53 @@ class Route(Schedule):
             tiles of others; None for as few as the buffer allows. Messages that do not fit together may take more.
         buffer: key positions that arrive at a rank in one exchange at most (a message of more comes alone), and leave
             it; None for those of two shards. Two such buffers take turns.
+        node_aware: what several ranks of a node need of another node crosses once, to one of them, and is passed on.
+            That costs messages within the node, and buffers that are held longer. See `Mesh.node`.
     """
 
     stages: int | None = None
     buffer: int | None = None
+    node_aware: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, needed in (("stages", "a number of exchanges"), ("buffer", "a number of key positions")):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(getattr(self, name), f"Route's {name}", least=1, needed=needed))
+        object.__setattr__(self, "node_aware", flag(self.node_aware, "Route's node_aware"))
 
     def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
-        stages = demand.memo(_stages, self._limits(demand))
-        if stages is None:
-            return -(-((q_ranks - k_ranks) % demand.size) // self._distances(demand))
-        return stages.of(q_ranks, k_ranks)
+        moved = self._transfers(demand)
+        if moved is not None:
+            return moved.phases(q_ranks, k_ranks)
+        phases: Array = -(-((q_ranks - k_ranks) % demand.size) // self._distances(demand))
+        return phases
 
     def moves(self, demand: Demand, rank: int) -> Moves:
+        moved = self._transfers(demand)
+        if moved is None:
+            return self._by_distance(demand, rank)
+        into, out = moved.received_by(rank), moved.sent_by(rank)
+        _, *row = moved.rows[into].T
+        user, *part = moved.rows[out].T
+        phase, sender, source = moved.phase[into], moved.sender[into], moved.source[out]
+        return Moves(
+            np.stack([phase, sender, *row], axis=1),
+            np.stack([moved.phase[out], user, source, *part], axis=1),
+            Returns(
+                np.stack([moved.back[into], sender, phase, *row], axis=1),
+                np.stack([moved.back[out], user, source, *part], axis=1),
+            ),
+        )
+
+    def _by_distance(self, demand: Demand, rank: int) -> Moves:
         needed, requested = demand.keys_needed_by(rank), demand.keys_requested_from(rank)
         _, owner, start, stop = needed[needed[:, K_RANK] != rank].T
         user, _, first, last = requested[requested[:, Q_RANK] != rank].T
         received, me = self.phases(demand, np.full_like(owner, rank), owner), np.full_like(user, rank)
-        sent = self.phases(demand, user, me)
         return Moves(
             np.stack([received, owner, owner, start, stop], axis=1),
-            np.stack([sent, user, 0 * user, me, first, last], axis=1),
+            np.stack([self.phases(demand, user, me), user, 0 * user, me, first, last], axis=1),
         )
 
     def received_tokens(self, requested: Array, size: int) -> int:
@@ -74,8 +96,12 @@ class Route(Schedule):
         fit = max(self._limits(demand).buffer // max(demand.memo(_shard), 1), 1)
         return fit if self.stages is None else max(min(fit, -(-(demand.size - 1) // self.stages)), 1)
 
+    def _transfers(self, demand: Demand) -> Transfers | None:
+        return demand.memo(_transfers, self._limits(demand), 1 + self.lookahead, self.node_aware)
+
     def __str__(self) -> str:
         given = [f"{name}={getattr(self, name)}" for name in ("stages", "buffer") if getattr(self, name) is not None]
+        given += ["node_aware"] if self.node_aware else []
         return f"route({', '.join(given)})" if given else "route"
 
 
@@ -84,7 +110,10 @@ def _shard(demand: Demand) -> int:
     return int(layouts.counts(demand.k_spans, demand.size).max(initial=0))
 
 
-def _stages(demand: Demand, limits: Limits) -> Stages | None:
+def _transfers(demand: Demand, limits: Limits, lag: int, relayed: bool) -> Transfers | None:
     """None where so many ranks meet, or get so little of each other, that they do by distance."""
     needed = demand.needed_by_all(MANY)
-    return None if needed is None else staged(needed, demand.size, limits)
+    if needed is None and relayed:
+        requested = np.concatenate(list(demand.keys_requested_from_all()))
+        needed = requested[np.lexsort((requested[:, 2], requested[:, K_RANK], requested[:, Q_RANK]))]
+    return None if needed is None else transfers(needed, demand.size, limits, lag, relayed)

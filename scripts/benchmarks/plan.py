@@ -1,6 +1,6 @@
 """How long `Route` plans of packed tokens take to make; with ``--balance``, how even layouts are and what they move.
 
-With ``--scale``, what the largest plans cost in CPU time and memory.
+With ``--scale``, what the largest plans cost in CPU time and memory. With ``--wait``, how long ranks wait for others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import ringattn
 from ringattn.advice.comparison import tile_count
 from ringattn.cli import options as shared
 from ringattn.masks import Causal, Documents, Mask, Window
-from scripts.benchmarks import scale
+from scripts.benchmarks import scale, waiting
 from scripts.benchmarks.cases import GENERATORS, documents, packed, prefixed
 
 LENGTH, DOCUMENTS, RANKS = 1_048_576, 10_000, (128, 1024)
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench plan", description=__doc__)
     parser.add_argument("--balance", action="store_true", help="print balance and traffic of layouts, not times")
     parser.add_argument("--scale", action="store_true", help="print the CPU time and memory of large plans")
+    parser.add_argument("--wait", action="store_true", help="print how long ranks wait, by a model of time")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens (default {LENGTH})")
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default 128 and 1024 for times, 8, 64 and 128 for balance"
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     times.add_argument("--rounds", type=int, default=7, help="repetitions, of which the median is printed")
     balance = parser.add_argument_group("balance")
     balance.add_argument("--seeds", type=int, default=SEEDS, help=f"of each generator of lengths (default {SEEDS})")
+    waiting.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -55,6 +57,8 @@ def main() -> int:
     options = arguments()
     if options.scale:
         return scale.report(options.json)
+    if options.wait:
+        return waiting.report(options, options.json)
     if options.balance:
         return balance(options)
     return times(options)
