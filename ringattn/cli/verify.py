@@ -88,7 +88,9 @@ def verify(
       torchrun --nproc-per-node 2 --no-python ringattn verify --model my-model/config.json --shrink --length 257
     """
     if model is not None:
-        verify_model(model, length, ulysses=ulysses, shrink=shrink, seed=seed, as_json=as_json)
+        verify_model(
+            model, length, ulysses=ulysses, schedule=schedule or "auto", shrink=shrink, seed=seed, as_json=as_json
+        )
         return
     if not 0 < length <= DENSE_LIMIT:
         raise InputError(f"verify looks at the mask as a matrix: --length must be 1 to {DENSE_LIMIT}; got {length}.")

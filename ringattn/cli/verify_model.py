@@ -21,7 +21,9 @@ PASSES = 3
 SHOWN = 8  # layers and gradients of a table, the worst first
 
 
-def verify_model(source: str, length: int, *, ulysses: int, shrink: bool, seed: int, as_json: bool) -> None:
+def verify_model(
+    source: str, length: int, *, ulysses: int, schedule: str, shrink: bool, seed: int, as_json: bool
+) -> None:
     """Prints the verdict on rank 0; ends with exit code 1 on every rank where the model differs from itself."""
     if length < 3:
         raise InputError(f"verify --model packs three documents: --length must be 3 or more; got {length}.")
@@ -36,7 +38,7 @@ def verify_model(source: str, length: int, *, ulysses: int, shrink: bool, seed: 
     mesh = ringattn.init(ulysses=ulysses)
     try:
         with options.bar("verifying", PASSES, shown=mesh.rank == 0) as advance:
-            parity = compare(model, mesh, documents, seed=seed, advance=advance)
+            parity = compare(model, mesh, documents, seed=seed, schedule=schedule, advance=advance)
         if mesh.rank == 0:
             size = sum(parameter.numel() for parameter in model.parameters())
             _report(mesh, f"{type(model).__name__} of {size:,} parameters", documents, parity, as_json)

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from ringattn.checking import instance, integer, shown
 from ringattn.errors import InputError, MissingDependencyError, UnsupportedError
-from ringattn.functional import attention
-from ringattn.integrations.members import check_members
-from ringattn.masks import Mask
+from ringattn.integrations.distributed_attention import DistributedAttention
 from ringattn.mesh import Mesh
-from ringattn.sharding import Sharding
 from ringattn.training.gradients import gradient_factor
+
+__all__ = ["DistributedAttention", "initialize"]
 
 PARTIAL = "with it DeepSpeed adds up the gradients of some ranks only, which are partial sums. Leave it out: "
 REFUSED_KEYS = {
@@ -216,58 +215,3 @@ def _without_deprecations() -> Iterator[None]:
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         yield
-
-
-class DistributedAttention(nn.Module):
-    """`deepspeed.sequence.layer.DistributedAttention`, called the same way, by `ringattn.attention`.
-
-    Any number of heads on any number of ranks; grouped heads are never repeated. As there, each rank holds an equal,
-    contiguous part of the sequence (for others, call `ringattn.attention` with a sharding of their layout).
-
-    Args:
-        mesh: the ranks, in place of a process group.
-        mask: who attends to whom, in place of the arguments of a local attention.
-        options: of `ringattn.attention`: ``mechanism``, ``schedule``, ``kernel``, ``deterministic``.
-    """
-
-    def __init__(self, mesh: Mesh, mask: Mask, **options: Any) -> None:
-        super().__init__()
-        self.mesh = instance(mesh, Mesh, "mesh", "a ringattn.Mesh, as ringattn.init() returns")
-        self.mask = instance(mask, Mask, "mask", "a ringattn mask, such as Causal()")
-        if unknown := options.keys() - {"mechanism", "schedule", "kernel", "deterministic"}:
-            raise InputError(
-                f"The options are mechanism, schedule, kernel and deterministic; got {', '.join(sorted(unknown))}."
-            )
-        check_members("contiguous", options.get("schedule", "auto"), options.get("kernel", "auto"))
-        self.options = options
-        self._sharding: Sharding | None = None
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int = 0, rotary_pos_emb: None = None
-    ) -> Tensor:
-        """``[B, S_local, Hq, Dv]``, of ``[B, S_local, Hq, D]`` and the same of Hkv heads.
-
-        Args:
-            batch_dim_idx: 1 for ``[S_local, B, H, D]``, in and out.
-            rotary_pos_emb: None. Rotate the shard itself, at its positions: ``rank * S_local`` and on.
-        """
-        if rotary_pos_emb is not None:
-            raise UnsupportedError("rotary_pos_emb is of the whole sequence, which no rank holds here. Rotate q and k.")
-        if not isinstance(batch_dim_idx, int) or isinstance(batch_dim_idx, bool) or batch_dim_idx not in (0, 1):
-            raise InputError(f"batch_dim_idx is 0 for [B, S, H, D] or 1 for [S, B, H, D]; got {shown(batch_dim_idx)}.")
-        order = (0, 2, 1, 3) if batch_dim_idx == 0 else (1, 2, 0, 3)
-        back = (0, 2, 1, 3) if batch_dim_idx == 0 else (2, 0, 1, 3)
-        if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (query, key, value)):
-            said = ", ".join(str(x.dim()) if isinstance(x, Tensor) else shown(x) for x in (query, key, value))
-            raise InputError(f"query, key and value are tensors of four dimensions; got {said}.")
-        q, k, v = (x.permute(order) for x in (query, key, value))
-        out = attention(q, k, v, self.mask, sharding=self._sharding_of(q.shape[2]), **self.options)
-        assert isinstance(out, Tensor)  # without return_lse, which __init__ refuses
-        return out.permute(back)
-
-    def _sharding_of(self, local: int) -> Sharding:
-        """That of the last call, where it had as many tokens."""
-        length = local * self.mesh.sequence_size
-        if self._sharding is None or self._sharding.length != length:
-            self._sharding = Sharding(length, self.mesh, layout="contiguous", mask=self.mask)
-        return self._sharding

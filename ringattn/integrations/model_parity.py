@@ -114,6 +114,7 @@ def compare(
     documents: list[int],
     *,
     seed: int = 0,
+    schedule: str = "auto",
     advance: Callable[[], None] = lambda: None,
 ) -> Parity:
     """Runs the model alone and over the ranks of the mesh. Every rank calls it and comes to the same verdict.
@@ -121,6 +122,7 @@ def compare(
     Args:
         model: the same weights on every rank; it is left as it was.
         documents: lengths of the documents of the sequence.
+        schedule: by which attention is computed over the ranks.
         advance: called after each of three passes.
 
     Raises:
@@ -130,11 +132,11 @@ def compare(
     tokens = torch.randint(model.config.vocab_size, (1, sum(documents)), generator=draw)
     alone = _alone(copy.deepcopy(model), tokens, documents)
     advance()
-    ours = _sharded(copy.deepcopy(model), mesh, tokens, documents)
+    ours = _sharded(copy.deepcopy(model), mesh, tokens, documents, schedule)
     advance()
     changed = tokens.clone()
     changed[0, documents[0] // 2] = (tokens[0, documents[0] // 2] + 1) % model.config.vocab_size
-    different = _moved(model, mesh, ours, tokens, changed, documents)
+    different = _moved(model, mesh, ours, tokens, changed, documents, schedule)
     advance()
     return Parity(
         layers={name: _relative(x, alone.layers[name]) for name, x in ours.layers.items()},
@@ -147,7 +149,7 @@ def compare(
 
 
 def _moved(
-    model: PreTrainedModel, mesh: Mesh, ours: Run, tokens: Tensor, changed: Tensor, documents: list[int]
+    model: PreTrainedModel, mesh: Mesh, ours: Run, tokens: Tensor, changed: Tensor, documents: list[int], schedule: str
 ) -> Tensor:
     """Which tokens' logits move with the changed token, ``[S]``: by any bit, or with experts by more than rounding.
 
@@ -155,13 +157,13 @@ def _moved(
     is less than any leak.
     """
     if not any(getattr(model.config, name, None) for name in EXPERTS):
-        probed = _sharded(copy.deepcopy(model), mesh, changed, documents)
+        probed = _sharded(copy.deepcopy(model), mesh, changed, documents, schedule)
         return (probed.logits != ours.logits).flatten(2).any(2)[0]
     logits = []
     for each in (tokens, changed):
         wide = copy.deepcopy(model).double()
         wide.set_experts_implementation("eager")  # the others have no float64
-        logits.append(_sharded(wide, mesh, each, documents).logits)
+        logits.append(_sharded(wide, mesh, each, documents, schedule).logits)
     return ((logits[0] - logits[1]).abs() > ROUNDING * logits[0].abs().max()).flatten(2).any(2)[0]
 
 
@@ -183,10 +185,10 @@ def _alone(model: PreTrainedModel, tokens: Tensor, documents: list[int]) -> Run:
     return Run(whole, torch.cat(logits, dim=1).detach(), loss.item(), _gradients(model))
 
 
-def _sharded(model: PreTrainedModel, mesh: Mesh, tokens: Tensor, documents: list[int]) -> Run:
+def _sharded(model: PreTrainedModel, mesh: Mesh, tokens: Tensor, documents: list[int], schedule: str) -> Run:
     """All documents packed, over the ranks."""
     layers: dict[str, Tensor] = {}
-    attached = attach(model, mesh)
+    attached = attach(model, mesh, schedule=schedule)
     given = attached.batch(tokens, labels=tokens, document_lengths=documents)
     sharding = sharding_of(given)
     with _outputs_of_attention(model, layers.__setitem__):

@@ -48,19 +48,23 @@ MODELS: dict[str, dict[str, Any]] = {
 PACKS = ([301], [120, 1, 180])
 
 
-def measured(_: Worker, name: str, documents: list[int]) -> Parity:
+def measured(worker: Worker, name: str, documents: list[int], ulysses: int) -> Parity:
     """One row, on every rank."""
+    mesh = worker.kept.setdefault("mesh", None) or ringattn.init(ulysses=ulysses)
+    worker.kept["mesh"] = mesh
+    schedule = "ulysses" if ulysses > 1 else "auto"
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **SIZES, **MODELS[name])
     kind: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForMaskedLM
-    return compare(kind.from_config(config, dtype=torch.float32).eval(), ringattn.init(), documents)
+    return compare(kind.from_config(config, dtype=torch.float32).eval(), mesh, documents, schedule=schedule)
 
 
 def main() -> int:
     """Prints the table; 1 where a model is not itself."""
     parser = argparse.ArgumentParser(prog="scripts/bench huggingface", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="Gloo ranks (default 2 3)")
+    parser.add_argument("--ulysses", type=int, default=1, help="ranks on the ulysses axis, of each number (default 1)")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     options = parser.parse_args()
     found: dict[tuple[str, int, int], Parity] = {}
@@ -70,7 +74,7 @@ def main() -> int:
             with Team(ranks) as team:
                 for name in options.models:
                     for pack in PACKS:
-                        found[name, ranks, len(pack)] = team.call(measured, name, pack)[0]
+                        found[name, ranks, len(pack)] = team.call(measured, name, pack, options.ulysses)[0]
                         progress.advance(task)
     columns = [f"{ranks} ranks, {'packed' if len(pack) > 1 else 'one'}" for ranks in options.ranks for pack in PACKS]
     table = Table("model", *columns, title=f"transformers {transformers.__version__}: logits / worst gradient")

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 import ringattn
@@ -34,7 +35,7 @@ from ringattn.training import Batch, accumulate, clip_grad_norm, gradient_factor
 from scripts.benchmarks.teams import Team, Worker
 
 ALLOWED = 1e-5
-MESHES = ((1, 2), (2, 1), (2, 2), (1, 3), (1, 4))
+MESHES = ((1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 3, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2))
 SHARDS = ("even", "uneven", "one without labels")
 ACCUMULATIONS = (1, 3)
 SHAPE = Shape(layers=2, width=32, heads=4, kv_heads=2)
@@ -53,6 +54,16 @@ class Case:
     ring: int
     accumulation: int
     shards: str
+    ulysses: int = 1
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        return self.data, self.ring, self.ulysses
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share one."""
+        return self.ring * self.ulysses
 
 
 @dataclasses.dataclass
@@ -90,9 +101,9 @@ def difference(found: Trace, expected: Trace) -> Difference:
 def layout_of(case: Case) -> ringattn.Layout:
     """Contiguous shards of one length; or of which rank 0 has half the tokens."""
     length = LENGTHS[case.shards]
-    if case.shards != "uneven" or case.ring == 1:
+    if case.shards != "uneven" or case.sequence == 1:
         return ringattn.Contiguous()
-    cuts = [0, length // 2, *(length // 2 + 1 + i * 5 for i in range(case.ring - 2)), length]
+    cuts = [0, length // 2, *(length // 2 + 1 + i * 5 for i in range(case.sequence - 2)), length]
     return ringattn.Explicit([[run] for run in itertools.pairwise(cuts)])
 
 
@@ -114,8 +125,8 @@ def samples(case: Case, step: int) -> list[list[tuple[Tensor, Tensor]]]:
         labels = tokens.clone()
         labels[0, : 5 * turn + 1] = -100  # so that batches differ in their number of labels
         if case.shards == "one without labels" and replica == 0:
-            labels[0, length - length // case.ring + 1 :] = -100  # of the last shard; labels are shifted by one
-            if case.ring == 1:
+            labels[0, length - length // case.sequence + 1 :] = -100  # of the last shard; labels are shifted by one
+            if case.sequence == 1:
                 labels[:] = -100
         dealt.append((tokens, labels))
     return [dealt[i * case.accumulation :][: case.accumulation] for i in range(case.data)]
@@ -145,6 +156,13 @@ def one_process(case: Case) -> Trace:
     return Trace(losses, {name: after.detach() - before[name] for name, after in model.named_parameters()})
 
 
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """By `Ulysses` where the mesh has an axis for it, and otherwise as ``auto`` has it."""
+    schedule = "ulysses" if batch.sharding.mesh.ulysses > 1 else "auto"
+    logits: Tensor = model(batch.tokens, batch.positions, functools.partial(batch.attend, schedule=schedule))
+    return logits
+
+
 Step = Callable[[list[Batch], float], Tensor]
 """One optimizer step on the loss times a weight; returns this rank's share of the loss."""
 
@@ -156,7 +174,7 @@ def torch_loop(wrapped: nn.Module, factor: float, mesh: ringattn.Mesh | None = N
     def step(batches: list[Batch], weight: float) -> Tensor:
         loss = torch.zeros(())
         for batch in batches:
-            share = token_loss(wrapped(batch.tokens, batch.positions, batch.attend), batch)
+            share = token_loss(logits_of(wrapped, batch), batch)
             (weight * share / factor).backward()
             loss += share.detach()
         if mesh is not None:
@@ -183,7 +201,7 @@ def ddp(model: nn.Module, mesh: ringattn.Mesh, _: Case) -> Step:
 def fsdp2(model: nn.Module, mesh: ringattn.Mesh, _: Case, *, flat: bool) -> Step:
     from torch.distributed.fsdp import fully_shard
 
-    devices = mesh.device_mesh(flat=True) if flat else mesh.device_mesh()["data", "ring"]
+    devices = mesh.device_mesh(flat=True) if flat else of_replicas(mesh)
 
     def wrap(module: nn.Module) -> nn.Module:
         for block in getattr(module, "blocks", ()):
@@ -192,6 +210,15 @@ def fsdp2(model: nn.Module, mesh: ringattn.Mesh, _: Case, *, flat: bool) -> Step
         return module
 
     return torch_loop(wrap(model), measured(wrap, mesh))
+
+
+def of_replicas(mesh: ringattn.Mesh) -> DeviceMesh:
+    """The replicas, and all ranks of a sequence on one dimension."""
+    devices = mesh.device_mesh()
+    if mesh.ulysses == 1:
+        return devices["data", "ring"]
+    devices["ring", "ulysses"]._flatten("sequence")
+    return devices["data", "sequence"]
 
 
 def measured(wrap: Callable[[nn.Module], nn.Module], mesh: ringattn.Mesh) -> float:
@@ -219,7 +246,7 @@ def zero(model: nn.Module, mesh: ringattn.Mesh, case: Case, *, stage: int) -> St
     def step(batches: list[Batch], weight: float) -> Tensor:
         loss = torch.zeros(())
         for batch in batches:
-            share = token_loss(engine(batch.tokens, batch.positions, batch.attend), batch)
+            share = token_loss(logits_of(engine, batch), batch)
             engine.backward(weight * share / factor)
             engine.step()
             loss += share.detach()
@@ -239,7 +266,7 @@ WRAPPERS: dict[str, Callable[[nn.Module, ringattn.Mesh, Case], Step]] = {
 
 def train(worker: Worker, case: Case) -> Trace | None:
     """The same on the ranks of the case's mesh; the trace on rank 0."""
-    if worker.rank >= case.data * case.ring:
+    if worker.rank >= math.prod(case.mesh):
         return None
     mesh: ringattn.Mesh = worker.kept["mesh"]
     model = start()
@@ -264,9 +291,9 @@ def whole(weight: nn.Parameter) -> Tensor:
     return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
 
 
-def regroup(worker: Worker, data: int, ring: int, folder: str) -> None:
+def regroup(worker: Worker, sizes: tuple[int, int, int], folder: str) -> None:
     """The first ranks become a world of their own, with nothing left of the one before."""
-    size = data * ring
+    size, (_, ring, ulysses) = math.prod(sizes), sizes
     comm = sys.modules.get("deepspeed.comm.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()  # which forgets DeepSpeed's own groups too, but not that it had started
@@ -274,9 +301,9 @@ def regroup(worker: Worker, data: int, ring: int, folder: str) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if worker.rank < size:
-        store = FileStore(str(Path(folder) / f"{data}x{ring}"), size)
+        store = FileStore(str(Path(folder) / "x".join(map(str, sizes))), size)
         dist.init_process_group("gloo", store=store, rank=worker.rank, world_size=size)
-        worker.kept["mesh"] = ringattn.init(ring=ring)
+        worker.kept["mesh"] = ringattn.init(ring, ulysses)
 
 
 def quiet(_: Worker) -> None:
@@ -377,26 +404,27 @@ def cell(found: Sequence[Difference]) -> str:
     return f"{max(d.loss for d in found):.1e} / {max(d.movement for d in found):.1e}"
 
 
-def table(results: dict[Case, Difference], wrappers: Sequence[str], meshes: Sequence[tuple[int, int]]) -> Iterator[str]:
-    yield "| " + " | ".join(["(data, ring)", *(f"({data}, {ring})" for data, ring in meshes)]) + " |"
+def table(
+    results: dict[Case, Difference], wrappers: Sequence[str], meshes: Sequence[tuple[int, int, int]]
+) -> Iterator[str]:
+    yield "| " + " | ".join(["(data, ring, ulysses)", *map(str, meshes)]) + " |"
     yield "|---" * (len(meshes) + 1) + "|"
     for wrapper in wrappers:
         cells = [
-            cell([d for case, d in results.items() if (case.wrapper, case.data, case.ring) == (wrapper, *mesh)])
-            for mesh in meshes
+            cell([d for case, d in results.items() if (case.wrapper, case.mesh) == (wrapper, mesh)]) for mesh in meshes
         ]
         yield "| " + " | ".join([wrapper, *cells]) + " |"
 
 
-def mesh_of(text: str) -> tuple[int, int]:
-    data, _, ring = text.partition("x")
-    return int(data), int(ring)
+def mesh_of(text: str) -> tuple[int, int, int]:
+    data, ring, ulysses = map(int, f"{text}x1".split("x")[:3])
+    return data, ring, ulysses
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--mesh", type=mesh_of, nargs="+", default=list(MESHES), help="data x ring, as 2x2; several are several columns"
+        "--mesh", type=mesh_of, nargs="+", default=list(MESHES), help="data x ring x ulysses, as 2x2 or 1x2x2"
     )
     parser.add_argument("--wrapper", nargs="+", choices=WRAPPERS, default=list(WRAPPERS))
     options = parser.parse_args()
@@ -405,19 +433,20 @@ def main() -> int:
     results: dict[Case, Difference] = {}
     said: dict[str, str] = {}
     kinds = list(itertools.product(ACCUMULATIONS, SHARDS))
-    largest = max(data * ring for data, ring in options.mesh)
+    largest = max(map(math.prod, options.mesh))
     with Team(largest) as team, tempfile.TemporaryDirectory(prefix="ringattn-wrappers-") as folder:
         team.call(quiet)
         if largest >= 4 and any(wrapper.startswith("ZeRO") for wrapper in options.wrapper):
-            team.call(regroup, 2, 2, tempfile.mkdtemp(dir=folder))
+            team.call(regroup, (2, 2, 1), tempfile.mkdtemp(dir=folder))
             said = team.call(partial_sums)[0]
         # The largest first: DeepSpeed counts modules in each process, and compares the counts of its ranks.
-        for data, ring in sorted(options.mesh, key=math.prod, reverse=True):
-            team.call(regroup, data, ring, folder)
+        for mesh in sorted(options.mesh, key=math.prod, reverse=True):
+            data, ring, ulysses = mesh
+            team.call(regroup, mesh, folder)
             for accumulation, shards in kinds:
-                expected = one_process(Case("", data, ring, accumulation, shards))
+                expected = one_process(Case("", data, ring, accumulation, shards, ulysses))
                 for wrapper in options.wrapper:
-                    case = Case(wrapper, data, ring, accumulation, shards)
+                    case = Case(wrapper, data, ring, accumulation, shards, ulysses)
                     (found, *_) = team.call(train, case)
                     assert found is not None
                     results[case] = difference(found, expected)
@@ -428,7 +457,7 @@ def main() -> int:
         f"which three are clipped, of {len(kinds)} trainings each: accumulation {', '.join(map(str, ACCUMULATIONS))}; "
         "shards "
         f"{', '.join(SHARDS)}. The largest, {results[worst].largest:.1e}, is of {worst.wrapper} on "
-        f"({worst.data}, {worst.ring}), accumulation {worst.accumulation}, shards {worst.shards}: "
+        f"{worst.mesh}, accumulation {worst.accumulation}, shards {worst.shards}: "
         f"{results[worst].parameter}. {time.perf_counter() - started:.0f} s."
     )
     for name, text in said.items():

@@ -207,9 +207,13 @@ def attended(mesh: ringattn.Mesh, batch_dim: int) -> list[tuple[Tensor, ...]]:
 
     assert deepspeed.comm.is_initialized()
     theirs = Theirs(local, dist.group.WORLD, scatter_idx=2, gather_idx=1 - batch_dim)
-    ours = DistributedAttention(mesh, ringattn.Causal())
+    ours = [
+        DistributedAttention(mesh, ringattn.Causal()),
+        DistributedAttention(local, dist.group.WORLD, scatter_idx=2, gather_idx=1 - batch_dim),
+        DistributedAttention(local, mesh, 2, 1 - batch_dim, num_kv_heads=4),
+    ]
     results = []
-    for attend in (theirs, ours):
+    for attend in (theirs, *ours):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = attend(*leaves, batch_dim)
         out.square().sum().backward()
@@ -220,10 +224,64 @@ def attended(mesh: ringattn.Mesh, batch_dim: int) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize("batch_dim", [0, 1])
 def test_its_attention_module_is_ours(gloo: Workers, batch_dim: int) -> None:
     gloo.run(4, _start)
-    for theirs, ours in gloo.run(4, attended, batch_dim):
-        assert len(theirs) == len(ours) == 4
-        for a, b in zip(theirs, ours, strict=True):
-            assert a.shape == b.shape and (a - b).norm() <= 2e-6 * a.norm()
+    for theirs, *results in gloo.run(4, attended, batch_dim):
+        for ours in results:
+            assert len(theirs) == len(ours) == 4
+            for a, b in zip(theirs, ours, strict=True):
+                assert a.shape == b.shape and (a - b).norm() <= 2e-6 * a.norm()
+
+
+def rotated(mesh: ringattn.Mesh) -> tuple[Tensor, Tensor]:
+    """DeepSpeed's module and ours with a rotary embedding and an argument of the local attention."""
+    from deepspeed.sequence.layer import DistributedAttention as Theirs
+
+    def local(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+    angles = torch.arange(20.0).view(20, 1, 1, 1) * torch.linspace(0.1, 1, 4).repeat(2)
+    torch.manual_seed(mesh.rank)
+    q, k, v = (torch.randn(1, 5, 4, 8) for _ in range(3))
+    theirs, ours = (kind(local, dist.group.WORLD, 2, 1) for kind in (Theirs, DistributedAttention))
+    return tuple(layer(q, k, v, 0, (angles.cos(), angles.sin()), 0.3) for layer in (theirs, ours))  # type: ignore[return-value]
+
+
+def test_its_attention_module_rotates_as_theirs(gloo: Workers) -> None:
+    gloo.run(4, _start)
+    for theirs, ours in gloo.run(4, rotated):
+        assert (theirs - ours).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (5, 1), (8, 2), (3, 3), (12, 4)])
+@pytest.mark.parametrize("lengths", [(3, 3, 3), (1, 7, 2), (4, 0, 5)])
+def test_around_a_local_attention_heads_and_lengths_are_any(
+    heads: int, kv_heads: int, lengths: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    size = sum(lengths)
+    inputs = [torch.randn(2, size, count, dim) for count, dim in ((heads, 4), (kv_heads, 4), (kv_heads, 3), (heads, 3))]
+
+    def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def results(attend: Any, rows: slice) -> list[Tensor]:
+        q, k, v, dout = (x[:, rows].clone() for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = attend(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    def sharded(mesh: ringattn.Mesh) -> list[Tensor]:
+        start = sum(lengths[: mesh.rank])
+        layer = DistributedAttention(local, mesh, gather_idx=1)
+        return results(lambda q, k, v: layer(q, k, v, 0), slice(start, start + lengths[mesh.rank]))
+
+    expected = results(local, slice(None))
+    run = ringattn.simulate(sharded, ring=3)
+    for wanted, *parts in zip(expected, *run.results, strict=True):
+        assert (torch.cat(parts, 1) - wanted).norm() <= 1e-6 * wanted.norm()
+    assert run.traffic[0].messages == 4 * 2 or 0 in lengths  # to either other rank: out and home, forward and backward
 
 
 def test_its_attention_module_takes_any_number_of_heads() -> None:
@@ -249,6 +307,14 @@ def test_its_attention_module_takes_any_number_of_heads() -> None:
         (lambda layer, x: layer(x, x, x, 0, (x, x)), "rotary_pos_emb is of the whole sequence"),
         (lambda layer, x: layer(x[0], x, x, 0), "four dimensions; got 3, 4, 4"),
         (lambda layer, x: DistributedAttention(layer.mesh, layer.mask, return_lse=True), "got return_lse"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, scatter_idx=1), "Heads are dim 2"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, sp_stream=3), "Leave it out"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, schedule="ring"), "no options here.*schedule"),
+        (lambda layer, x: DistributedAttention(layer.mask, None), "a mesh, where a mask says"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, num_kv_heads=2)(x, x, x), "for 2 key heads; got 3"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh)(x, x, x, 0), "Dim 0 counts sequences"),
+        (lambda layer, x: DistributedAttention(lambda q, k, v: q[0], layer.mesh, 2, 1)(x, x, x), "gives the shape"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, 2, 1)(x[:, :, :2], x, x), "a multiple of key heads"),
     ],
 )
 def test_what_its_attention_module_cannot_do_is_refused(call: Any, said: str) -> None:
