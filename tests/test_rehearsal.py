@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.naming import by_name
 from ringattn.plans.tiles import Tiles
-from ringattn.runtime import engine
-from ringattn.runtime.call import TileCall
+from ringattn.runtime import engine, passing
+from ringattn.runtime.call import PassCall, TileCall
 from ringattn.runtime.request import Request
 from ringattn.schedules import FLAT
 from ringattn.transports.base import Buffers, Message, Transport
@@ -186,18 +187,19 @@ def _rehearse_rank(
     params = list(asked.params.values())
     request = Request(mask, sharding, None, asked, schedule, kernel)
     call = request.call((q, k, v, *params), (True,) * (3 + len(params)))
-    assert isinstance(call, TileCall)
+    assert isinstance(call, TileCall | PassCall)
     with _Watch(), torch._C._AutoDispatchBelowADInplaceOrView():  # as in the ops
         _run(call, (q, k, v), params, dout)
 
 
-def _run(call: TileCall, inputs: Sequence[torch.Tensor], params: list[torch.Tensor], dout: Any) -> None:
+def _run(call: TileCall | PassCall, inputs: Sequence[torch.Tensor], params: list[torch.Tensor], dout: Any) -> None:
     q, k, v = inputs
-    _ = call.passes  # found once, before the first step
-    out, extras = engine.forward(call, q, k, v, params, 7, 1)
+    _ = call.tours if isinstance(call, PassCall) else call.passes  # found once, before the first step
+    by: ModuleType = passing if isinstance(call, PassCall) else engine
+    out, extras = by.forward(call, q, k, v, params, 7, 1)
     asked = extras[: len(call.problem.mechanism.extras)]
     daux = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in asked)
-    gradients = engine.backward(call, q, k, v, params, 7, 1, (out, *extras), dout, daux)
+    gradients = by.backward(call, q, k, v, params, 7, 1, (out, *extras), dout, daux)
     wide = [x.to(call.problem.accumulator) for x in (q, k, v)]
     for x, like in zip((out, *gradients[:3], *gradients[3]), (dout, *wide, *params), strict=True):
         assert (x.device, x.shape, x.dtype) == (like.device, like.shape, like.dtype)

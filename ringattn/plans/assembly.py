@@ -55,11 +55,13 @@ class Moves:
         receives: ``(phase, sender, origin, start, stop)``.
         sends: ``(phase, peer, source phase, origin, start, stop)``.
         returns: None if gradients go straight to their owners, as soon as they are there on every rank.
+        all_gather: whether every rank needs all keys of every other one, and gets them in one exchange.
     """
 
     receives: Array
     sends: Array
     returns: Returns | None = None
+    all_gather: bool = False
 
 
 def assemble(
@@ -120,6 +122,7 @@ def assemble(
         grad_receives=grad_receives,
         lookahead=lookahead,
         gradient_wire=gradient_wire,
+        all_gather=moves.all_gather,
         shape=shape,
         node=demand.node,
     )

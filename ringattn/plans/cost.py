@@ -177,6 +177,7 @@ def explain(plan: Program) -> str:
     for step in plan.steps:
         parts = []
         if step.exchange:
+            parts += ["as an all-gather"] if step.exchange.all_gather else []
             parts += [f"send {_rows(plan, item)} to rank {item.peer}" for item in step.exchange.sends]
             parts += [f"receive {_rows(plan, item)} from rank {item.peer}" for item in step.exchange.receives]
         if step.tiles:

@@ -62,6 +62,11 @@ class Demand:
         """The same pairs with queries for keys: which rank's keys need which rank's queries."""
         return self.memo(_transposed)
 
+    @property
+    def of_all_for_all(self) -> bool:
+        """Whether every rank has keys, and queries that need all keys of all ranks, as far as that is seen at once."""
+        return self.memo(_of_all_for_all)
+
     def rows(self, rank: int) -> Array:
         """The cut of one rank's queries with everybody's keys."""
         return self.memo(_rows, range(rank, rank + 1))
@@ -118,6 +123,13 @@ def _transposed(demand: Demand) -> Demand:
     regions, partial = bands.transpose(demand.regions), bands.transpose(demand.partial)
     turned = Demand(Transposed(demand.mask), regions, partial, demand.k_spans, demand.q_spans, demand.size)
     return turned if demand.table is None else turned.for_all_ranks()
+
+
+def _of_all_for_all(demand: Demand) -> bool:
+    held = layouts.counts(demand.k_spans, demand.size)
+    ranges = tiles.key_ranges(np.concatenate([demand.regions, demand.partial]), demand.q_spans)
+    everything = np.stack([np.arange(demand.size), 0 * held, np.full_like(held, held.sum())], axis=1)
+    return bool((held > 0).all()) and ranges is not None and np.array_equal(ranges, everything)
 
 
 def _rows(demand: Demand, ranks: range) -> Array:

@@ -58,6 +58,11 @@ class Item:
         return tuple(out)
 
     @functools.cached_property
+    def content(self) -> tuple[bool, int, bytes]:
+        """What travels: equal where the same does."""
+        return self.gradient, self.slice, self.parts.tobytes()
+
+    @functools.cached_property
     def is_run(self) -> bool:
         """Whether its parts lie behind one another in one buffer."""
         return len(self.phases) == 1 and bool((self.parts[1:, PART_START] == self.parts[:-1, PART_STOP]).all())
@@ -74,11 +79,17 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """What a rank sends and receives at once: one message a peer, for the keys and for the gradients each."""
+    """What a rank sends and receives at once: one message a peer, for the keys and for the gradients each.
+
+    Attributes:
+        all_gather: whether every rank sends each other one the same rows in it, so that a transport may use its
+            library's all-gather in place of messages.
+    """
 
     phase: int
     sends: tuple[Item, ...] = ()
     receives: tuple[Item, ...] = ()
+    all_gather: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.sends or self.receives)

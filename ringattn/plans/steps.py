@@ -76,6 +76,7 @@ class Program:
             in buffer 0, and of others those to whose gradients it is added before they go on.
         lookahead: 1 when the next exchange runs while this rank computes, 0 when it does not.
         gradient_wire: the dtype in which gradients of keys and values travel.
+        all_gather: whether every rank needs all keys of every other one, which come in one exchange.
         slices: into how many slices of key heads, with the query heads that read them, everything is cut that is not of
             this rank's own keys. Where there are several, phase p is of slice p - 1, and its exchange brings no other.
         shape: heads, dims and dtype, where they were given.
@@ -100,6 +101,7 @@ class Program:
     grad_receives: Array
     lookahead: int
     gradient_wire: GradientWire
+    all_gather: bool = False
     slices: int = 1
     shape: Shape | None = None
     reason: str = ""
@@ -152,10 +154,10 @@ class Program:
         exchanges = dict(self._key_exchanges)
         for phase, items in self._gradients(self.grad_sends):
             x = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(x, sends=(*x.sends, *items))
+            exchanges[phase] = dataclasses.replace(x, sends=(*x.sends, *items), all_gather=False)
         for phase, items in self._gradients(self.grad_receives):
             x = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(x, receives=(*x.receives, *items))
+            exchanges[phase] = dataclasses.replace(x, receives=(*x.receives, *items), all_gather=False)
         return walk(exchanges, self.tiles, self.lookahead)
 
     def _gradients(self, table: Array) -> Iterator[tuple[int, tuple[Item, ...]]]:
@@ -176,7 +178,7 @@ class Program:
             stop = offset + received_rows(self.payload, rows)
             items = self._items(rows[:, RECV_SENDER], offset, stop, False, phase, self.slice_of(phase))
             exchange = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(exchange, receives=items)
+            exchanges[phase] = dataclasses.replace(exchange, receives=items, all_gather=self.all_gather)
         return exchanges
 
     def _items(
@@ -223,7 +225,7 @@ class Program:
         """The size of each exchange buffer."""
         sent, returned, arriving = 0, 0, 0
         for exchange in (step.exchange for step in self.backward_steps if step.exchange):
-            packed = [item for item in exchange.sends if self.packed(item)]
+            packed = {item.content: item for item in exchange.sends if self.packed(item)}.values()
             sent = max(sent, sum(item.rows for item in packed if not item.gradient))
             returned = max(returned, sum(item.rows for item in packed if item.gradient))
             arriving = max(arriving, sum(item.rows for item in exchange.receives if item.gradient))
@@ -243,7 +245,7 @@ class Program:
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
-        options = self.payload.name, self.lookahead, self.gradient_wire, self.slices, self.shape
+        options = self.payload.name, self.lookahead, self.gradient_wire, self.all_gather, self.slices, self.shape
         h.update(repr((self.rank, self.size, *options)).encode())
         return h.hexdigest()
 

@@ -77,6 +77,7 @@ def verify(plans: Sequence[Program]) -> None:
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
     ):
+        _verify_all_gathers(name, exchanges)
         phases = [[exchange.phase for exchange in own] for own in exchanges]
         verify_progress(name, phases, _match(name, plans, exchanges, keys))
 
@@ -232,6 +233,22 @@ def _positions(plan: Program, item: Item, keys: Keys) -> list[Array]:
             whole = np.concatenate(held)
             out += [whole[start:stop] for start, stop in spans]
     return [np.concatenate(out)] if item.payload.per_key else out
+
+
+def _verify_all_gathers(name: str, exchanges: Sequence[Sequence[Exchange]]) -> None:
+    """Where an exchange says that it is an all-gather, every rank's does, and sends all others the same rows."""
+    for rank, own in enumerate(exchanges):
+        others = {*range(len(exchanges))} - {rank}
+        for nth, exchange in enumerate(own):
+            theirs = exchanges[0][nth].all_gather if nth < len(exchanges[0]) else False
+            alike = len({item.content for item in exchange.sends}) == 1 and all(
+                {item.peer for item in side} == others and len(side) == len(others)
+                for side in (exchange.sends, exchange.receives)
+            )
+            if exchange.all_gather != theirs or (exchange.all_gather and not alike):
+                raise PlanError(
+                    f"{name}: the exchange {nth} of rank {rank} is no all-gather, or not one of all ranks, as one says."
+                )
 
 
 def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Attended, Pair, Parcel
 from ringattn.payloads.columns import Columns
-from ringattn.plans.exchanges import Exchange, Item, Step
+from ringattn.plans.exchanges import Item, Step
 from ringattn.plans.plan import Plan
 from ringattn.plans.shape import heads_of
 from ringattn.plans.steps import Program
@@ -33,6 +33,7 @@ class Move:
 
     Attributes:
         phase: which exchange of its pass it is, shown in errors.
+        all_gather: whether every rank sends each other one the same in it.
         packs: own rows that the payload makes before the exchange starts.
         copies: rows that are copied together before it starts.
         sends, receives: its messages.
@@ -42,6 +43,7 @@ class Move:
     """
 
     phase: int
+    all_gather: bool
     packs: tuple[Parcel, ...]
     copies: tuple[Copy, ...]
     sends: tuple[Message, ...]
@@ -57,7 +59,8 @@ class Move:
             pack(self.packs)
         for source, target in self.copies:
             target.copy_(source)
-        return transport.exchange(self.sends, self.receives, label=f"{transport.doing}, phase {self.phase}")
+        label = f"{transport.doing}, phase {self.phase}"
+        return transport.exchange(self.sends, self.receives, label=label, all_gather=self.all_gather)
 
     @property
     def back(self) -> int:
@@ -136,7 +139,8 @@ def _some(step: Step, *, gradients: bool) -> Step:
     """The step with the messages of one kind."""
     sides = step.exchange.sends, step.exchange.receives
     sends, receives = (tuple(x for x in items if x.gradient == gradients) for items in sides)
-    return Step(Exchange(step.exchange.phase, sends, receives), step.phase, step.tiles)
+    exchange = dataclasses.replace(step.exchange, sends=sends, receives=receives)
+    return Step(exchange, step.phase, step.tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,14 +207,17 @@ class _Rooms:
         exchange, plan = step.exchange, self._plan
         packs, copies, sends = [], [], []
         staging, grad_staging = _Staging(self._staging), _Staging(self._grad_staging)
+        made: dict[object, torch.Tensor] = {}  # several ranks may get the same
         for item in exchange.sends:
-            if plan.packed(item):
+            rows = made.get(item.content)
+            if rows is None and plan.packed(item):
                 rows = (grad_staging if item.gradient else staging).next(item.rows, self._heads[item.slice])
                 own, others = self._apart(item, rows)
                 packs += own
                 copies += others
-            else:
+            elif rows is None:
                 rows = self._run(item)
+            made[item.content] = rows
             sends.append((item.peer, rows))
         receives, returned, summed, arrivals = [], [], [], _Staging(self._grad_arrivals)
         for item in exchange.receives:
@@ -224,6 +231,7 @@ class _Rooms:
             receives.append((item.peer, rows))
         return Move(
             phase=exchange.phase,
+            all_gather=exchange.all_gather,
             packs=tuple(packs),
             copies=tuple(copies),
             sends=tuple(sends),

@@ -122,8 +122,7 @@ def backward(
                 total[:, :, at] += x[: len(total)]
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
-    every = [dparams[name].to(p.dtype) for name, p in problem.params.items()]
-    return dq.to(problem.dtype), dk.to(problem.dtype), dv.to(problem.dtype), every
+    return dq, dk, dv, [dparams[name].to(p.dtype) for name, p in problem.params.items()]
 
 
 def _names(problem: Problem) -> list[str]:
