@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +37,7 @@ BYTES = 2048  # of what a rank says over a transport
 FAREWELL = datetime.timedelta(seconds=10)  # for which a failing rank 0 keeps the store open
 OFTEN, SELDOM = 1e-3, 0.2  # seconds between two looks at the store: first, and when one of a thousand ranks is late
 NAME = "ringattn/meeting"
+HOST = "host"  # beside a rank's arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Meeting:
         limit: after which a wait for another rank is an error.
         host: the rank that keeps the store; None where another process does, or nobody knows.
         local_rank: among the ranks of this host, where the launcher said so.
+        node: how many neighbouring ranks share a host, as `agree` finds; None where all do, or not as many on each.
     """
 
     store: Store
@@ -54,6 +57,7 @@ class Meeting:
     limit: datetime.timedelta
     local_rank: int = 0
     host: int | None = None
+    node: int | None = None
 
     @classmethod
     def found(cls, launch: Launch, transport: str, limit: datetime.timedelta) -> Meeting:
@@ -79,14 +83,15 @@ class Meeting:
         store = _store(launch, launch.address, launch.port, limit)
         return cls(store, launch.rank, launch.world, limit, launch.local_rank, None if launch.agent else 0)
 
-    def agree(self, given: Mapping[str, object], refusal: InputError | None) -> Meeting:
+    def agree(self, given: Mapping[str, object], refusal: InputError | None, here: str) -> Meeting:
         """Compares this rank's arguments with those of all others; every rank calls it, in the same order.
 
         Args:
             refusal: why this rank will not start, if it will not. It is raised when the others have been told.
+            here: the name of this rank's host.
 
         Returns:
-            this meeting with a store of its own, which holds nothing yet.
+            this meeting with a store of its own, which holds nothing yet, and with its `node`.
 
         Raises:
             AgreementError: on every rank, naming the ranks and the values that differ, or the rank that refuses.
@@ -95,8 +100,9 @@ class Meeting:
         said = {name: shown(value) for name, value in given.items()}
         if refusal is not None:
             said = {"refusal": f"{type(refusal).__name__}: {refusal}"}
+        own = json.dumps({**said, HOST: here})
         try:
-            name, verdict = self._judged(json.dumps(said)) if self.rank == 0 else self._heard(json.dumps(said))
+            name, verdict = self._judged(own) if self.rank == 0 else self._heard(own)
         except RuntimeError as error:
             late = f"no other called init as it did, within {self.limit.total_seconds():g} seconds"
             why = late if isinstance(error, dist.DistStoreError) else str(error)
@@ -107,36 +113,39 @@ class Meeting:
             raise TransportError(verdict["missing"])
         if verdict["different"]:
             raise AgreementError(verdict["different"])
-        return dataclasses.replace(self, store=PrefixStore(name, self.store))
+        return dataclasses.replace(self, store=PrefixStore(name, self.store), node=verdict["node"])
 
     def news(self) -> News:
         """By which its ranks tell each other of one that is lost."""
         return News(self.store, "news", self.rank, self.world, self.host)
 
-    def _judged(self, said: str) -> tuple[str, dict[str, str]]:
+    def _judged(self, said: str) -> tuple[str, dict[str, Any]]:
         """Rank 0's part: what is wrong, told to all."""
         key = f"{NAME}/{uuid.uuid4()}"
         self.store.set(f"{key}/0", said)
         self.store.set(NAME, key)
         keys = [f"{key}/{rank}" for rank in range(self.world)]
-        verdict, absent = {"missing": "", "different": ""}, list[int]()
+        verdict: dict[str, Any] = {"missing": "", "different": "", "node": None}
+        absent: list[int] = []
         try:
             self.store.wait(keys, self.limit)
-            verdict["different"] = _difference([json.loads(self.store.get(each)) for each in keys])
+            heard = [json.loads(self.store.get(each)) for each in keys]
+            verdict["node"] = sharing([each.pop(HOST) for each in heard])
+            verdict["different"] = _difference(heard)
         except dist.DistStoreError:
             absent = [rank for rank, each in enumerate(keys) if not self.store.check([each])]
             names = ", ".join(map(str, absent))
             verdict["missing"] = f"Rank {names} did not start within {self.limit.total_seconds():g} seconds."
         self.store.set(f"{key}/verdict", json.dumps(verdict))
-        if any(verdict.values()):
+        if verdict["missing"] or verdict["different"]:
             with contextlib.suppress(RuntimeError):
                 self.store.wait([f"{key}/read/{rank}" for rank in range(1, self.world) if rank not in absent], FAREWELL)
         return key, verdict
 
-    def _heard(self, said: str) -> tuple[str, dict[str, str]]:
+    def _heard(self, said: str) -> tuple[str, dict[str, Any]]:
         """The others' part: what rank 0 found."""
         key = self._joined(said)
-        verdict: dict[str, str] = json.loads(self.store.get(f"{key}/verdict"))
+        verdict: dict[str, Any] = json.loads(self.store.get(f"{key}/verdict"))
         self.store.set(f"{key}/read/{self.rank}", "")
         return key, verdict
 
@@ -157,8 +166,22 @@ class Meeting:
         raise TransportError(f"Rank {self.rank} heard nothing of rank 0 within {self.limit.total_seconds():g} seconds.")
 
 
-def agree_over(transport: Transport, given: Mapping[str, object], refusal: InputError | None) -> None:
+def sharing(hosts: Sequence[str]) -> int | None:
+    """How many neighbouring ranks share a host, given each rank's; None where all do, or not as many on each host.
+
+    >>> sharing(["a", "a", "b", "b"]), sharing(["a", "b", "a", "b"]), sharing(["a", "a"])
+    (2, None, None)
+    """
+    runs = [len(list(run)) for _, run in itertools.groupby(hosts)]
+    equal = len({*runs}) == 1 and len(runs) == len({*hosts})
+    return runs[0] if equal and len(runs) > 1 else None
+
+
+def agree_over(transport: Transport, given: Mapping[str, object], refusal: InputError | None, here: str) -> int | None:
     """Compares this rank's arguments with those of all others over a transport, where there is no store.
+
+    Returns:
+        how many neighbouring ranks share a host: see `sharing`.
 
     Raises:
         AgreementError: on every rank, naming the ranks and the values that differ, or the rank that refuses.
@@ -166,12 +189,15 @@ def agree_over(transport: Transport, given: Mapping[str, object], refusal: Input
     said = {name: shortened(shown(value)) for name, value in given.items()}
     if refusal is not None:
         said = {"refusal": shortened(f"{type(refusal).__name__}: {refusal}", BYTES // 2)}
-    own = json.dumps(said).encode().ljust(BYTES)
-    different = _difference([json.loads(text) for text in exchanged(transport, own, "init")])
+    own = json.dumps({**said, HOST: shortened(here)}).encode().ljust(BYTES)
+    heard = [json.loads(text) for text in exchanged(transport, own, "init")]
+    node = sharing([each.pop(HOST) for each in heard])
+    different = _difference(heard)
     if refusal is not None:
         raise refusal
     if different:
         raise AgreementError(different)
+    return node
 
 
 def _store(launch: Launch, address: str, port: int, limit: datetime.timedelta) -> Store:

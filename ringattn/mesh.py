@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,11 @@ class Mesh:
     def sequence_size(self) -> int:
         """The ranks that share a sequence."""
         return self.ring * self.ulysses
+
+    @property
+    def sequence_node(self) -> int | None:
+        """How many neighbouring ranks of any sequence share a node, where sequences may begin within nodes."""
+        return self.node if self.node is None or self.data == 1 else math.gcd(self.node, self.sequence_size)
 
     @property
     def sequence_rank(self) -> int:

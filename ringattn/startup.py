@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ def init(
     timeout: float = 600.0,
     agreement: bool | Literal["auto"] = "auto",
     profile: str | Path | None = None,
+    node: int | None = None,
 ) -> Mesh:
     """The mesh of this process. Every rank calls it; one process needs no launcher.
 
@@ -55,6 +57,8 @@ def init(
             ranks, while the GPU works. ``auto`` is True.
         profile: a file of ``ringattn doctor --profile``, which rank 0 reads: ``auto`` chooses schedules by its links
             and kernels by its rates, on all ranks alike.
+        node: how many neighbouring ranks of the world share a node, whose links are faster; None to go by the names of
+            their hosts, where each has as many.
 
     Raises:
         InputError: an argument is wrong, the axes do not divide the world, the environment is incomplete, or rank 0
@@ -65,7 +69,7 @@ def init(
     >>> init().axes
     {'data': 1, 'ring': 1, 'ulysses': 1}
     """
-    refusal = _refusal(ring, ulysses, transport, timeout, agreement, profile)
+    refusal = _refusal(ring, ulysses, transport, timeout, agreement, profile, node)
     if not isinstance(transport, str):
         transport = "auto"  # by which the others, if there are any, hear that this rank refuses
     launch = Launch.found({} if transport == "local" or dist.is_initialized() else os.environ)
@@ -77,6 +81,7 @@ def init(
             refusal = error
     limit = datetime.timedelta(seconds=PATIENCE if refusal else float(timeout))
     given = {"ring": ring, "ulysses": ulysses, "transport": transport, "agreement": agreement, "profile": profile}
+    given["node"] = node
     mesh = _started(launch, given, refusal, limit)
     return mesh if profile is None else _profiled(mesh, read)
 
@@ -92,13 +97,14 @@ def _started(launch: Launch, given: Mapping[str, Any], refusal: InputError | Non
     if transport == "local" or (transport == "auto" and not launched):
         _divide(1, *sizes)
         return Mesh.local()
-    ranks = Meeting.found(launch, transport, limit).agree(given, refusal)
+    ranks = Meeting.found(launch, transport, limit).agree(given, refusal, socket.gethostname())
     if dist.is_initialized() and transport not in ("auto", dist.get_backend()):
         raise InputError(
             f"The default process group runs on {dist.get_backend()}; got transport={transport!r}. "
             f"Leave transport='auto' to adopt it."
         )
-    return _connected(_divide(ranks.world, *sizes), ranks, transport, given["agreement"] is not False)
+    node = ranks.node if given["node"] is None else given["node"]
+    return _connected(_divide(ranks.world, *sizes), ranks, transport, given["agreement"] is not False, node)
 
 
 def _profiled(mesh: Mesh, read: Profile | None) -> Mesh:
@@ -123,12 +129,13 @@ def _over_mpi(launch: Launch, given: Mapping[str, Any], refusal: InputError | No
             f"{launch.launcher} started {launch.world} ranks, and MPI knows of {everyone.size}. Start with the mpirun "
             f"of the MPI library that mpi4py uses; MPI4PY_LIBMPI=PATH names another library than {Mpi.library()}."
         )
-    agree_over(everyone, given, refusal)
+    found = agree_over(everyone, given, refusal, socket.gethostname())
+    node = found if given["node"] is None else given["node"]
     sizes = _divide(everyone.size, given["ring"], given["ulysses"])
     everyone.agreement = given["agreement"] is not False
     own = everyone.among(_together(everyone.rank, sizes))
     everyone.close()
-    return Mesh(sizes["ring"], sizes["ulysses"], sizes["data"], everyone.rank, own)
+    return Mesh(sizes["ring"], sizes["ulysses"], sizes["data"], everyone.rank, own, node=node)
 
 
 def _together(rank: int, sizes: Mapping[str, int]) -> list[int]:
@@ -137,7 +144,7 @@ def _together(rank: int, sizes: Mapping[str, int]) -> list[int]:
     return list(range(rank // size * size, (rank // size + 1) * size))
 
 
-def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement: bool) -> Mesh:
+def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement: bool, node: int | None) -> Mesh:
     """The mesh of these axes, with a group for the ranks of this sequence. All ranks ask for the same."""
     try:
         if not dist.is_initialized():
@@ -148,7 +155,7 @@ def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement:
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
     world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
     between = TorchDistributed.over(own, agreement, news)
-    return Mesh(**sizes, rank=ranks.rank, transport=between, groups=Groups(world, own))
+    return Mesh(**sizes, rank=ranks.rank, transport=between, groups=Groups(world, own), node=node)
 
 
 def _start_default_group(transport: str, ranks: Meeting) -> None:
@@ -158,7 +165,9 @@ def _start_default_group(transport: str, ranks: Meeting) -> None:
     dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=ranks.limit)
 
 
-def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: Any, profile: Any) -> InputError | None:
+def _refusal(
+    ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: Any, profile: Any, node: Any
+) -> InputError | None:
     """What is wrong with the arguments, whatever the world."""
     try:
         if not isinstance(transport, str) or transport not in TRANSPORTS:
@@ -170,6 +179,8 @@ def _refusal(ring: Any, ulysses: Any, transport: Any, timeout: Any, agreement: A
         number(timeout, "timeout, a number of seconds,", above=0, most=LONGEST)
         for axis, size in (("ring", 1 if ring is None else ring), ("ulysses", ulysses)):
             integer(size, axis, least=1, below=MAX_RANKS + 1, needed="a number of ranks, at least one rank each")
+        if node is not None:
+            integer(node, "node", least=1, below=MAX_RANKS + 1, needed="a number of neighbouring ranks, or None")
     except InputError as error:
         return error
     return None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 import ringattn
 from ringattn import Causal, Documents, Full, Ring, Route, Window, conformance
 from ringattn.errors import PlanError, UnsupportedError
+from ringattn.meeting import Meeting
 from ringattn.plans.plan import Plan
 from ringattn.plans.steps import (
     GRAD_BUFFER,
@@ -121,6 +125,24 @@ def test_conformance(schedule: Schedule) -> None:
     assert len(report.computed) > 9
 
 
+def test_sequences_that_begin_within_nodes_share_what_all_of_them_do() -> None:
+    meshes = (ringattn.Mesh(ring=ring, data=data, node=8) for ring, data in ((12, 1), (12, 2), (4, 4), (16, 2)))
+    assert [mesh.sequence_node for mesh in meshes] == [8, 4, 4, 8]
+
+
+def test_ranks_find_out_who_shares_a_host() -> None:
+    """At the meeting in which they compare their arguments."""
+    limit = datetime.timedelta(seconds=20)
+    for hosts, node in (("aabb", 2), ("abab", None), ("aabc", None), ("aaaa", None), ("abcd", 1)):
+        store = HashStore()
+
+        def agree(rank: int, store: HashStore = store, hosts: str = hosts) -> int | None:
+            return Meeting(store, rank, 4, limit).agree({"ring": 4}, None, hosts[rank]).node
+
+        with ThreadPoolExecutor(4) as ranks:
+            assert list(ranks.map(agree, range(4))) == [node] * 4
+
+
 # -- planted faults -------------------------------------------------------------------------------------------------
 
 
@@ -133,12 +155,6 @@ def relayed() -> tuple[list[Plan], int, int]:
             if peer not in held[held[:, RECV_SENDER] == peer, RECV_ORIGIN].tolist():
                 return made, plan.rank, peer
     raise AssertionError("no gradient is passed on")
-
-
-def doubled(table: np.ndarray, peer: int, buffer: bool) -> np.ndarray:
-    rows = table[(table[:, GRAD_PEER] == peer) & ((table[:, GRAD_BUFFER] != 0) | (not buffer))]
-    both = np.concatenate([table, rows[:1]])
-    return both[np.lexsort((both[:, 3], both[:, GRAD_PEER], both[:, GRAD_PHASE]))]
 
 
 def test_a_gradient_summed_twice_inside_a_node() -> None:
@@ -166,9 +182,9 @@ def test_a_sum_that_crosses_before_it_is_complete() -> None:
     early[moved, GRAD_PHASE] -= 1
     home = made[last[1]].grad_receives.copy()
     home[(home[:, [GRAD_PHASE, GRAD_PEER]] == [last[0], gate]).all(axis=1), GRAD_PHASE] -= 1
-    for rank, name, table in ((gate, "grad_sends", early), (int(last[1]), "grad_receives", home)):
-        order = np.lexsort((table[:, 3], table[:, GRAD_PEER], table[:, GRAD_PHASE]))
-        made[rank] = dataclasses.replace(made[rank], **{name: table[order]})
+    early, home = (x[np.lexsort((x[:, 3], x[:, GRAD_PEER], x[:, GRAD_PHASE]))] for x in (early, home))
+    made[gate] = dataclasses.replace(made[gate], grad_sends=early)
+    made[last[1]] = dataclasses.replace(made[last[1]], grad_receives=home)
     with pytest.raises(PlanError, match="does not reach its owner"):
         ringattn.verify(made)
 

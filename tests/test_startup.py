@@ -196,7 +196,7 @@ def test_ranks_that_start_with_other_arguments_all_learn_who_and_which(ranks: Ca
 def _meet(store: Any, rank: int, world: int, ring: int, limit: float = 20.0) -> str:
     """What a meeting over this store says to a rank."""
     try:
-        met = Meeting(store, rank, world, datetime.timedelta(seconds=limit)).agree({"ring": ring}, None)
+        met = Meeting(store, rank, world, datetime.timedelta(seconds=limit)).agree({"ring": ring}, None, "here")
         met.store.set("after", "it")
     except ringattn.RingAttentionError as error:
         return f"{type(error).__name__}: {error}"

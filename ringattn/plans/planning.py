@@ -285,7 +285,7 @@ def _demand(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> Demand:
         )
     lengths = sharding.length, kv_sharding.length
     mesh, spans = sharding.mesh, (sharding.spans, kv_sharding.spans)
-    return Demand(mask, *checked(mask).classify(*lengths), *spans, mesh.sequence_size, mesh.node)
+    return Demand(mask, *checked(mask).classify(*lengths), *spans, mesh.sequence_size, mesh.sequence_node)
 
 
 def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
