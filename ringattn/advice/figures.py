@@ -160,10 +160,10 @@ def timelines(plans: Sequence[Plan], pairs_per_position: float) -> list[Segment]
 
 
 def _exchange(exchange: Exchange, rank: int, began: dict[int, float], cost: float) -> tuple[float, float]:
-    messages = (*exchange.sends, *exchange.receives)
-    starts = [max(began[rank], began.get(item.peer, 0.0)) for item in messages]
-    stops = [start + item.rows * cost for start, item in zip(starts, messages, strict=True)]
-    return min(starts), max(stops)
+    """When it begins, with the first message, and ends: each way, messages share the rank's link."""
+    starts = [max(began[rank], began.get(item.peer, 0.0)) for item in (*exchange.sends, *exchange.receives)]
+    rows = max(sum(item.rows for item in side) for side in (exchange.sends, exchange.receives))
+    return min(starts), max(starts) + rows * cost
 
 
 def _origins(plan: Plan, phase: int) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ for others. So messages are put into few exchanges of about the same length, by 
 first, each into the first exchange in which neither of its ends has more to carry than its share: of what the busiest
 link carries in all, and of what a buffer holds.
 
-Where nearly all ranks meet, nobody needs to look: in phase d a rank sends to the rank d places on and receives from the
-rank d places back, so that every link is used once in each direction, and neighbouring distances may share an exchange.
+Where most ranks meet, they may do so by distance, if that is shorter: in phase d a rank sends to the rank d places on
+and receives from the rank d places back, so that every link is used once in each direction, and neighbouring distances
+may share an exchange.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from ringattn.bands import Array
 
+SHORTER = 5 / 6  # of the exchanges' length, before ranks that might meet by distance do not
 FASTER = 16  # links within a node, than those between nodes
 
 
@@ -64,8 +66,20 @@ class Messages:
 
     def stages(self) -> Array:
         """The exchange of each, from 1 on."""
-        most_meet = 2 * len(self.rows) > self.size * (self.size - 1)
-        return self.by_distance() if most_meet and self.after is None else self.by_length()
+        stage = self.by_length()
+        if self.after is not None or 2 * len(self.rows) <= self.size * (self.size - 1):
+            return stage
+        distance = self.by_distance()  # by which all ranks compute about the same in each exchange
+        return stage if self.length(stage) < SHORTER * self.length(distance) else distance
+
+    def length(self, stage: Array) -> int:
+        """How long all exchanges take together, if each takes as long as its busiest link."""
+        total = np.zeros(int(stage.max(initial=0)) + 1, dtype=np.int64)
+        for rank in (self.receiver, self.sender):
+            loads = np.zeros((len(total), self.size), dtype=np.int64)
+            np.add.at(loads, (stage, rank), self.cost)
+            total = np.maximum(total, loads.max(axis=1))
+        return int(total.sum())
 
     @functools.cached_property
     def cost(self) -> Array:

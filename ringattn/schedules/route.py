@@ -1,8 +1,8 @@
 """Route: every rank gets from each owner exactly the key positions that its queries' mask touches.
 
 Nothing is received that is not used, which no schedule that moves keys and values can better. The messages are put into
-few exchanges, by all ranks alike (`plans.stages`): in none of them more arrives at a rank than a buffer of a few shards
-holds. Gradients go back the way the keys came: straight home, or between nodes as one sum (`plans.transfers`).
+few exchanges, by all ranks alike (`plans.stages`): in none of them more arrives at a rank than a buffer of about a
+shard holds. Gradients go back the way the keys came: straight home, or between nodes as one sum (`plans.transfers`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ringattn.plans.tiles import K_RANK, Q_RANK
 from ringattn.plans.transfers import Transfers, transfers
 from ringattn.schedules.base import Schedule
 
-SHARDS = 2  # of the largest size: the buffer where nothing else is said
+SHARDS = 1.25  # of the largest size: the buffer where nothing else is said
 MANY = 1 << 19  # ranges of keys: where all ranks together need more, nearly all of them meet
 
 
@@ -33,7 +33,7 @@ class Route(Schedule):
         stages: exchanges among which the busiest link's messages are spread evenly, so that some travel behind the
             tiles of others; None for as few as the buffer allows. Messages that do not fit together may take more.
         buffer: key positions that arrive at a rank in one exchange at most (a message of more comes alone), and leave
-            it; None for those of two shards. Two such buffers take turns.
+            it; None for those of a shard and a quarter. Two such buffers take turns.
         node_aware: what several ranks of a node need of another node crosses once, to one of them, and is passed on.
             That costs messages within the node, and buffers that are held longer. See `Mesh.node`.
     """
@@ -88,7 +88,7 @@ class Route(Schedule):
         return int((foreign[:, 3] - foreign[:, 2]).sum())
 
     def _limits(self, demand: Demand) -> Limits:
-        buffer = SHARDS * demand.memo(_shard) if self.buffer is None else self.buffer
+        buffer = int(SHARDS * demand.memo(_shard)) if self.buffer is None else self.buffer
         return Limits(self.stages, buffer, demand.node)
 
     def _distances(self, demand: Demand) -> int:

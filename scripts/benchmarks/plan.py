@@ -1,6 +1,7 @@
 """How long `Route` plans of packed tokens take to make; with ``--balance``, how even layouts are and what they move.
 
-With ``--scale``, what the largest plans cost in CPU time and memory. With ``--wait``, how long ranks wait for others.
+With ``--scale``, what the largest plans cost in CPU time and memory. With ``--wait``, how long ranks wait for others;
+with ``--nodes``, what crosses between nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import ringattn
 from ringattn.advice.comparison import tile_count
 from ringattn.cli import options as shared
 from ringattn.masks import Causal, Documents, Mask, Window
-from scripts.benchmarks import scale, waiting
+from scripts.benchmarks import crossing, scale, waiting
 from scripts.benchmarks.cases import GENERATORS, documents, packed, prefixed
 
 LENGTH, DOCUMENTS, RANKS = 1_048_576, 10_000, (128, 1024)
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--balance", action="store_true", help="print balance and traffic of layouts, not times")
     parser.add_argument("--scale", action="store_true", help="print the CPU time and memory of large plans")
     parser.add_argument("--wait", action="store_true", help="print how long ranks wait, by a model of time")
+    parser.add_argument("--nodes", action="store_true", help="print what crosses between 8 nodes")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens (default {LENGTH})")
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default 128 and 1024 for times, 8, 64 and 128 for balance"
@@ -59,6 +61,8 @@ def main() -> int:
         return scale.report(options.json)
     if options.wait:
         return waiting.report(options, options.json)
+    if options.nodes:
+        return crossing.report(options, options.json)
     if options.balance:
         return balance(options)
     return times(options)

@@ -185,3 +185,21 @@ def test_the_choice_of_a_kernel_is_compared_with_the_fastest_by_its_name() -> No
     assert attention._choice(column) == "1.05× onednn"
     assert attention._choice({x: value for x, value in column.items() if x.kernel != "onednn"}) == "0.70× sdpa"
     assert attention._choice({x: value for x, value in column.items() if x.kernel is None}) == ""
+
+
+@pytest.mark.parametrize("report", ["--wait", "--nodes"])
+def test_models_of_time_and_nodes_are_reported(
+    report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "figures.json"
+    arguments = [report, "--ranks", "16", "--tokens", "64", "--node", "2", "--json", str(target)]
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    assert plan.main() == 0
+    rows = json.loads(target.read_text())
+    if report == "--wait":
+        assert [row["route"] for row in rows[::2]] == ["distances", "route", "route(stages=4, buffer=512)"]
+        assert all(row["busy"] <= row["bound"] * 1.001 <= row["makespan"] * 1.002 for row in rows)
+    else:
+        found = {(row["mask"], row["schedule"]): row["between_nodes_tokens"] for row in rows}
+        assert found["full", "route"] == 2 * found["full", "route(node_aware)"] == 2 * found["full", "ring(double)"]
+    assert "documents" in capsys.readouterr().out
