@@ -70,7 +70,8 @@ def named(
         return member if isinstance(member, base) else _made(kind, value, cast("Callable[..., T]", member))
     name, _, arguments = value.partition("(")
     if arguments and name in known and not isinstance(known[name], base):
-        return _made(kind, name, functools.partial(cast("Callable[..., T]", known[name]), **_arguments(kind, value)))
+        given, spelled = _arguments(kind, value)
+        return _made(kind, name, functools.partial(cast("Callable[..., T]", known[name]), *given, **spelled))
     if ":" not in value:
         raise InputError(f"{wanted}; got {shown(value)}.")
     found = imported(kind, value)
@@ -81,17 +82,17 @@ def named(
     raise InputError(f"{kind} {shown(value)} is no {base.__name__}; it is {shown(found)}.")
 
 
-def _arguments(kind: str, text: str) -> dict[str, object]:
-    """Those of ``name(first=1, second=other)``.
+def _arguments(kind: str, text: str) -> tuple[list[object], dict[str, object]]:
+    """Those of ``name(1, second=other)``.
 
     Raises:
         InputError: it is not written so.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("arguments are given by their names, as in name(argument=1)")
-        return {str(each.arg): _value(each.value) for each in call.keywords}
+        if not isinstance(call, ast.Call) or any(each.arg is None for each in call.keywords):
+            raise ValueError("arguments are given as in name(argument=1)")
+        return list(map(_value, call.args)), {str(each.arg): _value(each.value) for each in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{kind} {shown(text)} cannot be read: {error}.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ringattn
 from ringattn import Mesh
@@ -33,7 +34,9 @@ def _named(mesh: Mesh) -> list[tuple[Any, ...]]:
     """Of a DeviceMesh with each order of the names, and with one of them alone."""
     found: list[tuple[Any, ...]] = []
     for names in (("cp", "sp"), ("sp", "cp"), ("dp", "sp")):
-        dims = {axis: name for axis, name in (("ring", "cp"), ("ulysses", "sp"), ("data", "dp")) if name in names}
+        dims: dict[str, Any] = {
+            axis: name for axis, name in (("ring", "cp"), ("ulysses", "sp"), ("data", "dp")) if name in names
+        }
         own = Mesh.from_device_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=names), **dims)
         devices = own.device_mesh()
         groups = [devices.get_group(axis) for axis in ("data", "ring", "ulysses")]
@@ -126,15 +129,20 @@ def test_training_on_two_axes_is_that_of_one_process(gloo: Workers, tmp_path: Pa
             assert float((theirs[name] - x).norm() / x.norm()) <= 1e-6, name
 
 
-def _factors(mesh: Mesh) -> list[float | str]:
+def _step(part: DeviceMesh, probe: nn.Module, x: Tensor) -> None:
     from torch.distributed.fsdp import fully_shard
 
+    fully_shard(probe, mesh=part)
+    probe(x).backward()
+
+
+def _factors(mesh: Mesh) -> list[float | str]:
     own = ringattn.init(1, 2)  # two replicas
     devices = own.device_mesh()
     found: list[float | str] = []
     for part in (own.device_mesh(flat=True), devices["data", "ulysses"], devices["data", "ring"], devices["data"]):
         try:
-            found.append(gradient_factor(lambda probe, x, on=part: fully_shard(probe, mesh=on)(x).backward(), own))
+            found.append(gradient_factor(functools.partial(_step, part), own))
         except ringattn.UnsupportedError as error:
             found.append(str(error))
     return found

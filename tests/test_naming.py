@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import ringattn
+from ringattn import schedules
 from ringattn.errors import InputError
 from ringattn.naming import by_name, named
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Schedule, Scheme
 
 MEMBERS: tuple[type[Schedule], ...] = (ringattn.Ring, ringattn.Route)
 ROUTE = ringattn.Route(lookahead=0)
@@ -24,6 +25,9 @@ def test_found() -> None:
     assert _found("route") == ringattn.Route()
     assert _found(ROUTE) is ROUTE
     assert _found("route(lookahead=0)") == ROUTE and _found("route()") == ringattn.Route()
+    assert named("schedule", "ulysses(route(lookahead=0), slices=2)", Scheme, schedules.MEMBERS) == ringattn.Ulysses(
+        "route(lookahead=0)", slices=2
+    )
     assert _found("ring(gradient_wire=input, lookahead=0)") == ringattn.Ring(lookahead=0, gradient_wire="input")
     assert _found("x", {"x": lambda: ROUTE}) is _found("x", {"x": ROUTE}) is ROUTE
     assert _found("ringattn:Scan") == ringattn.Scan()
@@ -46,9 +50,9 @@ def test_found() -> None:
         ("ringattn.schedules.base:Schedule", "cannot be made so"),
         ("route(lookahead=2)", "lookahead is 0 or 1 phases; got 2."),
         ("route(lookahed=0)", "unexpected keyword argument 'lookahed'"),
-        ("route(0)", "arguments are given by their names"),
+        ("route(**{})", "arguments are given as in name(argument=1)"),
         ("route(lookahead=0", "cannot be read: '(' was never closed"),
-        ("route(lookahead=0) + 1", "arguments are given by their names"),
+        ("route(lookahead=0) + 1", "arguments are given as in"),
         ("route(lookahead=1 + 1)", "cannot be read"),
         ("rout(lookahead=0)", "or 'module:Name'; got 'rout(lookahead=0)'."),
         (":Ring", "cannot be imported: ValueError"),

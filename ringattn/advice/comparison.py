@@ -19,23 +19,25 @@ from ringattn.mechanisms.base import Mechanism
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
-from ringattn.naming import by_name
+from ringattn.naming import by_name, name_of
 from ringattn.plans.plan import Plan
 from ringattn.readable import dtype_name, readable_count, shortened
-from ringattn.schedules import FLAT
+from ringattn.schedules import FLAT, Ulysses
 
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
 COMPARED_TILES = 4_000_000  # beyond, a combination takes many seconds and gigabytes and is left out of a comparison
+SPARING = {"ring": "ring(double=True)", "route": "route(node_aware=True)"}
 MOST_RANKS = 8192  # a schedule's phases are a table of ranks by ranks
 MOST = 1 << 20  # heads and dims
 PLANNED_TILES = 20_000_000  # beyond, planning needs more memory than most machines have
 
 
-def schedules_for(mechanism: Mechanism) -> tuple[str, ...]:
+def schedules_for(mechanism: Mechanism, ulysses: int = 1) -> tuple[str, ...]:
     """The names of the schedules that may serve a mechanism: what they exchange is all it needs."""
     if isinstance(mechanism, Ordered):
         return ("wave",)
-    return tuple(name for name, member in by_name(FLAT).items() if member.serves(mechanism))
+    flat = tuple(name for name, member in by_name(FLAT).items() if member.serves(mechanism))
+    return (*flat, name_of(Ulysses)) if ulysses > 1 else flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Request:
 
     Attributes:
         ring, ulysses: the ranks' axes, as `ringattn.init` takes them.
+        node: how many neighbouring ranks share a node; None where all do.
     """
 
     mask: Mask
@@ -56,6 +59,7 @@ class Request:
     dtype: torch.dtype = torch.bfloat16
     mechanism: Mechanism = Softmax()  # noqa: RUF009 (an immutable value)
     ulysses: int = 1
+    node: int | None = None
 
     def __post_init__(self) -> None:
         checked(self.mask)
@@ -76,7 +80,7 @@ class Request:
     @property
     def mesh(self) -> Mesh:
         """Of the first of the ranks."""
-        return Mesh.virtual(self.ring, self.ulysses)
+        return Mesh.virtual(self.ring, self.ulysses, node=self.node)
 
     @property
     def ranks(self) -> int:
@@ -90,8 +94,10 @@ class Request:
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """Those that may serve the mechanism."""
-        return schedules_for(self.mechanism)
+        """Those that may serve the mechanism, on several nodes those that spare what is between them too."""
+        found = schedules_for(self.mechanism, self.ulysses)
+        several = self.node is not None and self.node < self.ranks
+        return (*found, *(spare for name, spare in SPARING.items() if several and name in found))
 
     def plans(self, layout: str, schedule: str) -> list[Plan]:
         return ringattn.plan_all(
@@ -101,6 +107,7 @@ class Request:
             schedule=schedule,
             ring=self.ring,
             ulysses=self.ulysses,
+            node=self.node,
             heads=(self.heads, self.kv_heads),
             head_dims=(self.dim, self.value_dim),
             dtype=self.dtype,
@@ -138,6 +145,7 @@ class Combination:
         received_bytes_mean, received_bytes_max, sent_bytes_max: payload.
         backward_received_bytes_mean, backward_received_bytes_max, backward_sent_bytes_max: keys and values once more,
             and their gradients.
+        between_nodes_tokens: key positions that all ranks together receive from other nodes.
         messages, backward_messages: of all ranks together.
         steps: of the rank that has most.
         memory: bytes of every buffer of forward and backward, of the rank that needs most.
@@ -159,6 +167,7 @@ class Combination:
     backward_received_bytes_mean: float
     backward_received_bytes_max: int
     backward_sent_bytes_max: int
+    between_nodes_tokens: int
     messages: int
     backward_messages: int
     steps: int
@@ -270,7 +279,8 @@ def _auto(request: Request, combinations: Sequence[Combination], bound: float) -
     if request.tiles("auto") > COMPARED_TILES:
         return None
     sharding = ringattn.Sharding(request.length, request.mesh, mask=request.mask)
-    one = ringattn.plan(request.mask, sharding, mechanism=request.mechanism)
+    shape = {"heads": (request.heads, request.kv_heads), "head_dims": (request.dim, request.value_dim)}
+    one = ringattn.plan(request.mask, sharding, mechanism=request.mechanism, dtype=request.dtype, **shape)  # type: ignore[arg-type]
     layout, schedule = request.layout_named("auto"), schedule_of(one)
     same = [x for x in combinations if (x.layout, x.schedule) == (layout, schedule)]
     return same[0] if same else measured(request.plans(layout, schedule), layout, schedule, bound)
@@ -320,6 +330,7 @@ def measured(plans: Sequence[Plan], layout: str, schedule: str, bound: float) ->
         backward_received_bytes_mean=mean("backward_received_bytes"),
         backward_received_bytes_max=most("backward_received_bytes"),
         backward_sent_bytes_max=most("backward_sent_bytes"),
+        between_nodes_tokens=sum(t.between_nodes_tokens for t in moved),
         messages=sum(t.messages for t in moved),
         backward_messages=sum(t.backward_messages for t in moved),
         steps=max(len(plan.steps) for plan in plans),

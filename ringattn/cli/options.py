@@ -41,6 +41,9 @@ RingSize = Annotated[int, typer.Option("--ring", help="Ranks that share the sequ
 UlyssesSize = Annotated[
     int, typer.Option("--ulysses", help="Ranks of a group, which exchange heads for tokens.", min=1)
 ]
+Node = Annotated[
+    int | None, typer.Option("--node", help="How many neighbouring ranks share a node; all unless given.", min=1)
+]
 Heads = Annotated[int, typer.Option(help="Query heads.", min=1)]
 KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many as query heads unless given.", min=1)]
 Dim = Annotated[int, typer.Option(help="Size of a query and key.", min=1)]
@@ -126,7 +129,7 @@ def refuse_too_large(case: Case) -> None:
 def console() -> Console:
     """For results, on stdout: wide enough for the tables when it is not a terminal."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=140)
+    return plain if plain.is_terminal else Console(width=160)
 
 
 def progress_bar(*columns: ProgressColumn | str, shown: bool = True) -> Progress:

@@ -45,6 +45,7 @@ Rank = Annotated[int | None, typer.Option(help="Explain this rank's plan step by
 def plan(
     ring: options.RingSize = 4,
     ulysses: options.UlyssesSize = 1,
+    node: options.Node = None,
     length: options.Length = 8192,
     heads: options.Heads = 8,
     kv_heads: options.KvHeads = None,
@@ -78,7 +79,7 @@ def plan(
 
       ringattn plan --ring 8 --length 8192 --layout zigzag --schedule route --rank 3
 
-      ringattn plan --ring 4 --ulysses 2 --length 65536 --heads 32 --kv-heads 8
+      ringattn plan --ring 4 --ulysses 2 --node 4 --length 65536 --heads 32 --kv-heads 8
     """
     _refuse(layout, schedule, verified, rank, ring * ulysses, draw)
     request = Request(
@@ -92,6 +93,7 @@ def plan(
         options.dtype_named(dtype),
         options.mechanism_named(mechanism),
         ulysses,
+        node,
     )
     try:
         if "all" in (layout, schedule):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import ringattn
 from ringattn.advice.comparison import Comparison, Request
@@ -34,8 +35,10 @@ COLUMNS = (
 def show_comparison(comparison: Comparison, choice: Recommendation) -> None:
     console = options.console()
     console.print(str(comparison.request), highlight=False)
-    table = Table("", "layout", "schedule", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for title in COLUMNS:
+    schedule = Column("schedule", no_wrap=True, min_width=max(len(x.schedule) for x in comparison.combinations))
+    table = Table("", "layout", schedule, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    nodes = comparison.request.node is not None
+    for title in (*COLUMNS, *("between nodes\npositions",) * nodes):
         table.add_column(title, justify="right")
     for x in comparison.combinations:
         taken = x == choice.taken
@@ -46,6 +49,7 @@ def show_comparison(comparison: Comparison, choice: Recommendation) -> None:
             readable_bytes(x.backward_received_bytes_max),
             *(str(x.messages), str(x.steps), readable_bytes(x.memory)),
             "—" if x.over_bound is None else f"{x.over_bound:.2f}",
+            *("—" if x.over_bound is None else readable_count(x.between_nodes_tokens),) * nodes,
             style="bold green" if taken else None,
         )
     console.print(table)
@@ -81,7 +85,8 @@ def _show_notes(console: Console, comparison: Comparison) -> None:
 def _show_choice(console: Console, comparison: Comparison, choice: Recommendation) -> None:
     taken, auto = choice.taken, comparison.auto
     console.print(
-        f"\n[bold green]recommended: --layout {taken.layout} --schedule {taken.schedule}[/] (given, shows each rank)",
+        f"\n[bold green]recommended: --layout {taken.layout} --schedule {shlex.quote(taken.schedule)}[/] (given, shows "
+        "each rank)",
         highlight=False,
     )
     for line in choice.why:
@@ -99,6 +104,7 @@ def comparison_for_machines(comparison: Comparison, choice: Recommendation) -> d
         "ranks": asked.ranks,
         "ring": asked.ring,
         "ulysses": asked.ulysses,
+        "node": asked.node,
         "heads": asked.heads,
         "kv_heads": asked.kv_heads,
         "dim": asked.dim,

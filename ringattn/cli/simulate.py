@@ -49,6 +49,7 @@ class Outcome:
 def simulate(
     ring: options.RingSize = 4,
     ulysses: options.UlyssesSize = 1,
+    node: options.Node = None,
     length: options.Length = 2048,
     heads: options.Heads = 4,
     kv_heads: options.KvHeads = None,
@@ -86,7 +87,7 @@ def simulate(
     given = {"ranks": ring * ulysses, "batch": batch, "layout": layout, "backward": backward, "seed": seed}
     case = options.case_of(mask, length, heads, kv_heads, dim, value_dim, dtype, mechanism, kernel, **given)
     integer(ring * ulysses, "--ring times --ulysses", least=1, below=MAX_RANKS + 1, needed="a number of virtual ranks")
-    mesh = Mesh.virtual(ring, ulysses)
+    mesh = Mesh.virtual(ring, ulysses, node=node)
     options.refuse_too_large(case)
     planned = _planned(case, mesh, schedule)
     started = time.perf_counter()
@@ -97,7 +98,7 @@ def simulate(
     if as_json:
         options.print_json(_machine(case, mesh, outcomes, oracle_seconds))
     else:
-        _show(case, outcomes, oracle_seconds)
+        _show(case, mesh, outcomes, oracle_seconds)
     if not all(outcome.within for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -109,7 +110,7 @@ def _shown(results: dict[str, float]) -> dict[str, float]:
 
 def _planned(case: Case, mesh: Mesh, schedule: str | None) -> dict[Case, list[Plan]]:
     """Every rank's plan by the schedule asked for; otherwise by each that serves the mechanism, mask and layout."""
-    names = schedules_for(case.attends) if schedule is None else (schedule,)
+    names = schedules_for(case.attends, mesh.ulysses) if schedule is None else (schedule,)
     planned = {}
     for each in (dataclasses.replace(case, schedule=name) for name in names):
         try:
@@ -128,6 +129,7 @@ def _plans(case: Case, mesh: Mesh) -> list[Plan]:
         schedule=case.schedule,
         ring=mesh.ring,
         ulysses=mesh.ulysses,
+        node=mesh.node,
         heads=(case.heads, case.kv_heads),
         head_dims=(case.dim, case.value_dim),
         dtype=case.dtype,
@@ -164,12 +166,12 @@ def _run(case: Case, mesh: Mesh, plans: list[Plan], answer: reference.Evaluation
 
     def rank(one: Mesh) -> Part:
         column.transports.append(one.connected())
-        return attend(one, case, inputs)
+        return attend(one, case, inputs, "cpu", False)
 
     with options.progress_bar("{task.description}", column, TimeElapsedColumn()) as progress:
         progress.add_task(f"{case.schedule} on {case.ranks} virtual ranks")
         started = time.perf_counter()
-        simulation = ringattn.simulate(rank, ring=mesh.ring, ulysses=mesh.ulysses)
+        simulation = ringattn.simulate(rank, ring=mesh.ring, ulysses=mesh.ulysses, node=mesh.node)
         seconds = time.perf_counter() - started
     return Outcome(
         str(case.schedule),
@@ -205,10 +207,10 @@ def _machine(case: Case, mesh: Mesh, outcomes: list[Outcome], oracle_seconds: fl
     }
 
 
-def _show(case: Case, outcomes: list[Outcome], oracle_seconds: float) -> None:
-    console = options.console()
+def _show(case: Case, mesh: Mesh, outcomes: list[Outcome], oracle_seconds: float) -> None:
+    console, ranks = options.console(), f"{mesh.size} ranks" + f" ({mesh.ring} x {mesh.ulysses})" * (mesh.ulysses > 1)
     console.print(
-        f"{case.attends}, {shortened(str(case.mask), 60)}: {case.length} tokens on {case.ranks} ranks, "
+        f"{case.attends}, {shortened(str(case.mask), 60)}: {case.length} tokens on {ranks}, "
         f"{case.heads} query and {case.kv_heads} key heads of {case.dim}, {dtype_name(case.dtype)}",
         highlight=False,
     )

@@ -119,7 +119,7 @@ def _documents(length: int) -> str:
 
 def _combinations(mesh: Mesh, case: Case, layout: str | None, schedule: str | None) -> list[Case]:
     """What was asked for; otherwise every layout with every schedule that serves the mechanism, the mask and it."""
-    schedules = schedules_for(case.attends) if schedule is None else (schedule,)
+    schedules = schedules_for(case.attends, mesh.ulysses) if schedule is None else (schedule,)
     cases = []
     for names in itertools.product((layout,) if layout else options.LAYOUTS, schedules):
         taken = dataclasses.replace(case, layout=names[0], schedule=names[1])

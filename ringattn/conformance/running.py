@@ -49,13 +49,18 @@ def shardings(case: Case, mesh: Mesh) -> tuple[Sharding, Sharding]:
 
 
 def attend(
-    mesh: Mesh, case: Case, inputs: Sequence[torch.Tensor] | None = None, device: str | torch.device = "cpu"
+    mesh: Mesh,
+    case: Case,
+    inputs: Sequence[torch.Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    extras: bool = True,
 ) -> Part:
     """The call on this rank of a mesh, whose size counts and not the case's number of ranks.
 
     Args:
         inputs: of the whole sequence, if not those that the case draws.
         device: where it is computed. The results are on the CPU.
+        extras: whether the log-sum-exp is asked for, where there is one; by some schedules it travels then.
     """
     own, kv = shardings(checked_case(case), mesh)
     pieces = zip((own, kv, kv, own, own), case.inputs() if inputs is None else inputs, strict=True)
@@ -72,7 +77,7 @@ def attend(
     found: Results = {}
     call: dict[str, Any] = {"sharding": own, "kv_sharding": kv, "mechanism": mechanism}
     call |= {"schedule": case.schedule, "kernel": case.kernel, "deterministic": case.deterministic}
-    if "lse" in mechanism.extras:
+    if extras and "lse" in mechanism.extras:
         found["out"], found["lse"] = attention(q, k, v, case.mask, return_lse=True, **call)
     else:
         found["out"] = attention(q, k, v, case.mask, **call)

@@ -89,8 +89,12 @@ def test_simulate_and_plan_on_two_axes() -> None:
     shown = run("plan", "--ring", "3", "--ulysses", "2", "--length", "61", "--schedule", "route(lookahead=0)", "--json")
     value = json.loads(shown.stdout)
     assert shown.exit_code == 0 and [value[name] for name in ("ranks", "ring", "ulysses")] == [6, 3, 2]
-    shown = run("plan", "--ring", "3", "--ulysses", "2", "--length", "61")
+    shown = run("plan", "--ring", "3", "--ulysses", "2", "--node", "2", "--length", "61")
     assert "61 tokens on 6 ranks (3 x 2)" in shown.output
+    names = ("ring", "ring(double=True)", "route(node_aware=True)", "ulysses", "between")
+    assert shown.exit_code == 0 and all(name in shown.output for name in names)
+    shown = run("plan", "--ring", "2", "--ulysses", "2", "--length", "61", "--schedule", "ulysses(route, slices=2)")
+    assert shown.exit_code == 0 and "ulysses(route, slices=2)" in shown.output
 
 
 def test_simulate_ends_with_1_when_the_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -189,6 +189,11 @@ def test_its_own_checkpoints_work(gloo: Workers, tmp_path: Path, stage: int) -> 
         assert found == expected and turn == 2
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def attended(mesh: ringattn.Mesh, batch_dim: int) -> list[tuple[Tensor, ...]]:
     """DeepSpeed's module around PyTorch's attention, and ours: outputs and gradients."""
     import deepspeed.comm
@@ -209,7 +214,7 @@ def attended(mesh: ringattn.Mesh, batch_dim: int) -> list[tuple[Tensor, ...]]:
     theirs = Theirs(local, dist.group.WORLD, scatter_idx=2, gather_idx=1 - batch_dim)
     ours = [
         DistributedAttention(mesh, ringattn.Causal()),
-        DistributedAttention(local, dist.group.WORLD, scatter_idx=2, gather_idx=1 - batch_dim),
+        DistributedAttention(local, _world(), scatter_idx=2, gather_idx=1 - batch_dim),
         DistributedAttention(local, mesh, 2, 1 - batch_dim, num_kv_heads=4),
     ]
     results = []
@@ -242,8 +247,8 @@ def rotated(mesh: ringattn.Mesh) -> tuple[Tensor, Tensor]:
     angles = torch.arange(20.0).view(20, 1, 1, 1) * torch.linspace(0.1, 1, 4).repeat(2)
     torch.manual_seed(mesh.rank)
     q, k, v = (torch.randn(1, 5, 4, 8) for _ in range(3))
-    theirs, ours = (kind(local, dist.group.WORLD, 2, 1) for kind in (Theirs, DistributedAttention))
-    return tuple(layer(q, k, v, 0, (angles.cos(), angles.sin()), 0.3) for layer in (theirs, ours))  # type: ignore[return-value]
+    theirs, ours = (kind(local, _world(), 2, 1) for kind in (Theirs, DistributedAttention))
+    return tuple(layer(q, k, v, 0, (angles.cos(), angles.sin()), 0.3) for layer in (theirs, ours))
 
 
 def test_its_attention_module_rotates_as_theirs(gloo: Workers) -> None:
@@ -308,9 +313,9 @@ def test_its_attention_module_takes_any_number_of_heads() -> None:
         (lambda layer, x: layer(x[0], x, x, 0), "four dimensions; got 3, 4, 4"),
         (lambda layer, x: DistributedAttention(layer.mesh, layer.mask, return_lse=True), "got return_lse"),
         (lambda layer, x: DistributedAttention(max, layer.mesh, scatter_idx=1), "Heads are dim 2"),
-        (lambda layer, x: DistributedAttention(max, layer.mesh, sp_stream=3), "Leave it out"),
+        (lambda layer, x: DistributedAttention(max, layer.mesh, sp_stream=cast("None", 3)), "Leave it out"),
         (lambda layer, x: DistributedAttention(max, layer.mesh, schedule="ring"), "no options here.*schedule"),
-        (lambda layer, x: DistributedAttention(layer.mask, None), "a mesh, where a mask says"),
+        (lambda layer, x: DistributedAttention(layer.mask, layer.mask), "a mesh, where a mask says"),
         (lambda layer, x: DistributedAttention(max, layer.mesh, num_kv_heads=2)(x, x, x), "for 2 key heads; got 3"),
         (lambda layer, x: DistributedAttention(max, layer.mesh)(x, x, x, 0), "Dim 0 counts sequences"),
         (lambda layer, x: DistributedAttention(lambda q, k, v: q[0], layer.mesh, 2, 1)(x, x, x), "gives the shape"),

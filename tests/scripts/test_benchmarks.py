@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +48,11 @@ def test_a_failure_names_every_rank_and_the_team_goes_on(team: Team) -> None:
 def test_contestants_compute_the_case(team: Team, mask: str) -> None:
     case = Case(mask, 200, torch.float32, backward=True, heads=2, dim=16)
     expected = attention.oracle(dataclasses.replace(case, backward=False))  # one serves both directions
-    ways = [partial(prepare_ringattn, schedule=schedule, ulysses=ulysses) for schedule, ulysses in schedules(2)]
-    for prepare, shares in ((prepare_ringattn, True), *((way, True) for way in ways), (prepare_sdpa, False)):
+    ways: list[Any] = [
+        partial(prepare_ringattn, schedule=schedule, ulysses=ulysses) for schedule, ulysses in schedules(2)
+    ]
+    all_ways: list[tuple[Any, bool]] = [(prepare_ringattn, True), *((way, True) for way in ways), (prepare_sdpa, False)]
+    for prepare, shares in all_ways:
         positions = team.call(prepare, case)
         parts = team.call(collect, 2)
         if not shares:  # each process of a single-process contestant has the whole

@@ -177,7 +177,8 @@ def _wrapped(mesh: ringattn.Mesh, config: Config, axis: str) -> list[tuple[Trace
     from torch.distributed.device_mesh import init_device_mesh
 
     devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    mesh = ringattn.Mesh.from_device_mesh(devices, data="dp", **{axis: "cp"})
+    names: dict[str, Any] = {axis: "cp"}
+    mesh = ringattn.Mesh.from_device_mesh(devices, data="dp", **names)
     trainer = load_trainer()
     corpus, found = Corpus(read_corpus(config.data)[0], config.seed), []
     for wrap in ("none", "ddp", "fsdp2"):
