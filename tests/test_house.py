@@ -71,10 +71,14 @@ MAY: dict[str, str] = {
     "plans.links": "bands plans.assembly",
     "plans.wavefront": "checking errors plans.plan plans.shape plans.verification",
     "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
-    "plans.planning plans.shape plans.wavefront schedules.wave sharding schedules.route",
+    "plans.planning plans.shape plans.wavefront schedules.wave sharding schedules.route plans.shaping",
+    "plans.shaping": "checking errors mechanisms.base mechanisms.softmax payloads.queries plans.plan plans.shape "
+    "readable",
+    "plans.choice": "errors mechanisms.base mesh naming plans.deal plans.demand plans.links plans.shaping "
+    "plans.tiles readable schedules schedules.wave",
     "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
-    "mechanisms.softmax payloads.queries plans.assembly plans.demand plans.links plans.passing readable plans.plan "
-    "plans.shape plans.slices plans.tiles naming schedules schedules.wave plans.deal plans.swap plans.ulysses",
+    "payloads.queries plans.assembly plans.demand plans.passing readable plans.plan plans.slices schedules "
+    "plans.deal plans.swap plans.ulysses plans.choice plans.shaping",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape "
     "mechanisms.base",
     "schedules.wave": "checking schedules.base",
@@ -131,10 +135,12 @@ MAY: dict[str, str] = {
     "payloads.queries runtime.call runtime.preparing",
     "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.shape "
     "plans.steps transports.base",
+    "runtime.arguments": "checking errors mechanisms.base sharding",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "payloads.outputs plans.passing readable plans.plan plans.planning runtime.agreement runtime.call "
     "runtime.gathering runtime.spelling kernels.reference mechanisms.ordered plans.wave schedules.base "
-    "schedules.wave transports.base plans.swap plans.ulysses runtime.dealing schedules.ulysses",
+    "schedules.wave transports.base plans.swap plans.ulysses runtime.dealing schedules.ulysses plans.choice "
+    "runtime.arguments",
     "runtime.all_to_all": "plans.deal plans.swap transports.base",
     "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engine runtime.wave",
     "runtime.dealing": "errors mechanisms.base mechanisms.ordered plans.deal plans.swap runtime.call",
@@ -146,12 +152,13 @@ MAY: dict[str, str] = {
     "runtime.replicated": "bands kernels.base masks mechanisms.base plans.demand plans.planning plans.tiles "
     "runtime.call runtime.folding runtime.preparing sharding",
     "collectives.pooling": "checking kernels.choice layouts masks mechanisms.base mechanisms.softmax readable "
-    "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding",
-    "collectives.chosen_rows": "bands checking functional kernels.reference masks mechanisms.base "
-    "mechanisms.ordered mechanisms.softmax readable runtime.agreement runtime.call runtime.folding runtime.replicated "
-    "runtime.request runtime.running runtime.transforms runtime.wave sharding transports.base",
+    "runtime.agreement runtime.replicated runtime.request runtime.running runtime.transforms sharding "
+    "runtime.arguments",
+    "collectives.chosen_rows": "bands checking functional kernels.reference masks mechanisms.base mechanisms.ordered "
+    "mechanisms.softmax readable runtime.agreement runtime.call runtime.folding runtime.replicated runtime.request "
+    "runtime.running runtime.transforms runtime.wave sharding transports.base runtime.arguments",
     "collectives.stopping": "checking errors functional masks mechanisms.mocha mechanisms.monotonic "
-    "mechanisms.ordered runtime.agreement runtime.request runtime.transforms sharding",
+    "mechanisms.ordered runtime.agreement runtime.transforms sharding runtime.arguments",
     "collectives.reduction": "checking mechanisms.base mesh runtime.agreement runtime.folding runtime.transforms "
     "transports.base",
     "collectives.neighbours": "bands checking layouts masks mechanisms.base mechanisms.softmax payloads.base "
@@ -170,9 +177,9 @@ MAY: dict[str, str] = {
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax "
     "mechanisms.total runtime.op runtime.request runtime.spelling runtime.transforms schedules.base",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",
-    "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging "
-    "conformance.leaks conformance.running errors kernels layouts masks mechanisms naming plans.planning "
-    "readable schedules mechanisms.ordered",
+    "conformance.battery": "checking mesh conformance.case conformance.drawing conformance.judging conformance.leaks "
+    "conformance.running errors kernels layouts masks mechanisms naming readable schedules mechanisms.ordered "
+    "plans.choice",
     "conformance.case": "checking errors kernels.base layouts masks mechanisms naming schedules.base "
     "mechanisms.ordered",
     "conformance.drawing": "conformance.case kernels layouts masks mechanisms naming schedules mechanisms.ordered",

@@ -15,8 +15,8 @@ from ringattn.advice.recommendation import recommend
 from ringattn.checking import choice
 from ringattn.cli import options, report
 from ringattn.errors import InputError, PlanError
+from ringattn.plans.choice import named_schedule
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import named_schedule
 
 CHECKED = ("auto", "all", "recommended", "none")
 # Tokens times ranks up to which all combinations, or the recommended one, are checked unless --verify says otherwise:

@@ -17,10 +17,11 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
+from ringattn.runtime.arguments import check_part, check_tensors
 from ringattn.runtime.call import WaveCall
 from ringattn.runtime.folding import add, fold
 from ringattn.runtime.replicated import Replicated, own_tiles
-from ringattn.runtime.request import Request, check_part, check_tensors, problem_of
+from ringattn.runtime.request import Request, problem_of
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import outside_graphs
 from ringattn.runtime.wave import rows as ordered_rows

@@ -16,16 +16,9 @@ from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
+from ringattn.runtime.arguments import check_extras, check_part, check_tensors
 from ringattn.runtime.replicated import Replicated, own_tiles
-from ringattn.runtime.request import (
-    check_extras,
-    check_part,
-    check_tensors,
-    constants_of,
-    problem_of,
-    results_of,
-    wanted_gradients,
-)
+from ringattn.runtime.request import constants_of, problem_of, results_of, wanted_gradients
 from ringattn.runtime.running import running
 from ringattn.runtime.transforms import Once, outside_graphs
 from ringattn.sharding import Sharding

@@ -12,7 +12,7 @@ from ringattn.mechanisms.mocha import MoChA
 from ringattn.mechanisms.monotonic import Monotonic
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.runtime import agreement
-from ringattn.runtime.request import check_tensors
+from ringattn.runtime.arguments import check_tensors
 from ringattn.runtime.transforms import outside_graphs
 from ringattn.sharding import Sharding
 

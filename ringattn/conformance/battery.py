@@ -27,7 +27,7 @@ from ringattn.mechanisms import Mechanism
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.naming import name_of, named
-from ringattn.plans.planning import named_schedule
+from ringattn.plans.choice import named_schedule
 from ringattn.readable import dtype_name
 from ringattn.schedules import Schedule
 

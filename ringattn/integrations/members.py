@@ -7,7 +7,7 @@ from ringattn.layouts import Layout
 from ringattn.masks import Causal
 from ringattn.mesh import Mesh
 from ringattn.naming import named
-from ringattn.plans.planning import named_schedule
+from ringattn.plans.choice import named_schedule
 from ringattn.schedules.base import Schedule
 from ringattn.sharding import Sharding
 

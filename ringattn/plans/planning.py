@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -12,52 +11,29 @@ import torch
 
 from ringattn import bands
 from ringattn.bands import Array
-from ringattn.checking import dtype as checked_dtype
-from ringattn.checking import instance, integer, pair
+from ringattn.checking import instance
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask, checked
-from ringattn.mechanisms.base import Mechanism, Problem, Summarising
+from ringattn.mechanisms.base import Mechanism, Summarising
 from ringattn.mechanisms.ordered import Ordered
-from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
-from ringattn.naming import named
-from ringattn.payloads.queries import Queries, Trips
+from ringattn.payloads.queries import Queries
 from ringattn.plans.assembly import assemble
+from ringattn.plans.choice import along_ring, chosen_schedule, dealt_heads, named_schedule, serving
 from ringattn.plans.deal import deal
 from ringattn.plans.demand import Demand
-from ringattn.plans.links import MOST, ROW_BYTES, Links
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
-from ringattn.plans.shape import Shape
+from ringattn.plans.shaping import shape_of, shaped
 from ringattn.plans.slices import in_slices
 from ringattn.plans.swap import Swap
-from ringattn.plans.tiles import K_RANK
 from ringattn.plans.ulysses import UlyssesPlan, composed
-from ringattn.readable import dtype_name, readable_seconds, shortened
-from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule, Scheme, Ulysses
-from ringattn.schedules.wave import Wave
+from ringattn.readable import shortened
+from ringattn.schedules import Schedule, Scheme, Ulysses
 from ringattn.sharding import Sharding
 
-CLOSE = 0.02  # of two schedules' seconds, which differ by less for no reason
 MAX_PLANS = 1 << 17  # at once: half a minute
-
-
-def named_schedule(schedule: Any, heads: tuple[int, int] | None = None) -> Scheme | None:
-    """The schedule itself or the one of this name; None for ``auto``, which `plan` resolves by the demand.
-
-    Args:
-        heads: query and key heads, where they are known, for which it is made.
-    """
-    if isinstance(schedule, Wave) or (isinstance(schedule, str) and schedule == "wave"):
-        raise UnsupportedError(
-            "wave hands blocks of queries from rank to rank, for mechanisms that walk the keys in order, such as "
-            "Monotonic. Use ring, route or auto."
-        )
-    if isinstance(schedule, str) and schedule == "auto":
-        return None
-    found = named("schedule", schedule, Scheme, MEMBERS, also=("auto",))
-    return found.for_heads(checked_heads(heads)[1]) if heads is not None and isinstance(found, Schedule) else found
 
 
 def plan(
@@ -96,10 +72,10 @@ def plan(
     _check_mechanism(mechanism)
     asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
     if isinstance(asked, Ulysses):
-        along = _along_ring(asked, sharding.mesh, heads)
+        along = along_ring(asked, sharding.mesh, heads)
         inner = flat_plan(mask, sharding.grouped, along, kv.grouped, mechanism)
-        return _shaped(_composed(asked, inner, (sharding, kv), heads), shape, mechanism)
-    return _shaped(flat_plan(mask, sharding, asked, kv, mechanism), shape, mechanism)
+        return shaped(_composed(asked, inner, (sharding, kv), heads), shape, mechanism)
+    return shaped(flat_plan(mask, sharding, asked, kv, mechanism), shape, mechanism)
 
 
 def flat_plan(
@@ -108,7 +84,7 @@ def flat_plan(
     """This rank's plan by a schedule over all ranks of the mesh, or None for ``auto``, of any shape."""
     demand, words = _demand(mask, sharding, kv), _words(mask, sharding, kv)
     check_causal(demand, mechanism)
-    taken, reason = _taken(schedule, demand, mechanism, sharding.mesh.links)
+    taken, reason = chosen_schedule(schedule, demand, mechanism, sharding.mesh.links)
     return _build(demand, sharding.mesh.sequence_rank, taken, words, reason)
 
 
@@ -129,8 +105,8 @@ def verified_plan(
     taken, kv = named_schedule(schedule, shape.get("heads")), sharding if kv_sharding is None else kv_sharding
     made = shape_of(mechanism=mechanism, **shape)
     if not isinstance(taken, Ulysses):
-        return _shaped(_verified(mask, sharding, taken, kv, mechanism), made, mechanism)
-    along = _along_ring(taken, sharding.mesh, shape.get("heads"))
+        return shaped(_verified(mask, sharding, taken, kv, mechanism), made, mechanism)
+    along = along_ring(taken, sharding.mesh, shape.get("heads"))
     inner = _verified(mask, sharding.grouped, along, kv.grouped, mechanism)
     key = (mask, kv, taken, inner.hash, shape.get("heads"))
     kept: UlyssesPlan | None = sharding.plans.get(key)
@@ -138,7 +114,7 @@ def verified_plan(
         kept = _composed(taken, inner, (sharding, kv), shape.get("heads"))
         kept.verify()
         sharding.plans.keep(key, kept)
-    return _shaped(kept, made, mechanism)
+    return shaped(kept, made, mechanism)
 
 
 def _verified(
@@ -146,7 +122,7 @@ def _verified(
 ) -> Plan:
     """`flat_plan`, verified and kept by the sharding."""
     if schedule is not None:
-        _check_serves(schedule, mechanism)
+        serving(schedule, mechanism)
     other = None if kv == sharding else (kv.length, kv.layout)
     key = (mask, other, schedule, isinstance(mechanism, Summarising), mechanism is not None and mechanism.causal)
     kept: Plan | None = sharding.plans.get(key)
@@ -155,19 +131,6 @@ def _verified(
         kept.verify()
         sharding.plans.keep(key, kept)
     return kept
-
-
-def _along_ring(schedule: Ulysses, mesh: Mesh, heads: tuple[int, int] | None) -> Scheme | None:
-    """The schedule along the ring, for as few key heads as some part of them has; None for ``auto``."""
-    dealt = deal(*_dealt_heads(heads), mesh.ulysses, schedule.slices)
-    fewest = min(part.kv_heads for own in dealt for parts in own for part in parts)
-    return named_schedule(schedule.inner, (fewest, fewest))
-
-
-def _dealt_heads(heads: tuple[int, int] | None) -> tuple[int, int]:
-    if heads is None:
-        raise InputError("Ulysses deals heads to ranks; give heads=(query heads, key heads) when planning.")
-    return checked_heads(heads)
 
 
 def _composed(
@@ -199,7 +162,7 @@ def swap_of(
     group = rank // mesh.ulysses
     return Swap(
         rank,
-        deal(*_dealt_heads(heads), mesh.ulysses, schedule.slices),
+        deal(*dealt_heads(heads), mesh.ulysses, schedule.slices),
         _members_rows(queries, group),
         _members_rows(keys, group),
         schedule.keep,
@@ -249,12 +212,12 @@ def plan_all(
     asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
     if not isinstance(asked, Ulysses):
         plans = _all_flat(mask, sharding, asked, kv_sharding, mechanism)
-        return [_shaped(each, shape, mechanism) for each in plans]
-    along = _along_ring(asked, mesh, heads)
+        return [shaped(each, shape, mechanism) for each in plans]
+    along = along_ring(asked, mesh, heads)
     rings = _all_flat(mask, sharding.grouped, along, kv_sharding.grouped, mechanism)
     shardings = sharding, kv_sharding
     return [
-        _shaped(_composed(asked, rings[rank // mesh.ulysses], shardings, heads, rank), shape, mechanism)
+        shaped(_composed(asked, rings[rank // mesh.ulysses], shardings, heads, rank), shape, mechanism)
         for rank in range(mesh.sequence_size)
     ]
 
@@ -264,7 +227,7 @@ def _all_flat(
 ) -> list[Plan]:
     demand = _demand(mask, sharding, kv).for_all_ranks()
     check_causal(demand, mechanism)
-    taken, reason = _taken(schedule, demand, mechanism, None)
+    taken, reason = chosen_schedule(schedule, demand, mechanism, None)
     words = _words(mask, sharding, kv)
     return [_build(demand, rank, taken, words, reason) for rank in range(demand.size)]
 
@@ -295,57 +258,6 @@ def _words(mask: Mask, sharding: Sharding, kv_sharding: Sharding) -> str:
     )
 
 
-def shape_of(
-    heads: tuple[int, int] | None = None,
-    head_dims: tuple[int, int] | None = None,
-    dtype: torch.dtype | str | None = None,
-    batch: int = 1,
-    mechanism: Mechanism | None = None,
-) -> Shape | None:
-    """The shape of these sizes; None where none is given."""
-    integer(batch, "batch", least=1)
-    heads = None if heads is None else checked_heads(heads)
-    if head_dims is None and dtype is None:
-        return None  # some schedules want to know the heads alone
-    if heads is None or head_dims is None or dtype is None:
-        raise InputError("A plan knows its bytes when heads, head_dims and dtype are all given; give all or none.")
-    head_dims = pair(head_dims, "head_dims", "two numbers, of dims of a query-key head and of a value head")
-    kind = checked_dtype(dtype)
-    summary = mechanism.summary_size(*head_dims) if isinstance(mechanism, Summarising) else None
-    dim, value_dim = head_dims
-    kept = max(kind.itemsize, 4)
-    if mechanism is not None:
-        dim, kind = mechanism.summed_shape(dim, kind)
-        kept = _kept(Problem(mechanism, 1, *heads, dim, value_dim, kind, torch.device("meta")))
-    return Shape(batch, *heads, dim, value_dim, dtype_name(kind), kind.itemsize, summary, kept=kept)
-
-
-def _kept(problem: Problem) -> int:
-    """Bytes that a pass gives beside the output, for each query and head."""
-    return sum(x.nbytes for x in problem.results_like(1)) // problem.heads
-
-
-def checked_heads(heads: object) -> tuple[int, int]:
-    """Query and key heads, or an InputError."""
-    queries, keys = pair(heads, "heads", "two numbers, of query and key heads")
-    if queries % keys:
-        raise InputError(f"Query heads must be a multiple of key heads; got heads={(queries, keys)}.")
-    return queries, keys
-
-
-def _check_serves(schedule: Scheme, mechanism: Mechanism | None) -> Schedule:
-    """The schedule, as one along one axis, or an error where it cannot serve the mechanism."""
-    if not isinstance(schedule, Schedule):
-        raise InputError(f"{schedule} is no schedule along one axis; use ring, route or auto.")
-    wrong = None if mechanism is None else schedule.payload.refusal(mechanism)
-    if wrong is not None:
-        raise UnsupportedError(
-            f"{schedule} exchanges {schedule.payload.unit}, and {wrong}. Use ring, route or auto, or a mechanism "
-            f"whose keys can be summed up, such as Linear."
-        )
-    return schedule
-
-
 def check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
     """Raises UnsupportedError where a mask allows keys behind their query to a mechanism that knows of none."""
     if mechanism is None or not mechanism.causal:
@@ -356,82 +268,6 @@ def check_causal(demand: Demand, mechanism: Mechanism | None) -> None:
             f"{mechanism} knows no key that comes after its query, but {shortened(str(demand.mask))} allows some. "
             f"Take a causal mask, such as Causal() or Documents(...) & Causal()."
         )
-
-
-def _taken(
-    schedule: Scheme | None, demand: Demand, mechanism: Mechanism | None, links: Links | None
-) -> tuple[Schedule, str]:
-    """The schedule, and why: on every rank the same, as it is chosen by what all ranks together receive.
-
-    Args:
-        links: where they were measured.
-    """
-    if schedule is not None:
-        schedule = _check_serves(schedule, mechanism)
-        refusal = schedule.refusal(demand)
-        if refusal is not None:
-            raise UnsupportedError(f"{refusal}.")
-        return schedule, ""
-    why = ""
-    if isinstance(mechanism, Summarising):
-        refusal = Scan().refusal(demand)
-        if refusal is None:
-            return Scan(), "auto took scan: sums over keys travel, and keys and values stay where they are"
-        why = f"; not scan: {refusal}"
-    taken, reason = _ring_or_route(demand) if links is None or links.size > MOST else _by_links(demand, links)
-    return taken, reason + why
-
-
-def _by_links(demand: Demand, links: Links) -> tuple[Schedule, str]:
-    """That by which the busiest rank waits less, on these links; `_ring_or_route` where it does not matter."""
-    every, ring, route = demand.for_all_ranks(), Ring(), Route()
-    by_ring, by_route = (links.longest(x.moves(every, rank) for rank in range(demand.size)) for x in (ring, route))
-    if math.isclose(by_ring, by_route, rel_tol=CLOSE):
-        taken, reason = _ring_or_route(demand)
-        return taken, f"{reason} (as long either way on the profile's links)"
-    times = [readable_seconds(seconds) for seconds in sorted((by_ring, by_route))]
-    taken, other = (ring, route) if by_ring < by_route else (route, ring)
-    return taken, (
-        f"auto took {taken}: on the profile's links the busiest rank receives for {times[0]} of {ROW_BYTES} bytes a "
-        f"position, {times[1]} by {other}"
-    )
-
-
-def _ring_or_route(demand: Demand) -> tuple[Schedule, str]:
-    """Route, unless all ranks together receive no more by ring, of any rank's keys, than the route that none betters.
-
-    So the first keys of which they do decide, and no more of the mask than that is cut.
-    """
-    ring, route = Ring(), Route()
-    same = "key positions either way, from neighbours only"
-    by_ring = by_route = 0
-    for requested in demand.keys_requested_from_all():
-        by_ring += ring.received_tokens(requested, demand.size)
-        by_route += route.received_tokens(requested, demand.size)
-        if by_route < by_ring:
-            last = int(requested[:, K_RANK].max())
-            owners = "rank 0" if last == 0 else f"ranks 0 to {last}"
-            return route, (
-                f"auto took route: all ranks together receive {by_route} key positions of {owners}, {by_ring} by ring"
-            )
-        exact = ring.exact_tokens(demand)
-        if exact is not None:
-            return ring, f"auto took ring: all ranks together receive {exact} {same}"
-    return ring, f"auto took ring: all ranks together receive {by_ring} {same}"
-
-
-def _shaped(plan: Plan, shape: Shape | None, mechanism: Mechanism | None) -> Plan:
-    """The plan of this shape, with what travels of a query, where queries do. Without a mechanism, as of softmax."""
-    if shape is None or not isinstance(plan.payload, Queries):
-        return dataclasses.replace(plan, shape=shape)
-    mechanism = (Softmax() if mechanism is None else mechanism).summed
-    kind, device = checked_dtype(shape.dtype), torch.device("meta")
-    problem = Problem(
-        mechanism, shape.batch, shape.heads, shape.kv_heads, shape.dim, shape.value_dim, kind, device, mechanism.params
-    )
-    trips, rows = Trips.of(problem, narrow=plan.gradient_wire == "input"), shape.batch * shape.heads
-    before = None if trips.before is None else (trips.wire(rows, before=0), trips.wire(rows, before=1))
-    return dataclasses.replace(plan, shape=dataclasses.replace(shape, queries=trips.wire(rows), before=before))
 
 
 def _build(demand: Demand, rank: int, schedule: Schedule, words: str, reason: str) -> Plan:

@@ -20,8 +20,9 @@ from ringattn.plans.cost import Memory, Traffic
 from ringattn.plans.coverage import Keys
 from ringattn.plans.grid import used_rows
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import flat_plan, shape_of
+from ringattn.plans.planning import flat_plan
 from ringattn.plans.shape import Shape
+from ringattn.plans.shaping import shape_of
 from ringattn.plans.wavefront import (
     BACKWARD,
     FORWARD,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ringattn.checking import DTYPES, flag, shown
+from ringattn.checking import flag, shown
 from ringattn.errors import AgreementError, InputError, UnsupportedError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.choice import Measure, Profiled, chosen_kernel, stored
@@ -21,14 +21,16 @@ from ringattn.masks import Mask, Transposed, checked
 from ringattn.mechanisms.base import Mechanism, Problem
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.payloads.outputs import OutputSide
+from ringattn.plans.choice import named_schedule
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
-from ringattn.plans.planning import named_schedule, swap_of, verified_plan
+from ringattn.plans.planning import swap_of, verified_plan
 from ringattn.plans.swap import Swap
 from ringattn.plans.ulysses import UlyssesPlan
 from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
+from ringattn.runtime.arguments import check_extras, check_part, check_tensors, is_dense
 from ringattn.runtime.call import Call, PassCall, TileCall, UlyssesCall, WaveCall
 from ringattn.runtime.dealing import dealt, part_of_first
 from ringattn.runtime.gathering import Gathering, to_keys, to_queries
@@ -91,9 +93,9 @@ class Request:
             and isinstance(self.schedule, (str, Scheme))
             and isinstance(self.kernel, (str, Kernel))
             and isinstance(self.deterministic, bool)
-            and _is_dense(q)
-            and _is_dense(k)
-            and _is_dense(v)
+            and is_dense(q)
+            and is_dense(k)
+            and is_dense(v)
         )
         if not fine or self.return_lse is not False or self.extras != ():
             self._check_each({"q": q, "k": k, "v": v})
@@ -109,7 +111,7 @@ class Request:
         for name, x in tensors.items():
             if not isinstance(x, torch.Tensor):
                 raise InputError(f"{name} must be a tensor; got {type(x).__name__}.")
-            if not _is_dense(x):
+            if not is_dense(x):
                 kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
                 raise InputError(f"{name} must be a dense tensor; got a {kind} one. Pad it, or call .to_dense() first.")
         checked(self.mask)
@@ -384,15 +386,6 @@ def problem_of(mechanism: Mechanism, q: torch.Tensor, k: torch.Tensor, v: torch.
     return Problem(mechanism, batch, heads, k.shape[1], dim, v.shape[3], q.dtype, q.device, **more)
 
 
-def check_part(x: torch.Tensor, owner: Sharding, what: str, call: str) -> None:
-    """Raises InputError where these are not as many tokens as this rank holds. ``call`` shows all of them."""
-    if x.shape[2] != owner.count:
-        raise InputError(
-            f"Rank {owner.mesh.sequence_rank} holds {owner.count} of the {owner.length} {what}; got {call}. "
-            f"Pass this rank's part, as sharding.split(x, dim=2) gives it."
-        )
-
-
 def results_of(
     mechanism: Mechanism, names: Sequence[str], extras: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
@@ -402,42 +395,10 @@ def results_of(
     return (x.to(accumulator) if x.is_floating_point() else x for x in found)
 
 
-def check_extras(mechanism: Mechanism, extras: object) -> None:
-    """Raises an error where these are no names, or not of results that the mechanism has."""
-    if not isinstance(extras, (tuple, list)) or not all(isinstance(x, str) for x in extras):
-        raise InputError(f"extras are a tuple of names, such as ('lse',); got {shown(extras)}.")
-    for name in extras:
-        if name not in mechanism.extras:
-            has = ", ".join(mechanism.extras) or "none"
-            raise UnsupportedError(f"{mechanism} has no extra {name!r} to return; it has {has}.")
-
-
-def _is_dense(x: object) -> bool:
-    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested
-
-
 def wanted_gradients(*inputs: torch.Tensor) -> tuple[bool, ...]:
     """Which of q, k, v and the params need gradients."""
     enabled = torch.is_grad_enabled()
     return tuple([enabled and x.requires_grad for x in inputs])
-
-
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: str) -> None:
-    """Raises InputError where the tensors do not fit together. ``call`` shows them."""
-    if not (q.dim() == k.dim() == v.dim() == 4):
-        raise InputError(f"attention takes [batch, heads, tokens, dim]; got {call}.")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise InputError(f"q, k and v must have one dtype and device; got {said}.")
-    if q.dtype not in DTYPES:
-        raise InputError(f"attention computes float64, float32, bfloat16 and float16; got {q.dtype}.")
-    batch, heads, _, dim = q.shape
-    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim:
-        raise InputError(f"q, k, v must be [B, Hq, S, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]; got {call}.")
-    if not min(batch, heads, k.shape[1], dim, v.shape[3]):
-        raise InputError(f"The batch, the heads and their dims must not be empty; got {call}.")
-    if heads % k.shape[1]:
-        raise InputError(f"Query heads must be a multiple of key heads; got {heads} and {k.shape[1]}.")
 
 
 def _completed(problem: Problem, plan: Plan, wanted: tuple[bool, ...]) -> Problem:

@@ -19,7 +19,8 @@ from ringattn.errors import InputError
 from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.mesh import Mesh
-from ringattn.plans.planning import named_schedule, verified_plan
+from ringattn.plans.choice import named_schedule
+from ringattn.plans.planning import verified_plan
 from ringattn.schedules import Schedule
 from ringattn.training.batch import Batch, Positions, refuse, sharded
 from ringattn.training.sample import Sample, checked_masks
