@@ -15,6 +15,7 @@ import torch.distributed as dist
 import ringattn
 from ringattn import handles
 from ringattn.errors import InputError
+from ringattn.plans import planning
 from tests.workers import Workers
 
 
@@ -41,13 +42,13 @@ def test_the_plan_lives_as_long_as_the_graph() -> None:
 
 
 def test_plans_are_made_once_for_equal_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, plan = [], ringattn.plan
+    made, plan = [], planning.flat_plan
 
     def spy(*args: Any, **options: Any) -> ringattn.Plan:
         made.append(args)
         return plan(*args, **options)
 
-    monkeypatch.setattr("ringattn.plans.planning.plan", spy)
+    monkeypatch.setattr(planning, "flat_plan", spy)
     sharding = _one()
     for _ in range(3):
         ringattn.attention(*_inputs(), ringattn.Documents([5, 15]) & ringattn.Causal(), sharding=sharding)

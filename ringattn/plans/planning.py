@@ -108,7 +108,7 @@ def verified_plan(
         return shaped(_verified(mask, sharding, taken, kv, mechanism), made, mechanism)
     along = along_ring(taken, sharding.mesh, shape.get("heads"))
     inner = _verified(mask, sharding.grouped, along, kv.grouped, mechanism)
-    key = (mask, kv, taken, inner.hash, shape.get("heads"))
+    key = (mask, _other(sharding, kv), taken, inner.hash, shape.get("heads"))
     kept: UlyssesPlan | None = sharding.plans.get(key)
     if kept is None:
         kept = _composed(taken, inner, (sharding, kv), shape.get("heads"))
@@ -123,14 +123,24 @@ def _verified(
     """`flat_plan`, verified and kept by the sharding."""
     if schedule is not None:
         serving(schedule, mechanism)
-    other = None if kv == sharding else (kv.length, kv.layout)
-    key = (mask, other, schedule, isinstance(mechanism, Summarising), mechanism is not None and mechanism.causal)
+    key = (
+        mask,
+        _other(sharding, kv),
+        schedule,
+        isinstance(mechanism, Summarising),
+        mechanism is not None and mechanism.causal,
+    )
     kept: Plan | None = sharding.plans.get(key)
     if kept is None:
         kept = flat_plan(mask, sharding, schedule, kv, mechanism)
         kept.verify()
         sharding.plans.keep(key, kept)
     return kept
+
+
+def _other(sharding: Sharding, kv: Sharding) -> tuple[int, Layout] | None:
+    """What tells the keys' sharding from that of the queries; None where it is the same."""
+    return None if kv == sharding else (kv.length, kv.layout)
 
 
 def _composed(
