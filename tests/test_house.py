@@ -73,12 +73,14 @@ MAY: dict[str, str] = {
     "plans.wave": "bands errors layouts masks mechanisms.ordered plans.cost plans.coverage plans.grid plans.plan "
     "plans.planning plans.shape plans.wavefront schedules.wave sharding schedules.route plans.shaping",
     "plans.shaping": "checking errors mechanisms.base mechanisms.softmax payloads.queries plans.plan plans.shape "
-    "readable",
+    "readable payloads.base",
+    "plans.candidates": "bands layouts mechanisms.base payloads.base payloads.queries plans.clock plans.deal "
+    "plans.demand plans.links plans.shape plans.shaping plans.tiles readable schedules",
     "plans.choice": "errors mechanisms.base mesh naming plans.deal plans.demand plans.links plans.shaping "
-    "plans.tiles readable schedules schedules.wave",
+    "plans.tiles readable schedules schedules.wave mechanisms.softmax plans.candidates plans.clock plans.shape",
     "plans.planning": "bands checking errors layouts masks mesh sharding mechanisms.base mechanisms.ordered "
     "payloads.queries plans.assembly plans.demand plans.passing readable plans.plan plans.slices schedules "
-    "plans.deal plans.swap plans.ulysses plans.choice plans.shaping",
+    "plans.deal plans.swap plans.ulysses plans.choice plans.shaping plans.shape",
     "schedules.base": "checking bands errors payloads.base payloads.keys plans.assembly plans.demand plans.shape "
     "mechanisms.base",
     "schedules.wave": "checking schedules.base",

@@ -5,20 +5,28 @@ It is the same on every rank, as it goes by what all ranks receive and by rates 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from ringattn.errors import InputError, UnsupportedError
 from ringattn.mechanisms.base import Mechanism, Summarising
+from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
 from ringattn.naming import named
+from ringattn.plans.candidates import Candidate, Estimates, rates_of
+from ringattn.plans.clock import Rates
 from ringattn.plans.deal import deal
 from ringattn.plans.demand import Demand
 from ringattn.plans.links import MOST, ROW_BYTES, Links
+from ringattn.plans.shape import Shape
 from ringattn.plans.shaping import checked_heads
 from ringattn.plans.tiles import K_RANK
 from ringattn.readable import readable_seconds
-from ringattn.schedules import MEMBERS, Ring, Route, Scan, Schedule, Scheme, Ulysses
+from ringattn.schedules import MEMBERS, PassQ, Ring, Route, Scan, Schedule, Scheme, Ulysses
 from ringattn.schedules.wave import Wave
 
 CLOSE = 0.02  # of two schedules' seconds, which differ by less for no reason
@@ -89,6 +97,43 @@ def chosen_schedule(
         why = f"; not scan: {refusal}"
     taken, reason = _ring_or_route(demand) if links is None or links.size > MOST else _by_links(demand, links)
     return taken, reason + why
+
+
+def best_schedule(
+    demand: Demand, grouped: Demand | None, shape: Shape, mechanism: Mechanism | None, mesh: Mesh
+) -> tuple[Scheme | None, str]:
+    """The quickest of all that could serve, by `candidates`, and why; None where nothing could be estimated.
+
+    Args:
+        grouped: what the groups along the ulysses axis need of each other; None where there are none.
+    """
+    if isinstance(mechanism, Summarising) and Scan().refusal(demand) is None:
+        return None, ""  # sums over keys are the least there is
+    rates = Rates() if mesh.links is None else rates_of(mesh.links.latency, mesh.links.bandwidth)
+    estimates = Estimates(demand, shape, mechanism, dataclasses.replace(rates, node=mesh.node or mesh.sequence_size))
+    flat: list[Schedule] = [Route()]
+    if mesh.node is not None and mesh.node < mesh.sequence_size:
+        flat.append(Route(node_aware=True))
+    if not np.array_equal(demand.q_spans, demand.k_spans) and PassQ.serves(mechanism or Softmax()):
+        flat.append(PassQ())
+    found = list(estimates.along_one_axis(flat))
+    if grouped is not None and shape.heads >= mesh.ulysses:
+        taken, route = Ulysses(), Route()
+        wire = shape.wire(route.payload, route.gradient_wire)
+        dealt = deal(shape.heads, shape.kv_heads, mesh.ulysses, taken.slices)
+        found += filter(None, [estimates.in_groups(taken, grouped, dealt, wire)])
+    if not found:
+        return None, ""
+    shortest = min(x.seconds for x in found)
+    quick = [x for x in found if x.seconds <= shortest * (1 + CLOSE)]
+    best = min(quick, key=lambda x: (x.between, x.inside))  # of equals the first, which is the simplest
+    if best.schedule == Route():
+        return None, f"auto took keys that travel along one axis; {_compared(found)}"
+    return best.schedule, f"auto took {best.schedule}; {_compared(found)}"
+
+
+def _compared(found: Sequence[Candidate]) -> str:
+    return f"estimated, forward and backward: {'; '.join(map(str, found))}"
 
 
 def _by_links(demand: Demand, links: Links) -> tuple[Schedule, str]:

@@ -20,11 +20,19 @@ from ringattn.mechanisms.ordered import Ordered
 from ringattn.mesh import Mesh
 from ringattn.payloads.queries import Queries
 from ringattn.plans.assembly import assemble
-from ringattn.plans.choice import along_ring, chosen_schedule, dealt_heads, named_schedule, serving
+from ringattn.plans.choice import (
+    along_ring,
+    best_schedule,
+    chosen_schedule,
+    dealt_heads,
+    named_schedule,
+    serving,
+)
 from ringattn.plans.deal import deal
 from ringattn.plans.demand import Demand
 from ringattn.plans.passing import PassPlan
 from ringattn.plans.plan import Plan
+from ringattn.plans.shape import Shape
 from ringattn.plans.shaping import shape_of, shaped
 from ringattn.plans.slices import in_slices
 from ringattn.plans.swap import Swap
@@ -71,11 +79,28 @@ def plan(
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     _check_mechanism(mechanism)
     asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
+    reason = ""
+    if asked is None:
+        asked, reason = _auto(mask, sharding, kv, mechanism, shape)
     if isinstance(asked, Ulysses):
         along = along_ring(asked, sharding.mesh, heads)
         inner = flat_plan(mask, sharding.grouped, along, kv.grouped, mechanism)
-        return shaped(_composed(asked, inner, (sharding, kv), heads), shape, mechanism)
-    return shaped(flat_plan(mask, sharding, asked, kv, mechanism), shape, mechanism)
+        made: Plan = _composed(asked, inner, (sharding, kv), heads)
+    else:
+        made = flat_plan(mask, sharding, asked, kv, mechanism)
+    return shaped(dataclasses.replace(made, reason=reason or made.reason), shape, mechanism)
+
+
+def _auto(
+    mask: Mask, sharding: Sharding, kv: Sharding, mechanism: Mechanism | None, shape: Shape | None
+) -> tuple[Scheme | None, str]:
+    """What ``auto`` takes, and why, where there is more to choose than by which keys travel; else None."""
+    mesh = sharding.mesh
+    crossing = mesh.node is not None and mesh.node < mesh.sequence_size
+    if shape is None or mesh.sequence_size == 1 or not (crossing or mesh.ulysses > 1 or kv != sharding):
+        return None, ""
+    grouped = _demand(mask, sharding.grouped, kv.grouped) if mesh.ulysses > 1 else None
+    return best_schedule(_demand(mask, sharding, kv), grouped, shape, mechanism, mesh)
 
 
 def flat_plan(
@@ -95,26 +120,48 @@ def verified_plan(
     kv_sharding: Sharding | None = None,
     *,
     mechanism: Mechanism | None = None,
+    deterministic: bool = False,
     **shape: Any,
 ) -> Plan:
     """`plan`, verified and kept by the sharding: another shape, or mechanism that reads the same, needs no other.
+
+    Args:
+        deterministic: whether ``auto`` must bring keys to queries, all heads at once.
 
     Raises:
         PlanError: the plan is wrong.
     """
     taken, kv = named_schedule(schedule, shape.get("heads")), sharding if kv_sharding is None else kv_sharding
-    made = shape_of(mechanism=mechanism, **shape)
+    made, reason = shape_of(mechanism=mechanism, **shape), ""
+    if taken is None and not deterministic:
+        key = (mask, _other(sharding, kv), made, None if mechanism is None else mechanism.text)
+        if key not in sharding.plans:
+            sharding.plans.keep(key, _auto(mask, sharding, kv, mechanism, made))
+        taken, reason = sharding.plans[key]
     if not isinstance(taken, Ulysses):
-        return shaped(_verified(mask, sharding, taken, kv, mechanism), made, mechanism)
-    along = along_ring(taken, sharding.mesh, shape.get("heads"))
-    inner = _verified(mask, sharding.grouped, along, kv.grouped, mechanism)
-    key = (mask, _other(sharding, kv), taken, inner.hash, shape.get("heads"))
+        found: Plan = _verified(mask, sharding, taken, kv, mechanism)
+    else:
+        found = _verified_in_groups(mask, sharding, taken, kv, mechanism, shape.get("heads"))
+    return shaped(dataclasses.replace(found, reason=reason or found.reason), made, mechanism)
+
+
+def _verified_in_groups(
+    mask: Mask,
+    sharding: Sharding,
+    schedule: Ulysses,
+    kv: Sharding,
+    mechanism: Mechanism | None,
+    heads: tuple[int, int] | None,
+) -> UlyssesPlan:
+    """The plan in which heads are exchanged, verified and kept by the sharding."""
+    inner = _verified(mask, sharding.grouped, along_ring(schedule, sharding.mesh, heads), kv.grouped, mechanism)
+    key = (mask, _other(sharding, kv), schedule, inner.hash, heads)
     kept: UlyssesPlan | None = sharding.plans.get(key)
     if kept is None:
-        kept = _composed(taken, inner, (sharding, kv), shape.get("heads"))
+        kept = _composed(schedule, inner, (sharding, kv), heads)
         kept.verify()
         sharding.plans.keep(key, kept)
-    return shaped(kept, made, mechanism)
+    return kept
 
 
 def _verified(
@@ -220,16 +267,17 @@ def plan_all(
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
     asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
+    reason = ""
+    if asked is None:
+        asked, reason = _auto(mask, sharding, kv_sharding, mechanism, shape)
     if not isinstance(asked, Ulysses):
         plans = _all_flat(mask, sharding, asked, kv_sharding, mechanism)
-        return [shaped(each, shape, mechanism) for each in plans]
+        return [shaped(dataclasses.replace(x, reason=reason or x.reason), shape, mechanism) for x in plans]
     along = along_ring(asked, mesh, heads)
     rings = _all_flat(mask, sharding.grouped, along, kv_sharding.grouped, mechanism)
     shardings = sharding, kv_sharding
-    return [
-        shaped(_composed(asked, rings[rank // mesh.ulysses], shardings, heads, rank), shape, mechanism)
-        for rank in range(mesh.sequence_size)
-    ]
+    made = (_composed(asked, rings[rank // ulysses], shardings, heads, rank) for rank in range(mesh.sequence_size))
+    return [shaped(dataclasses.replace(x, reason=reason or x.reason), shape, mechanism) for x in made]
 
 
 def _all_flat(

@@ -11,9 +11,10 @@ from ringattn.checking import integer, pair
 from ringattn.errors import InputError
 from ringattn.mechanisms.base import Mechanism, Problem, Summarising
 from ringattn.mechanisms.softmax import Softmax
+from ringattn.payloads.base import Payload
 from ringattn.payloads.queries import Queries, Trips
 from ringattn.plans.plan import Plan
-from ringattn.plans.shape import Shape
+from ringattn.plans.shape import GradientWire, Shape
 from ringattn.readable import dtype_name
 
 
@@ -56,14 +57,20 @@ def checked_heads(heads: object) -> tuple[int, int]:
 
 
 def shaped(plan: Plan, shape: Shape | None, mechanism: Mechanism | None) -> Plan:
-    """The plan of this shape, with what travels of a query, where queries do. Without a mechanism, as of softmax."""
-    if shape is None or not isinstance(plan.payload, Queries):
-        return dataclasses.replace(plan, shape=shape)
+    """The plan of this shape."""
+    made = None if shape is None else of_payload(plan.payload, plan.gradient_wire, shape, mechanism)
+    return dataclasses.replace(plan, shape=made)
+
+
+def of_payload(payload: Payload, gradient_wire: GradientWire, shape: Shape, mechanism: Mechanism | None) -> Shape:
+    """The shape with what travels of a query, where queries do. Without a mechanism, as of softmax."""
+    if not isinstance(payload, Queries):
+        return shape
     mechanism = (Softmax() if mechanism is None else mechanism).summed
     kind, device = checked_dtype(shape.dtype), torch.device("meta")
     problem = Problem(
         mechanism, shape.batch, shape.heads, shape.kv_heads, shape.dim, shape.value_dim, kind, device, mechanism.params
     )
-    trips, rows = Trips.of(problem, narrow=plan.gradient_wire == "input"), shape.batch * shape.heads
+    trips, rows = Trips.of(problem, narrow=gradient_wire == "input"), shape.batch * shape.heads
     before = None if trips.before is None else (trips.wire(rows, before=0), trips.wire(rows, before=1))
-    return dataclasses.replace(plan, shape=dataclasses.replace(shape, queries=trips.wire(rows), before=before))
+    return dataclasses.replace(shape, queries=trips.wire(rows), before=before)

@@ -255,24 +255,21 @@ class Request:
     def _planned(self, problem: Problem) -> Plan:
         if self.planned is not None:
             return self.planned
-        return verified_plan(
+        made = verified_plan(
             self.mask,
             self.sharding,
-            self._schedule,
+            self.schedule,
             self.kv,
             heads=(problem.heads, problem.kv_heads),
             head_dims=(problem.dim, problem.value_dim),
             dtype=problem.dtype,
             batch=problem.batch,
             mechanism=None if self.deterministic else problem.mechanism,
+            deterministic=self.deterministic,
         )
-
-    @property
-    def _schedule(self) -> Scheme | str:
-        """The one asked for, which keeps nothing of a size that a graph could not know."""
-        if self.traced and isinstance(self.schedule, Ulysses):
-            return dataclasses.replace(self.schedule, keep=False)
-        return self.schedule
+        if self.traced and isinstance(made, UlyssesPlan):  # a graph could not know the size of what is kept
+            return dataclasses.replace(made, swap=dataclasses.replace(made.swap, keep=False))
+        return made
 
     def _swap(self, problem: Problem) -> Swap | None:
         """How heads are exchanged around a wave, where that was asked for."""
@@ -351,6 +348,7 @@ class Request:
             head_dims=(problem.dim, OutputSide.of(problem).size),
             dtype=problem.dtype,
             batch=problem.batch,
+            deterministic=True,
         )
 
     def _fields(self, problem: Problem, wanted: tuple[bool, ...]) -> dict[str, str]:
