@@ -144,7 +144,8 @@ MAY: dict[str, str] = {
     "schedules.wave transports.base plans.swap plans.ulysses runtime.dealing schedules.ulysses plans.choice "
     "runtime.arguments",
     "runtime.all_to_all": "plans.deal plans.swap transports.base",
-    "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engine runtime.wave",
+    "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engine runtime.passing "
+    "runtime.wave",
     "runtime.dealing": "errors mechanisms.base mechanisms.ordered plans.deal plans.swap runtime.call",
     "runtime.wave": "mechanisms.base mechanisms.ordered mechanisms.walk payloads.base payloads.keys plans.wavefront "
     "runtime.call runtime.messages",

@@ -15,9 +15,9 @@ import torch
 
 from ringattn.mechanisms.base import State
 from ringattn.plans.deal import Part, is_shared
-from ringattn.runtime import engine, wave
+from ringattn.runtime import engine, passing, wave
 from ringattn.runtime.all_to_all import KEYS, QUERIES, AllToAlls, Kind, Tensors, Travelling, heads_of
-from ringattn.runtime.call import Call, UlyssesCall, WaveCall
+from ringattn.runtime.call import Call, PassCall, UlyssesCall, WaveCall
 
 Inputs = list[tuple[torch.Tensor, Kind]]
 
@@ -101,6 +101,8 @@ def backward(
 
 
 def _engine(call: Call) -> ModuleType:
+    if isinstance(call, PassCall):
+        return passing
     return wave if isinstance(call, WaveCall) else engine
 
 
