@@ -72,7 +72,8 @@ class Linear(Summarising):
         if problem.wants("v"):
             dv = (self._weights(problem, block, q, k).transpose(-1, -2) @ dn).sum(dim=2)
         if problem.wants("q", "k"):
-            dweights = dn @ v.unsqueeze(2).transpose(-1, -2) + dd.unsqueeze(-1)
+            dweights = dn @ v.unsqueeze(2).transpose(-1, -2)
+            dweights += dd.unsqueeze(-1)  # in place: of all that a launch makes, the pairs take most
             if block.allowed is not None:
                 dweights *= block.allowed
             if problem.wants("q"):
@@ -127,7 +128,7 @@ class Linear(Summarising):
         """``[B, Hkv, Hq / Hkv, M, N]``; 0 where a pair is not allowed."""
         grouped = self._map.of(q).unflatten(1, (problem.kv_heads, -1))
         weights: torch.Tensor = grouped @ self._map.of(k).unsqueeze(2).transpose(-1, -2)
-        return weights if block.allowed is None else weights * block.allowed
+        return weights if block.allowed is None else weights.mul_(block.allowed)
 
 
 def _with_ones(v: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -149,13 +150,11 @@ class WaveCall(Call):
 
 def _tours(call: PassCall) -> Tours:
     trips = Trips.of(call.problem, narrow=call.plan.gradient_wire == "input")
-
-    def tour(trip: Trip) -> Tour:
-        forms = Forms.of_columns(trip.there, trip.back, call.problem)
-        return Tour(trip, messages.round_trip(call.plan.moved, forms, call.transport.buffers))
-
-    before = None if trips.before is None else (tour(trips.before[0]), tour(trips.before[1]))
-    return Tours(tour(trips.forward), tour(trips.backward), before)
+    every = trips.forward, trips.backward, *(trips.before or ())
+    forms = [Forms.of_columns(trip.there, trip.back, call.problem) for trip in every]
+    moves = messages.round_trips(call.plan.moved, forms, call.transport.buffers)
+    forward, backward, *before = itertools.starmap(Tour, zip(every, moves, strict=True))
+    return Tours(forward, backward, (before[0], before[1]) if before else None)
 
 
 def _key_passes(call: TileCall) -> Moves:

@@ -119,8 +119,14 @@ def gathering(plan: Plan, problem: Problem, buffers: Buffers) -> Moves:
     return tuple((step, rooms.move(step)) for step in plan.steps)
 
 
-def round_trip(plan: Program, forms: Forms, buffers: Buffers) -> Moves:
-    """The exchanges of a pass in which rows are brought and something of each goes back, if that has a size."""
+def round_trips(plan: Program, passes: Sequence[Forms], buffers: Buffers) -> list[Moves]:
+    """The exchanges of each pass in which rows are brought and something of each goes back, if that has a size."""
+    for forms in passes:
+        _Rooms(plan, forms, buffers)  # which are grown before any of them is looked into, or small ones would be kept
+    return [_round_trip(plan, forms, buffers) for forms in passes]
+
+
+def _round_trip(plan: Program, forms: Forms, buffers: Buffers) -> Moves:
     rooms, steps = _Rooms(plan, forms, buffers), plan.backward_steps
     if not forms.held.size:
         steps = tuple(step for step in map(_without_gradients, steps) if step.exchange or step.tiles)
