@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table
 
 import ringattn
-from ringattn.bands import Array
 from ringattn.cli import options as shared
 from ringattn.masks import Causal, Documents, Mask
 from ringattn.plans.clock import Link, Rates, timed
@@ -33,9 +32,11 @@ GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 class Distance(ringattn.Route):
     """As `Route` was: in phase d from the rank d places back, whoever needs anything of it."""
 
-    def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
-        distance: Array = (q_ranks - k_ranks) % demand.size
-        return distance
+    def _transfers(self, demand: Demand) -> None:
+        """None are looked at."""
+
+    def _distances(self, demand: Demand) -> int:
+        return 1
 
     def __str__(self) -> str:
         return "distances"
