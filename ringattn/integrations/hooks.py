@@ -25,7 +25,7 @@ from ringattn.integrations.architectures import Reach
 from ringattn.kernels import Kernel
 from ringattn.masks import Mask
 from ringattn.mechanisms.softmax import Softmax
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Scheme
 from ringattn.sharding import Sharding
 
 PREFIX = "ringattn_"
@@ -49,7 +49,7 @@ class LayerMask:
         reach: Reach,
         mask: Mask,
         sharding: Sharding,
-        schedule: Schedule | str,
+        schedule: Scheme | str,
         kernel: Kernel | str,
         seed: int,
     ) -> None:

@@ -29,7 +29,7 @@ from ringattn.kernels import Kernel
 from ringattn.layouts import Layout
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mesh import Mesh
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Scheme
 from ringattn.sharding import Sharding
 from ringattn.training import IGNORED, Batch
 from ringattn.training.batch import refuse
@@ -63,7 +63,7 @@ class Attached:
         mesh: Mesh,
         *,
         layout: Layout | str = "auto",
-        schedule: Schedule | str = "auto",
+        schedule: Scheme | str = "auto",
         kernel: Kernel | str = "auto",
     ) -> None:
         """Use `attach`."""
@@ -290,7 +290,7 @@ def attach(
     mesh: Mesh,
     *,
     layout: Layout | str = "auto",
-    schedule: Schedule | str = "auto",
+    schedule: Scheme | str = "auto",
     kernel: Kernel | str = "auto",
 ) -> Attached:
     """Lets a model of transformers attend over all ranks of a mesh, for batches of `Attached.batch`.

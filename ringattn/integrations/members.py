@@ -8,11 +8,11 @@ from ringattn.masks import Causal
 from ringattn.mesh import Mesh
 from ringattn.naming import named
 from ringattn.plans.choice import named_schedule
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Scheme
 from ringattn.sharding import Sharding
 
 
-def check_members(layout: Layout | str, schedule: Schedule | str, kernel: Kernel | str) -> None:
+def check_members(layout: Layout | str, schedule: Scheme | str, kernel: Kernel | str) -> None:
     """Raises InputError where one is no member, nor the name of one.
 
     A layout that is given for one length, as Explicit, is not asked for another.

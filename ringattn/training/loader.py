@@ -21,7 +21,7 @@ from ringattn.masks import Mask
 from ringattn.mesh import Mesh
 from ringattn.plans.choice import named_schedule
 from ringattn.plans.planning import verified_plan
-from ringattn.schedules import Schedule
+from ringattn.schedules import Scheme
 from ringattn.training.batch import Batch, Positions, refuse, sharded
 from ringattn.training.sample import Sample, checked_masks
 from ringattn.training.sharing import all_have
@@ -61,7 +61,8 @@ class Loader:
         prepare: Callable[[Any], Mapping[str, Any]] | None = None,
         mask: Mask | Sequence[Mask] | None = None,
         layout: Layout | str = "auto",
-        schedule: Schedule | str = "auto",
+        schedule: Scheme | str = "auto",
+        heads: tuple[int, int] | None = None,
         scatter: bool = False,
         positions: Positions = "document",
         shift: bool = True,
@@ -77,6 +78,7 @@ class Loader:
             seed: of the order and of what datasets draw.
             prepare: makes the arguments of `Batch` from a batch of the loader's, where they have other names.
             schedule: what the attention will be called with: it is planned ahead.
+            heads: query and key heads, by which `Ulysses` plans.
             mask, layout, scatter, positions, shift: as for `Batch`.
 
         Raises:
@@ -91,14 +93,15 @@ class Loader:
         if prepare is not None and not callable(prepare):
             raise InputError(f"prepare must be a function of a batch of the loader, or None; got {shown(prepare)}.")
         sharded(0, mesh, layout, checked_masks(mask))  # which says whether there is such a layout
-        named_schedule(schedule)
+        named_schedule(schedule, heads)
         self.epoch = 0
         """Which is next, or under way."""
         self.consumed = 0
         """Batches of this epoch that all replicas together have been given."""
         self._options: dict[str, Any] = {"layout": layout, "scatter": scatter, "positions": positions}
         sample: dict[str, Any] = {"mask": mask, "shift": shift, "joined": scatter}
-        plan = None if scatter else (mesh, layout, schedule)  # of scattered samples no rank knows the sequence yet
+        # Of scattered samples no rank knows the sequence yet.
+        plan = None if scatter else (mesh, layout, schedule, heads)
         self._make = _Make(prepare or _arguments, sample, plan)
         self.share = mesh.size if scatter else mesh.data
         """Batches of the user's loader that are dealt at once."""
@@ -194,17 +197,17 @@ class _Make:
 
     arguments: Callable[[Any], Mapping[str, Any]]
     options: Mapping[str, Any]
-    plan: tuple[Mesh, Layout | str, Schedule | str] | None
+    plan: tuple[Mesh, Layout | str, Scheme | str, tuple[int, int] | None] | None
 
     def __call__(self, item: Any) -> tuple[Sample, Any]:
         found = self.arguments(item)
         sample = Sample.of(**{**self.options, **found})
         if self.plan is None:
             return sample, None
-        mesh, layout, schedule = self.plan
+        mesh, layout, schedule, heads = self.plan
         sharding = sharded(sample.tokens.shape[1], mesh, layout, sample.masks)
         for mask in {*sample.masks}:
-            verified_plan(mask, sharding, schedule)
+            verified_plan(mask, sharding, schedule, heads=heads)
         return sample, sharding.prepared
 
 

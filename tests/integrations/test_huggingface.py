@@ -176,6 +176,8 @@ WAYS: list[dict[str, Any]] = [
     {"layout": "striped", "schedule": "route"},
     {"layout": "zigzag", "kernel": "reference"},
     {"layout": ringattn.Explicit([[(0, 3), (9, 20)], [(3, 9)], [(20, 37)]])},
+    {"layout": "zigzag", "schedule": ringattn.Ulysses("ring", slices=2)},
+    {"schedule": "ulysses"},
 ]
 
 
@@ -189,7 +191,8 @@ def test_any_layout_schedule_and_kernel(name: str, way: dict[str, Any]) -> None:
 
     ids = sample(sum(DOCUMENTS))
     logits, _, _ = reference(name, ids, DOCUMENTS)
-    for found in ringattn.simulate(run, ring=3).results:
+    two_axes = "ulysses" in str(way.get("schedule"))
+    for found in ringattn.simulate(run, ring=2 if two_axes else 3, ulysses=2 if two_axes else 1).results:
         assert relative(found, logits) <= LIMIT
 
 

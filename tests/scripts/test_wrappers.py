@@ -16,6 +16,8 @@ CASES = [
     *(Case(name, 2, 2, 3, "one without labels") for name in TORCH),
     *(Case(name, 1, 4, 1, "uneven") for name in TORCH),
     Case("plain", 4, 1, 1, "one without labels"),
+    *(Case(name, 2, 1, 1, "uneven", ulysses=2) for name in ("plain", "FSDP2, HSDP")),
+    Case("FSDP2, HSDP", 1, 2, 1, "one without labels", ulysses=2),
 ]
 
 
@@ -28,14 +30,15 @@ def cells(mesh: ringattn.Mesh) -> list[Trace | None]:
     worker = Worker(mesh.rank, mesh.size)
     devices = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     replicas = init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp", "cp"))
-    meshes = {(1, 4): mesh}
+    meshes = {(1, 4, 1): mesh}
     meshes |= {
-        (d.size(0), d.size(1)): ringattn.Mesh.from_device_mesh(d, ring="cp", data="dp") for d in (devices, replicas)
+        (d.size(0), d.size(1), 1): ringattn.Mesh.from_device_mesh(d, ring="cp", data="dp") for d in (devices, replicas)
     }
+    meshes |= {(2, 1, 2): ringattn.init(1, 2), (1, 2, 2): ringattn.init(2, 2)}
     wrappers.WRAPPERS["wrong"] = wrong
     found = []
     for case in [*CASES, Case("wrong", 1, 4, 1, "uneven")]:
-        worker.kept["mesh"] = meshes[case.data, case.ring]
+        worker.kept["mesh"] = meshes[case.mesh]
         found.append(wrappers.train(worker, case))
     return found
 

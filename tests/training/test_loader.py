@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 import ringattn
 from ringattn.errors import AgreementError, InputError
-from ringattn.training import Loader
+from ringattn.training import Batch, Loader
 from tests.workers import Workers
 
 LENGTH = 8
@@ -106,10 +106,27 @@ def test_a_loader_goes_on_where_another_was() -> None:
 def test_workers_plan_what_the_ranks_attend_to() -> None:
     samples: Any = [torch.arange(LENGTH)]
     (batch,) = Loader(DataLoader(samples, batch_size=1, num_workers=1), one())
-    kept = dict(batch.sharding.plans)
+    kept = plans_of(batch)
     x = torch.zeros(1, 1, LENGTH, 4)
     batch.attend(x, x, x)
-    assert len(kept) == 1 and dict(batch.sharding.plans) == kept
+    assert len(kept) == 1 and plans_of(batch) == kept
+
+
+def plans_of(batch: Batch) -> list[int]:
+    """The plans that its sharding keeps, beside choices of schedules."""
+    return [id(each) for each in dict(batch.sharding.plans).values() if isinstance(each, ringattn.Plan)]
+
+
+def test_ulysses_is_planned_ahead_for_the_heads_that_it_deals() -> None:
+    def planned(mesh: ringattn.Mesh) -> bool:
+        samples: Any = [torch.arange(24)[None]]
+        (batch,) = Loader(DataLoader(samples, batch_size=None), mesh, schedule="ulysses", heads=(4, 2))
+        kept = plans_of(batch)
+        q = torch.randn(1, 4, batch.tokens.shape[1], 8)
+        batch.attend(q, q[:, :2], q[:, 2:], schedule="ulysses")
+        return len(kept) == 1 and plans_of(batch) == kept
+
+    assert ringattn.simulate(planned, ring=2, ulysses=2).results == [True] * 4
 
 
 def test_ranks_of_a_sequence_share_samples_and_scattering_ranks_do_not() -> None:
