@@ -134,7 +134,7 @@ MAY: dict[str, str] = {
     "plans.plan runtime.messages transports.base",
     "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering",
     "runtime.passing": "kernels.base kernels.reference mechanisms.base payloads.base payloads.columns payloads.outputs "
-    "payloads.queries runtime.call runtime.preparing",
+    "payloads.queries plans.tiles runtime.call runtime.preparing",
     "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.shape "
     "plans.steps transports.base",
     "runtime.arguments": "checking errors mechanisms.base sharding",

@@ -22,6 +22,7 @@ from ringattn.payloads.base import Parcel
 from ringattn.payloads.columns import Columns
 from ringattn.payloads.outputs import OutputSide
 from ringattn.payloads.queries import pack, sharded, whole
+from ringattn.plans.tiles import Tiles
 from ringattn.runtime import preparing
 from ringattn.runtime.call import PassCall, Tour
 
@@ -108,14 +109,8 @@ def backward(
         if step.tiles and step.phase == 0:
             kernel.backward(problem, q, k, v, output_grad, tiles, (dq, dk, dv), dparams)
         elif step.tiles:
-            arrived, query, others = _at(problem, _opened(there, move.rows))
-            rows = problem.rows(problem.heads, query.shape[2], problem.dim)
-            drows = {
-                name: torch.zeros_like(arrived.params[name], dtype=problem.accumulator) for name in _names(problem)
-            }
-            gradients = rows, dk, dv
-            kernel.backward(arrived, query, k, v, side.output_grad(others), tiles, gradients, {**dparams, **drows})
-            _lay(back, move.drows, _wanted(problem, rows, drows))
+            came = _at(problem, _opened(there, move.rows))
+            _lay(back, move.drows, _gradients(kernel, problem, came, side, k, v, tiles, dk, dv, dparams))
         under_way.wait()
         for at, part in _returned(back, move.returned):
             for total, x in zip(totals, part, strict=True):
@@ -123,6 +118,26 @@ def backward(
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     return dq, dk, dv, [dparams[name].to(p.dtype) for name, p in problem.params.items()]
+
+
+def _gradients(
+    kernel: Kernel,
+    problem: Problem,
+    came: tuple[Problem, torch.Tensor, State],
+    side: OutputSide,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tiles: Tiles,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dparams: dict[str, torch.Tensor],
+) -> State:
+    """What goes home of queries that came. What is this rank's is added to ``dk``, ``dv`` and ``dparams``."""
+    arrived, query, others = came
+    dq = problem.rows(problem.heads, query.shape[2], problem.dim)
+    drows = {name: torch.zeros_like(arrived.params[name], dtype=problem.accumulator) for name in _names(problem)}
+    kernel.backward(arrived, query, k, v, side.output_grad(others), tiles, (dq, dk, dv), {**dparams, **drows})
+    return _wanted(problem, dq, drows)
 
 
 def _names(problem: Problem) -> list[str]:
