@@ -124,13 +124,13 @@ def _draw_phases(axes: Axes, plan: Plan) -> None:
     """What the rank computes and receives in each phase, and how its state grows."""
     done = 0
     for row, step in enumerate(plan.steps):
-        received = " and ".join(f"{item.rows} rows of keys from rank {item.peer}" for item in step.exchange.receives)
+        received = " and ".join(f"{item.rows} of rank {item.peer}" for item in step.exchange.receives)
         pairs = step.tiles.area if step.tiles else 0
         done += pairs
         lines = (
             f"phase {step.phase}",
             f"computes {pairs} pairs over {'its own keys' if step.phase == 0 else 'what it received'}",
-            f"meanwhile receives {received} (the payload)" if received else "receives nothing more",
+            f"meanwhile receives rows: {received} (the payload)" if received else "receives nothing more",
             f"merged into the state (out, lse): {done} of {plan.area} pairs",
         )
         axes.add_patch(_box(row, PALETTE[step.phase]))
