@@ -86,7 +86,7 @@ MAY: dict[str, str] = {
     "schedules.wave": "checking schedules.base",
     "schedules.ulysses": "checking errors plans.shape schedules.base",
     "schedules.all_gather": "bands checking plans.assembly plans.demand plans.tiles schedules.base",
-    "schedules.pass_q": "bands payloads.base payloads.queries schedules.route",
+    "schedules.pass_q": "bands errors payloads.base payloads.queries schedules.route",
     "schedules.*": "bands checking errors layouts schedules.base payloads.base payloads.summaries plans.assembly "
     "plans.demand plans.stages plans.transfers plans.tiles",
     "mechanisms.base": "checking errors",

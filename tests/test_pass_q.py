@@ -151,6 +151,11 @@ def test_what_nobody_asked_for_does_not_come_home(wanted: str) -> None:
     assert all(torch.allclose(a[0], b[0], rtol=1e-5, atol=1e-6) for a, b in zip(passed, routed, strict=True))
 
 
+def test_nodes_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="states go straight home"):
+        ringattn.PassQ(node_aware=True)
+
+
 def test_deterministic_is_refused() -> None:
     def call(mesh: ringattn.Mesh) -> None:
         sharding = ringattn.Sharding(8, mesh)

@@ -13,6 +13,7 @@ import dataclasses
 from typing import ClassVar
 
 from ringattn.bands import Array
+from ringattn.errors import UnsupportedError
 from ringattn.payloads.base import Payload
 from ringattn.payloads.queries import Queries
 from ringattn.schedules.route import Route
@@ -23,6 +24,11 @@ class PassQ(Route):
     """Ask the owners of queries for them, in place of the owners of keys. Its demand is that of the transposed mask."""
 
     payload: ClassVar[Payload] = Queries()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.node_aware:
+            raise UnsupportedError("PassQ's states go straight home, and are not merged on their way. Use Route.")
 
     def received_tokens(self, requested: Array, size: int) -> int:
         return 0
