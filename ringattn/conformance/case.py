@@ -18,12 +18,12 @@ from ringattn.masks import Mask, checked
 from ringattn.mechanisms import MEMBERS, Entmax, Gated, Mechanism, Sampled, Softmax
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.naming import named
-from ringattn.schedules.base import Schedule
+from ringattn.schedules.base import Scheme
 
 FEATURES = ("softcap", "sinks", "alibi", "relative", "bias", "dropout", "additive", "centres", "alpha")
 """What may change the scores and weights of softmax and entmax, as far as they have it, and a case can draw."""
 MOST = 1 << 32  # numbers of all inputs: 16 GB of them
-SIZES = ("ranks", "batch", "kv_heads", "groups", "dim", "value_dim")
+SIZES = ("ranks", "ulysses", "batch", "kv_heads", "groups", "dim", "value_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Case:
         use_lse: whether the log-sum-exp gets a gradient too.
         backward: whether gradients are computed.
         deterministic: whether the call asks for the same bits on any ranks; learned tensors get no gradients then.
+        ulysses: of the ranks, those along the ulysses axis, a divisor of all.
     """
 
     length: int
@@ -50,7 +51,7 @@ class Case:
     dim: int = 8
     value_dim: int = 8
     layout: Layout | str = "auto"
-    schedule: Schedule | str = "auto"
+    schedule: Scheme | str = "auto"
     kernel: Kernel | str = "auto"
     dtype: torch.dtype = torch.float32
     use_lse: bool = False
@@ -62,6 +63,7 @@ class Case:
     kv_layout: Layout | str = "contiguous"
     backward: bool = True
     deterministic: bool = False
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         """Raises InputError where a size is none; layouts, schedules, kernels and mechanisms are looked up in use."""
@@ -78,6 +80,8 @@ class Case:
             raise InputError(f"features are a frozenset of {', '.join(FEATURES)}; got {shown(self.features)}.")
         if self.scale is not None:
             number(self.scale, "scale")
+        if self.ranks % self.ulysses:
+            raise InputError(f"ulysses is a divisor of the ranks; got {self.ulysses} of {self.ranks}.")
 
     @property
     def heads(self) -> int:

@@ -19,7 +19,7 @@ from ringattn.layouts import Balanced, Explicit, Layout
 from ringattn.masks import Blocks, Causal, Documents, Full, Mask, Predicate, Prefix, SinkTokens, Window
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.naming import by_name
-from ringattn.schedules import Schedule
+from ringattn.schedules import Schedule, Scheme, Ulysses
 
 SCHEDULES: tuple[Schedule, ...] = tuple(
     member(lookahead=lookahead) for lookahead in (1, 0) for member in schedules.FLAT if member.payload.per_key
@@ -72,7 +72,7 @@ PREDICATES = tuple(map(Predicate, (sparse, dilated, everything)))
 def draw(
     random: Random,
     *,
-    served_by: Sequence[Schedule | str] = ("auto", *SCHEDULES, *FORMS),
+    served_by: Sequence[Scheme | str] = ("auto", *SCHEDULES, *FORMS),
     kernels: Sequence[Kernel | str] = ("auto", "reference"),
     dtypes: Sequence[torch.dtype] = DTYPES,
     ranks: Sequence[int] = RANKS,
@@ -87,6 +87,10 @@ def draw(
     scores = mechanism in ("softmax", "entmax")
     features = [name for name in FEATURES if random.random() < 0.3] if scores and random.random() < 0.5 else []
     ordered = issubclass(by_name(mechanisms.MEMBERS)[mechanism], Ordered)
+    ulysses = random.choice([n for n in range(1, size + 1) if size % n == 0])
+    schedule = random.choice(served_by)
+    if ulysses > 1 and kv_heads * groups >= ulysses and "auto" in served_by:
+        schedule = random.choice((schedule, in_groups(random), in_groups(random)))
     case = Case(
         length=length,
         mask=made & Causal() if causal else made,
@@ -97,7 +101,8 @@ def draw(
         dim=dim,
         value_dim=random.choice((dim, dim, 3, 12)),
         layout=layout(random, length, size),
-        schedule=random.choice(served_by),
+        schedule=schedule,
+        ulysses=ulysses,
         kernel=random.choice(kernels),
         dtype=random.choice(dtypes),
         use_lse=softmax and random.random() < 0.5,
@@ -109,10 +114,17 @@ def draw(
     return in_order(case) if ordered else case
 
 
+def in_groups(random: Random) -> Ulysses:
+    """Heads exchanged for sequence, around any schedule."""
+    inner: Sequence[Schedule | str] = ("auto", *SCHEDULES, *FORMS)
+    return Ulysses(random.choice(inner), random.randint(1, 3), keep=random.random() < 0.7)
+
+
 def in_order(case: Case) -> Case:
     """The case as mechanisms take it that walk the keys in order: all keys, contiguous, by the wave."""
+    schedule = Ulysses() if isinstance(case.schedule, Ulysses) else "auto"
     return dataclasses.replace(
-        case, mask=Full(), layout="contiguous", kv_layout="contiguous", schedule="auto", kernel="auto"
+        case, mask=Full(), layout="contiguous", kv_layout="contiguous", schedule=schedule, kernel="auto"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ringattn.conformance.case import Case, checked_case
-from ringattn.errors import PlanError
+from ringattn.errors import InputError, PlanError
 from ringattn.functional import attention
 from ringattn.masks import Causal
 from ringattn.mechanisms.ordered import Ordered
@@ -55,14 +55,14 @@ def attend(
     device: str | torch.device = "cpu",
     extras: bool = True,
 ) -> Part:
-    """The call on this rank of a mesh, whose size counts and not the case's number of ranks.
+    """The call on this rank of a mesh, whose ranks count and not the case's number of them, on the case's axes.
 
     Args:
         inputs: of the whole sequence, if not those that the case draws.
         device: where it is computed. The results are on the CPU.
         extras: whether the log-sum-exp is asked for, where there is one; by some schedules it travels then.
     """
-    own, kv = shardings(checked_case(case), mesh)
+    own, kv = shardings(checked_case(case), _on_axes(mesh, case.ulysses))
     pieces = zip((own, kv, kv, own, own), case.inputs() if inputs is None else inputs, strict=True)
     q, k, v, dout, dlse = (sharding.split(x, 2).clone().to(device) for sharding, x in pieces)
     mechanism = case.attends
@@ -88,6 +88,15 @@ def attend(
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         found |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
     return Part(own.positions, kv.positions, {name: x.detach().cpu() for name, x in found.items()})
+
+
+def _on_axes(mesh: Mesh, ulysses: int) -> Mesh:
+    """The ranks of a mesh with so many of those of a sequence along the ulysses axis."""
+    if mesh.ulysses == ulysses:
+        return mesh
+    if mesh.sequence_size % ulysses:
+        raise InputError(f"ulysses is a divisor of the ranks; got {ulysses} of {mesh.sequence_size}.")
+    return dataclasses.replace(mesh, ring=mesh.sequence_size // ulysses, ulysses=ulysses)
 
 
 def joined(case: Case, parts: Sequence[Part]) -> Results:
@@ -149,7 +158,8 @@ def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[
     summed = mechanism.to_sum(*case.inputs()[:3])
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
     node = NODE if mesh is None else mesh.node
-    meshes = [Mesh.virtual(ring=case.ranks, rank=rank, node=node) for rank in range(case.ranks)]
+    axes = case.ranks // case.ulysses, case.ulysses
+    meshes = [Mesh.virtual(*axes, rank, node) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
     if isinstance(mechanism, Ordered):
         waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]

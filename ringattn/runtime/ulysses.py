@@ -101,6 +101,7 @@ def backward(
 
 
 def _engine(call: Call) -> ModuleType:
+    """That of a part's call along the ring."""
     if isinstance(call, PassCall):
         return passing
     return wave if isinstance(call, WaveCall) else engine
