@@ -19,7 +19,7 @@ from ringattn.schedules.base import Scheme, check_wire
 
 @dataclasses.dataclass(frozen=True)
 class Ulysses(Scheme):
-    """An immutable value.
+    """Exchange heads for sequence around a schedule along the ring.
 
     Attributes:
         inner: the schedule along the ring axis, its name, or ``auto``.
