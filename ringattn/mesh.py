@@ -165,7 +165,9 @@ class Mesh:
         place = self.coordinates
         ranks = range(place["ulysses"], self.sequence_size, self.ulysses)
         transport = None if self.transport is None else self.transport.along(ranks)
-        node = None if self.node is None else max(self.node // self.ulysses, 1)
+        node = self.sequence_node
+        if node is not None:  # of which groups that are in several nodes, or in parts of them, leave nothing together
+            node = 1 if node % self.ulysses else node // self.ulysses
         return Mesh(self.ring, rank=place["ring"], transport=transport, node=node)
 
     @property

@@ -326,6 +326,37 @@ def test_the_bytes_that_travel_are_those_of_the_plan(keep: bool) -> None:
         assert backward == (moved.backward_messages, moved.backward_sent_bytes, moved.backward_received_bytes)
 
 
+def test_what_crosses_between_nodes_is_counted() -> None:
+    for node, groups_cross, ring_crosses in ((4, False, True), (8, False, False), (2, True, True)):
+        plans = ringattn.plan_all(
+            ringattn.Full(), 64, "contiguous", ringattn.Ulysses("route"), 2, 4, heads=(8, 8), node=node
+        )
+        for plan in plans:
+            assert isinstance(plan, UlyssesPlan)
+            others = {m.peer for m in plan.swap.outward(0)[1] if m.peer // node != plan.rank // node}
+            assert bool(others) == groups_cross
+            inside = plan.inner.traffic().received_tokens
+            assert plan.traffic().between_nodes_tokens == 8 * len(others) + inside * ring_crosses
+
+
+def test_members_without_tokens_send_nothing() -> None:
+    """Two tokens on four ranks: the messages that are counted are those that are sent."""
+    schedule = ringattn.Ulysses("route")
+
+    def passes(mesh: ringattn.Mesh) -> tuple[int, int]:
+        sharding = ringattn.Sharding(2, mesh, "contiguous")
+        x = torch.randn(1, 4, sharding.count, 8, requires_grad=True)
+        out = ringattn.attention(x, x, x, ringattn.Causal(), sharding=sharding, schedule=schedule)
+        forward = mesh.connected().counters.messages
+        out.sum().backward()
+        return forward, mesh.connected().counters.messages - forward
+
+    found = ringattn.simulate(passes, ring=1, ulysses=4).results
+    shape: dict[str, Any] = {"heads": (4, 4), "head_dims": (8, 8), "dtype": "float32"}
+    plans = ringattn.plan_all(ringattn.Causal(), 2, "contiguous", schedule, 1, 4, **shape)
+    assert found == [(plan.traffic().messages, plan.traffic().backward_messages) for plan in plans]
+
+
 def test_key_heads_that_several_ranks_read_are_sent_to_each_once_and_added_up_in_float32() -> None:
     plan = ringattn.plan_all(
         ringattn.Full(), 40, schedule="ulysses", ulysses=4, heads=(8, 2), head_dims=(8, 8), dtype="bfloat16"

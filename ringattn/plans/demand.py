@@ -121,7 +121,7 @@ class Demand:
 
 def _transposed(demand: Demand) -> Demand:
     regions, partial = bands.transpose(demand.regions), bands.transpose(demand.partial)
-    turned = Demand(Transposed(demand.mask), regions, partial, demand.k_spans, demand.q_spans, demand.size)
+    turned = Demand(Transposed(demand.mask), regions, partial, demand.k_spans, demand.q_spans, demand.size, demand.node)
     return turned if demand.table is None else turned.for_all_ranks()
 
 

@@ -201,7 +201,9 @@ def _composed(
     queries, keys = shardings
     swap = swap_of(schedule, queries, keys, heads, rank)
     words = f"{schedule} on {queries.mesh.ring} x {queries.mesh.ulysses}: {inner.description}"
-    made = composed(inner, swap, queries.mesh.sequence_size, queries.spans, keys.spans, words)
+    made = composed(
+        inner, swap, queries.mesh.sequence_size, queries.spans, keys.spans, words, queries.mesh.sequence_node
+    )
     return dataclasses.replace(made, reason=inner.reason)
 
 

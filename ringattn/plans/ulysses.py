@@ -108,19 +108,30 @@ class UlyssesPlan(Plan):
         results = OUTPUT if swap.keep else RESULTS
         again = OUTPUT_GRAD if swap.keep else (*INPUTS, *RESULTS, *OUTPUT_GRAD)
         sent, received = (sum(m.key_tokens for m in ways[0][0][side]) if inner else 0 for side in (0, 1))
-        messages = sum(bool(m.parts) for out, home in ways for m in (*out[0], *home[0]))
+        of_queries = [m for _, home in ways for m in home[0] if m.parts and m.tokens]
+        of_both = [m for out, _ in ways for m in out[0] if m.parts and m.tokens + m.key_tokens]
+        back = [m for _, home in ways for m in home[0] if m.parts and m.tokens + m.key_tokens]
+        there = of_both if not swap.keep else [m for out, _ in ways for m in out[0] if m.parts and m.tokens]
         along = inner[0] if inner else dataclasses.replace(self.inner, shape=None).traffic()
+        crossing = [m for m in ways[0][0][1] if self._crosses(m.peer)] if inner else []
         return dataclasses.replace(
             along,
-            messages=messages + sum(x.messages for x in inner),
+            messages=len(of_both) + len(of_queries) + sum(x.messages for x in inner),
             sent_tokens=sent + along.sent_tokens,
             received_tokens=received + along.received_tokens,
             sent_bytes=size("sent_bytes", 0, INPUTS, results),
             received_bytes=size("received_bytes", 1, INPUTS, results),
-            backward_messages=messages + sum(x.backward_messages for x in inner),
+            backward_messages=len(there) + len(back) + sum(x.backward_messages for x in inner),
             backward_sent_bytes=size("backward_sent_bytes", 0, again, INPUT_GRADS),
             backward_received_bytes=size("backward_received_bytes", 1, again, INPUT_GRADS),
+            between_nodes_tokens=along.between_nodes_tokens + sum(m.key_tokens for m in crossing),
+            between_nodes_messages=sum(self._crosses(m.peer) for m in (*of_both, *of_queries))
+            + sum(x.between_nodes_messages for x in inner),
         )
+
+    def _crosses(self, peer: int) -> bool:
+        """Whether a rank is of another node."""
+        return self.node is not None and peer // self.node != self.rank // self.node
 
     def memory(self) -> Memory:
         """Every buffer of a call, inputs and results included, in bytes.
@@ -139,7 +150,14 @@ class UlyssesPlan(Plan):
         largest = [max(whole, key=lambda m: size([m], INPUTS))] if whole else []
         gathered = whole if swap.keep else largest
         rows = sum(m.tokens * part.heads for m in (own, *gathered) for part in m.parts)
-        given = [swap.outward(nth)[side] for nth in range(swap.slices) for side in (0, 1)]
+        mine = [Message(self.rank, self.tokens, self.key_tokens, parts) for parts in swap.parts]
+
+        def most(side: int, what: Sequence[str], beside: Sequence[Message]) -> int:
+            ways = (swap.outward(nth)[side] for nth in range(swap.slices))
+            return max(
+                (size([*messages, *beside[nth : nth + 1]], what) for nth, messages in enumerate(ways)), default=0
+            )
+
         returned = size([own], INPUTS)
         buffers = {
             "q, k, v": size([own], INPUTS),
@@ -150,7 +168,8 @@ class UlyssesPlan(Plan):
             "gathered q, k, v": size(gathered, INPUTS),
             "gathered out": size(gathered, OUTPUT),
             "gathered gradient of out": size(largest, OUTPUT_GRAD),
-            "messages": 2 * max((size(messages, INPUTS) for messages in given), default=0),
+            "messages outward": most(0, INPUTS, ()) + most(1, INPUTS, ()),
+            "messages homeward": most(1, INPUT_GRADS, mine) + most(0, INPUT_GRADS, ()),
         }
         along = max((plan.memory() for _, plan in self.inner_plans), key=lambda x: x.total, default=Memory({}))
         return Memory(buffers | {name: x for name, x in along.buffers.items() if name not in buffers})
@@ -201,12 +220,15 @@ def _exchange(given: Sequence[Message], got: Sequence[Message]) -> Exchange:
     return Exchange(0, items(given), items(got))
 
 
-def composed(inner: Plan, swap: Swap, size: int, q_spans: Array, k_spans: Array, description: str) -> UlyssesPlan:
+def composed(
+    inner: Plan, swap: Swap, size: int, q_spans: Array, k_spans: Array, description: str, node: int | None
+) -> UlyssesPlan:
     """The plan of a rank that does this as one of its ring.
 
     Args:
         size: ranks that share the sequence.
         q_spans, k_spans: who of them holds which queries and keys.
+        node: how many of them share a node.
     """
     known = {field.name: getattr(inner, field.name) for field in dataclasses.fields(Plan)}
     ranks, place = len(swap.members), swap.place
@@ -214,6 +236,7 @@ def composed(inner: Plan, swap: Swap, size: int, q_spans: Array, k_spans: Array,
         known[name] = known[name].copy()
         known[name][:, columns] = known[name][:, columns] * ranks + place
     known |= {"rank": swap.rank, "size": size, "q_spans": q_spans, "k_spans": k_spans, "description": description}
+    known |= {"node": node}
     return UlyssesPlan(**known, inner=inner, swap=swap)
 
 
