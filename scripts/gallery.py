@@ -17,10 +17,11 @@ from matplotlib.patches import FancyBboxPatch
 
 import ringattn
 from ringattn import layouts, masks
-from ringattn.advice.figures import PALETTE
+from ringattn.advice.figures import PALETTE, draw_matrix, draw_timelines, rank_colours
 from ringattn.advice.gallery import draw_gallery
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
+from scripts.benchmarks.waiting import Distance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,6 +100,29 @@ def draw_words(path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def draw_axes(path: Path) -> None:
+    """Four ranks on two axes; and twelve with an exchange for every distance, and with staged ones."""
+    length, mask = 4096, ringattn.Documents([1500, 1, 2595]) & ringattn.Causal()
+    both = ringattn.plan_all(mask, length, "auto", ringattn.Ulysses("route"), 2, 2, heads=(4, 4))
+    random, packed, lengths = np.random.default_rng(1), 4 * length, list[int]()
+    while sum(lengths) < packed:
+        lengths.append(int(np.clip(random.lognormal(np.log(500), 1.2), 32, packed - sum(lengths))))
+    documents = ringattn.Documents(lengths) & ringattn.Causal()
+    figure = Figure(figsize=(15, 12), layout="constrained")
+    grid = figure.subplots(2, 2)
+    draw_matrix(grid[0][0], both, length, rank_colours(4))
+    draw_timelines(grid[0][1], both, rank_colours(4))
+    grid[0][0].set_title("2 x 2 ranks: two groups, whose members compute other heads", fontsize=12, color=INK)
+    for axes, words, schedule in zip(
+        grid[1], ("an exchange for every distance", "staged exchanges"), (Distance(), ringattn.Route()), strict=True
+    ):
+        plans = ringattn.plan_all(documents, packed, ringattn.Balanced(documents), schedule, ring=12)
+        draw_timelines(axes, plans, rank_colours(12))
+        axes.set_title(f"12 ranks, {len(lengths)} documents, by route: {words}", fontsize=12, color=INK)
+    grid[1][1].set_xlim(grid[1][0].get_xlim())
+    figure.savefig(path, dpi=80)
+
+
 def _draw_tiles(axes: Axes, plan: Plan) -> None:
     """The rank's tiles in the attention matrix, each in the colour of its phase."""
     axes.set(xlim=(0, LENGTH), ylim=(LENGTH, 0), xlabel="keys", ylabel="queries", aspect="equal")
@@ -158,6 +182,7 @@ def main() -> int:
         ("masks", draw_masks),
         ("layouts", draw_layouts),
         ("words", draw_words),
+        ("axes", draw_axes),
         ("mechanisms", draw_gallery),
     ):
         draw(folder / f"{name}.png")

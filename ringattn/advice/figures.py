@@ -18,6 +18,7 @@ from ringattn.errors import MissingDependencyError
 from ringattn.plans import tiles
 from ringattn.plans.exchanges import Exchange, Step
 from ringattn.plans.plan import Plan
+from ringattn.plans.ulysses import UlyssesPlan
 from ringattn.readable import shortened
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 PIXELS = 600  # of the matrix, a side
+HATCHES = 80  # stripes along a side of the matrix
 SAMPLES = 3  # a pixel's side is averaged over so many positions of a long sequence
 NAMED_RANKS = 16  # beyond these, lanes are too thin for names and numbers
 PALETTE = ("#4477aa", "#ee7733", "#228833", "#cc3377", "#66ccee", "#bbaa22", "#7744aa", "#999999")  # colour-blind safe
@@ -63,8 +66,8 @@ def draw_plans(
         len(heights), 2, width_ratios=(1, 1.15), height_ratios=heights, squeeze=False
     )
     colours = rank_colours(len(plans))
-    _draw_matrix(left, plans, length, colours)
-    _draw_timelines(right, plans, colours)
+    draw_matrix(left, plans, length, colours)
+    draw_timelines(right, plans, colours)
     if compared:
         charts.draw_balance(below[0][0], *compared)
         charts.draw_received(below[0][1], *compared)
@@ -92,20 +95,24 @@ def matrix(plans: Sequence[Plan], length: int, colours: Pixels) -> Pixels:
     sampled = edges + np.random.default_rng(0).integers(0, room)
     image = np.ones((fine, fine, 3))
     for plan in plans:
+        # the members of a group compute the same pairs, each of other heads: they are hatched in their colours
+        members = len(plan.swap.members) if isinstance(plan, UlyssesPlan) else 1
+        stripes = np.add.outer(np.arange(fine), np.arange(fine)) * HATCHES // fine % members
         for row in plan.tile_rows:
-            _paint(image, row, sampled, colours[plan.rank])
+            _paint(image, row, sampled, colours[plan.rank], stripes == plan.rank % members)
     blocks = image.reshape(side, fine // side, side, fine // side, 3)
     return np.asarray(blocks.mean(axis=(1, 3)))
 
 
-def _paint(image: Pixels, tile: Ints, sampled: Ints, colour: Pixels) -> None:
-    """Colours those pairs of sampled positions that lie in a tile."""
+def _paint(image: Pixels, tile: Ints, sampled: Ints, colour: Pixels, where: Bools) -> None:
+    """Colours those pairs of sampled positions that lie in a tile, some of them."""
     rows, i = _inside(sampled, tile[tiles.Q_POSITION], tile[tiles.Q_STRIDE], tile[tiles.M])
     columns, j = _inside(sampled, tile[tiles.K_POSITION], tile[tiles.K_STRIDE], tile[tiles.N])
     if rows.size and columns.size:
         offset = i[:, None] - j[None, :]
-        inside = (tile[tiles.LOW] <= offset) & (offset <= tile[tiles.HIGH])
-        image[np.ix_(rows, columns)] = np.where(inside[..., None], colour, image[np.ix_(rows, columns)])
+        box = np.ix_(rows, columns)
+        inside = (tile[tiles.LOW] <= offset) & (offset <= tile[tiles.HIGH]) & where[box]
+        image[box] = np.where(inside[..., None], colour, image[box])
 
 
 def _inside(sampled: Ints, start: int, stride: int, count: int) -> tuple[Ints, Ints]:
@@ -172,7 +179,8 @@ def _origins(plan: Plan, phase: int) -> tuple[int, ...]:
     return tuple(sorted({int(hold[2]) for hold in plan.receives if hold[0] == phase}))
 
 
-def _draw_matrix(axes: Axes, plans: Sequence[Plan], length: int, colours: Pixels) -> None:
+def draw_matrix(axes: Axes, plans: Sequence[Plan], length: int, colours: Pixels) -> None:
+    """Draws who computes which pair."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_title("who computes which pair", fontsize=12, color=INK)
@@ -199,8 +207,8 @@ def _share(plan: Plan, plans: Sequence[Plan]) -> str:
     return f"{plan.area / total:.1%}" if total else "nothing"
 
 
-def _draw_timelines(axes: Axes, plans: Sequence[Plan], colours: Pixels) -> None:
-    """A lane a rank: what it computes, coloured by whose keys, above what it receives, coloured by who sends."""
+def draw_timelines(axes: Axes, plans: Sequence[Plan], colours: Pixels) -> None:
+    """Draws a lane a rank: what it computes, coloured by whose keys, above what it receives, coloured by who sends."""
     from matplotlib.ticker import EngFormatter
 
     area = sum(plan.area for plan in plans)

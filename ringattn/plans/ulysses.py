@@ -21,6 +21,8 @@ from ringattn.plans.plan import Plan
 from ringattn.plans.swap import INPUT_GRADS, INPUTS, OUTPUT, OUTPUT_GRAD, RESULTS, Message, Swap
 from ringattn.plans.tiles import NO_TILES
 
+PART, SLICE = 1 << 24, 1 << 40  # phases apart: those of a part's plan along the ring, of a slice's parts
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UlyssesPlan(Plan):
@@ -58,21 +60,27 @@ class UlyssesPlan(Plan):
         return tuple(self._around(self.inner.backward_steps))
 
     def _around(self, inner: Sequence[Step]) -> Iterator[Step]:
-        for nth, parts in enumerate(self.swap.parts):
-            yield Step(_exchange(*self.swap.outward(nth)), 0, NO_TILES)
-            for _ in parts:
-                for step in inner:
-                    yield dataclasses.replace(step, exchange=self._in_sequence(step.exchange))
-            yield Step(_exchange(*self.swap.homeward(nth)), 0, NO_TILES)
+        """The steps, whose exchanges have phases that go on from slice to slice, on all ranks alike.
 
-    def _in_sequence(self, exchange: Exchange) -> Exchange:
+        One after the other; the engine has the all-to-alls of other slices travel behind a slice's steps.
+        """
+        for nth, parts in enumerate(self.swap.parts):
+            first = nth * SLICE
+            yield Step(_exchange(first, *self.swap.outward(nth)), 0, NO_TILES)
+            for at in range(len(parts)):
+                for step in inner:
+                    phase = first + 1 + at * PART + step.exchange.phase
+                    yield dataclasses.replace(step, exchange=self._in_sequence(phase, step.exchange))
+            yield Step(_exchange(first + SLICE - 1, *self.swap.homeward(nth)), 0, NO_TILES)
+
+    def _in_sequence(self, phase: int, exchange: Exchange) -> Exchange:
         """An exchange along the ring, its peers numbered as ranks of the sequence."""
         size, place = len(self.swap.members), self.swap.place
         sends, receives = (
             tuple(dataclasses.replace(item, peer=item.peer * size + place) for item in items)
             for items in (exchange.sends, exchange.receives)
         )
-        return Exchange(exchange.phase, sends, receives)
+        return Exchange(phase, sends, receives)
 
     @functools.cached_property
     def inner_plans(self) -> list[tuple[Part, Plan]]:
@@ -211,13 +219,13 @@ class _Swapped(Item):
         return f"{self.rows} tokens of some heads"
 
 
-def _exchange(given: Sequence[Message], got: Sequence[Message]) -> Exchange:
+def _exchange(phase: int, given: Sequence[Message], got: Sequence[Message]) -> Exchange:
     def items(messages: Sequence[Message]) -> tuple[Item, ...]:
         return tuple(
             _Swapped(m.peer, Keys(), False, np.array([[0, 0, m.tokens]])) for m in messages if m.parts and m.tokens
         )
 
-    return Exchange(0, items(given), items(got))
+    return Exchange(phase, items(given), items(got))
 
 
 def composed(
