@@ -39,7 +39,7 @@ class Case:
         use_lse: whether the log-sum-exp gets a gradient too.
         backward: whether gradients are computed.
         deterministic: whether the call asks for the same bits on any ranks; learned tensors get no gradients then.
-        ulysses: of the ranks, those along the ulysses axis, a divisor of all.
+        ulysses: of the ranks, those along the ulysses axis, a divisor of all; 1 leaves a mesh that is given as it is.
     """
 
     length: int

@@ -72,12 +72,16 @@ PREDICATES = tuple(map(Predicate, (sparse, dilated, everything)))
 def draw(
     random: Random,
     *,
-    served_by: Sequence[Scheme | str] = ("auto", *SCHEDULES, *FORMS),
+    served_by: Sequence[Scheme | str] | None = None,
     kernels: Sequence[Kernel | str] = ("auto", "reference"),
     dtypes: Sequence[torch.dtype] = DTYPES,
     ranks: Sequence[int] = RANKS,
 ) -> Case:
-    """Any call that no schedule or kernel refuses, if those are of the package."""
+    """Any call that no schedule or kernel refuses, if those are of the package.
+
+    Args:
+        served_by: schedules along one axis; None for all, on meshes of two axes too.
+    """
     length = random.randint(0, random.choice((40, LONGEST)))
     size, dim = random.choice(ranks), random.choice((1, 4, 8, 16))
     kv_heads, groups = random.choice(HEADS)
@@ -87,9 +91,10 @@ def draw(
     scores = mechanism in ("softmax", "entmax")
     features = [name for name in FEATURES if random.random() < 0.3] if scores and random.random() < 0.5 else []
     ordered = issubclass(by_name(mechanisms.MEMBERS)[mechanism], Ordered)
-    ulysses = random.choice([n for n in range(1, size + 1) if size % n == 0])
-    schedule = random.choice(served_by)
-    if ulysses > 1 and kv_heads * groups >= ulysses and "auto" in served_by:
+    every: Sequence[Scheme | str] = ("auto", *SCHEDULES, *FORMS)
+    schedule = random.choice(every if served_by is None else served_by)
+    ulysses = 1 if served_by else random.choice([n for n in range(1, size + 1) if size % n == 0])
+    if 1 < ulysses <= kv_heads * groups:
         schedule = random.choice((schedule, in_groups(random), in_groups(random)))
     case = Case(
         length=length,

@@ -151,7 +151,9 @@ def in_one_piece(case: Case) -> Results:
     mechanism = case.attends
     plain = isinstance(mechanism, Softmax) and not (mechanism.params or mechanism.softcap or mechanism.dropout)
     if not isinstance(mechanism, Softmax) or not plain or case.use_lse:
-        return simulated(dataclasses.replace(case, ranks=1, layout="contiguous", schedule="auto", kernel="auto"))
+        return simulated(
+            dataclasses.replace(case, ranks=1, ulysses=1, layout="contiguous", schedule="auto", kernel="auto")
+        )
     if max(case.length, case.keys) > DENSE_LIMIT:
         raise InputError(
             f"Half precision is judged by PyTorch's kernel under a dense mask, up to {DENSE_LIMIT} tokens; got "

@@ -55,7 +55,7 @@ def attend(
     device: str | torch.device = "cpu",
     extras: bool = True,
 ) -> Part:
-    """The call on this rank of a mesh, whose ranks count and not the case's number of them, on the case's axes.
+    """The call on this rank of a mesh, whose ranks count and not the case's number of them.
 
     Args:
         inputs: of the whole sequence, if not those that the case draws.
@@ -91,8 +91,8 @@ def attend(
 
 
 def _on_axes(mesh: Mesh, ulysses: int) -> Mesh:
-    """The ranks of a mesh with so many of those of a sequence along the ulysses axis."""
-    if mesh.ulysses == ulysses:
+    """The ranks of a mesh, with so many of those of a sequence along the ulysses axis if there are to be several."""
+    if ulysses in (1, mesh.ulysses):
         return mesh
     if mesh.sequence_size % ulysses:
         raise InputError(f"ulysses is a divisor of the ranks; got {ulysses} of {mesh.sequence_size}.")
@@ -158,8 +158,8 @@ def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[
     summed = mechanism.to_sum(*case.inputs()[:3])
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
     node = NODE if mesh is None else mesh.node
-    axes = case.ranks // case.ulysses, case.ulysses
-    meshes = [Mesh.virtual(*axes, rank, node) for rank in range(case.ranks)]
+    ulysses = case.ulysses if mesh is None else _on_axes(mesh, case.ulysses).ulysses
+    meshes = [Mesh.virtual(case.ranks // ulysses, ulysses, rank, node) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
     if isinstance(mechanism, Ordered):
         waves = [plan_wave(own, kv, mechanism=mechanism, mask=case.mask, **shape) for own, kv in every]

@@ -200,7 +200,7 @@ def _composed(
     """The plan of a rank, this one or another, that does this as one of its ring."""
     queries, keys = shardings
     swap = swap_of(schedule, queries, keys, heads, rank)
-    words = f"{schedule} on {queries.mesh.ring} x {queries.mesh.ulysses}: {inner.description}"
+    words = f"{schedule}: on {queries.mesh.ring} x {queries.mesh.ulysses}, {inner.description}"
     made = composed(
         inner, swap, queries.mesh.sequence_size, queries.spans, keys.spans, words, queries.mesh.sequence_node
     )

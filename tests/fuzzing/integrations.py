@@ -71,7 +71,8 @@ def _calls() -> Iterator[Call]:
     repeated = {"batch_size": integer(1, LAST, 1), "seed": integer(0, LAST, 0).optional}
     yield Call("Repeated", huggingface.Repeated, {"dataset": data, "mesh": mesh, **repeated})
     layer = {"schedule": SCHEDULES, "kernel": KERNELS}
-    yield Call("DistributedAttention", DistributedAttention, {"mesh": mesh, "mask": MASKS, **layer})
+    made_of = {"local_attention": MASKS, "sequence_process_group": mesh, **layer}
+    yield Call("DistributedAttention", DistributedAttention, made_of)
     heads = Kind((torch.ones(1, 12, 2, 4),), lambda x: isinstance(x, torch.Tensor))
     tensors = {"query": heads, "key": heads, "value": heads}
     yield Call("DistributedAttention.forward", _forward, {**tensors, "batch_dim_idx": integer(0, 1, 0)})
