@@ -140,13 +140,18 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
         mesh: the ranks of this process and others, which all make the same call; None for virtual ones.
     """
     if mesh is None:
-        simulation = simulate(attend, case, inputs, ring=case.ranks, node=NODE)
+        simulation = simulate(attend, case, inputs, ring=case.ranks, node=_node(case))
         return joined(case, simulation.results), [counters.received_bytes for counters in simulation.traffic]
     counters = mesh.connected().counters
     before = counters.received_bytes
     part = attend(mesh, case, inputs, mesh.connected().device)
     said = gathered(mesh.connected(), (part, counters.received_bytes - before), "conformance")
     return joined(case, [part for part, _ in said]), [moved for _, moved in said]
+
+
+def _node(case: Case) -> int | None:
+    """`NODE`, but for ``auto``, which would choose otherwise on ranks that know of none."""
+    return None if isinstance(case.schedule, str) else NODE
 
 
 def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[int, int]]]:
@@ -157,7 +162,7 @@ def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[
     mechanism, heads, dims = case.attends, (case.heads, case.kv_heads), (case.dim, case.value_dim)
     summed = mechanism.to_sum(*case.inputs()[:3])
     shape: dict[str, Any] = {"heads": heads, "head_dims": dims, "dtype": case.dtype, "batch": case.batch}
-    node = NODE if mesh is None else mesh.node
+    node = _node(case) if mesh is None else mesh.node
     ulysses = case.ulysses if mesh is None else _on_axes(mesh, case.ulysses).ulysses
     meshes = [Mesh.virtual(case.ranks // ulysses, ulysses, rank, node) for rank in range(case.ranks)]
     every = [shardings(case, mesh) for mesh in meshes]
