@@ -72,9 +72,9 @@ def relative(got: Tensor, expected: Tensor, whole: float = 0.0) -> float:
     """Norm of the difference over the norm of what is expected, formed in float64. NaN counts as infinite.
 
     Args:
-        whole: the norm of all that it is part of, by a thousandth of which a smaller part is judged: where gradients
+        whole: the norm of all that it is part of, by a hundredth of which a smaller part is judged: where gradients
             cancel, as those of queries that see one key, rounding is all there is, on each processor another.
     """
-    size, off = expected.double().norm().clamp(min=whole / 1000), (got.double() - expected.double()).norm()
+    size, off = expected.double().norm().clamp(min=whole / 100), (got.double() - expected.double()).norm()
     ratio = off / size if size > 0 else torch.where(off > 0, torch.inf, 0.0)
     return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf))
