@@ -190,7 +190,7 @@ MAY: dict[str, str] = {
     "conformance.leaks": "conformance.case conformance.running",
     "conformance.running": "conformance.case errors functional masks mesh mechanisms.ordered mechanisms.total "
     "plans.cost plans.plan plans.planning plans.wave plans.wavefront runtime.agreement sharding simulator "
-    "plans.ulysses",
+    "plans.ulysses checking schedules.base",
     "saving": "layouts masks mesh sharding",
     "rendezvous": "errors",
     "meeting": "readable checking errors rendezvous runtime.agreement transports.base transports.news",

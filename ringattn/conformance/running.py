@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ringattn.checking import instance
 from ringattn.conformance.case import Case, checked_case
 from ringattn.errors import InputError, PlanError
 from ringattn.functional import attention
@@ -22,6 +23,7 @@ from ringattn.plans.ulysses import verify
 from ringattn.plans.wave import plan_wave
 from ringattn.plans.wavefront import verify_waves
 from ringattn.runtime.agreement import gathered
+from ringattn.schedules.base import Scheme
 from ringattn.sharding import Sharding
 from ringattn.simulator import simulate
 
@@ -92,7 +94,7 @@ def attend(
 
 def _on_axes(mesh: Mesh, ulysses: int) -> Mesh:
     """The ranks of a mesh, with so many of those of a sequence along the ulysses axis if there are to be several."""
-    if ulysses in (1, mesh.ulysses):
+    if ulysses == 1 or instance(mesh, Mesh, "mesh", "a ringattn.Mesh").ulysses == ulysses:
         return mesh
     if mesh.sequence_size % ulysses:
         raise InputError(f"ulysses is a divisor of the ranks; got {ulysses} of {mesh.sequence_size}.")
@@ -150,8 +152,9 @@ def run(mesh: Mesh | None, case: Case, inputs: Sequence[torch.Tensor] | None = N
 
 
 def _node(case: Case) -> int | None:
-    """`NODE`, but for ``auto``, which would choose otherwise on ranks that know of none."""
-    return None if isinstance(case.schedule, str) else NODE
+    """`NODE` for schedules that ask for nodes; others would do otherwise on ranks that know of none."""
+    asks = isinstance(case.schedule, Scheme) and case.schedule.asks_for_nodes
+    return NODE if asks else None
 
 
 def planned_traffic(mesh: Mesh | None, case: Case) -> list[tuple[Traffic, tuple[int, int]]]:

@@ -93,9 +93,15 @@ class Problem:
 
     def results_like(self, queries: int) -> State:
         """What a pass gives beside the output for so many queries: tensors on no device."""
-        nowhere = dataclasses.replace(self, device=torch.device("meta"), params=self.mechanism.without_tensors.params)
-        nowhere = nowhere.unprepared(queries)
+        meta = torch.device("meta")
+        nowhere = dataclasses.replace(self, device=meta, params=self.params_like(meta)).unprepared(queries)
         return nowhere.mechanism.finish(nowhere, nowhere.mechanism.empty(nowhere, queries))[1]
+
+    def params_like(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Zeros in place of the mechanism's tensors, of this problem's heads, which may be a part of all."""
+        heads_at = self.mechanism.heads_at
+        made = {name: torch.zeros_like(x, device=device) for name, x in self.mechanism.params.items()}
+        return {name: x.narrow(heads_at.get(name, 0), 0, self.heads) for name, x in made.items()}
 
     @property
     def accumulator(self) -> torch.dtype:

@@ -33,8 +33,8 @@ class OutputSide:
     def of(cls, problem: Problem) -> OutputSide:
         """That of a problem's mechanism."""
         mechanism = problem.mechanism
-        params = {name: torch.zeros_like(x, device=problem.device) for name, x in mechanism.params.items()}
-        problem = dataclasses.replace(problem, params=params).unprepared(0)  # which decide on dtypes
+        params = problem.params_like(problem.device)  # which decide on dtypes
+        problem = dataclasses.replace(problem, params=params).unprepared(0)
         out, others = mechanism.finish(problem, mechanism.empty(problem, 0))
         extras = others[: len(mechanism.extras)]
         travel = out, out, *others, *(x for x in extras if x.is_floating_point())

@@ -49,7 +49,7 @@ class Trips:
             narrow: whether gradients travel in the inputs' dtype and not in the accumulator's.
         """
         mechanism, meta = problem.mechanism, torch.device("meta")
-        params = {name: x.to(meta) for name, x in mechanism.params.items()}
+        params = problem.params_like(meta)
         problem = dataclasses.replace(problem, params=params, device=meta, known=())
         q = torch.empty(problem.batch, problem.heads, 0, problem.dim, dtype=problem.dtype, device=meta)
         named = {name: x[:, :, :0] for name, x in sharded(problem, params).items()}

@@ -29,6 +29,11 @@ class Scheme(ABC):
         """Whether some call of the mechanism may go by it."""
         return True
 
+    @property
+    def asks_for_nodes(self) -> bool:
+        """Whether it is for meshes that know which ranks share a node."""
+        return False
+
     @abstractmethod
     def __str__(self) -> str:
         """Its name."""

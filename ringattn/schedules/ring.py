@@ -42,6 +42,10 @@ class Ring(Schedule):
         super().__post_init__()
         object.__setattr__(self, "double", flag(self.double, "Ring's double"))
 
+    @property
+    def asks_for_nodes(self) -> bool:
+        return self.double
+
     def refusal(self, demand: Demand) -> str | None:
         if not self.double or demand.size % _node(demand) == 0:
             return None

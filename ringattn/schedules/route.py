@@ -49,6 +49,10 @@ class Route(Schedule):
                 object.__setattr__(self, name, integer(getattr(self, name), f"Route's {name}", least=1, needed=needed))
         object.__setattr__(self, "node_aware", flag(self.node_aware, "Route's node_aware"))
 
+    @property
+    def asks_for_nodes(self) -> bool:
+        return self.node_aware
+
     def phases(self, demand: Demand, q_ranks: Array, k_ranks: Array) -> Array:
         moved = self._transfers(demand)
         if moved is not None:

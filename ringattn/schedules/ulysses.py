@@ -43,5 +43,9 @@ class Ulysses(Scheme):
         if isinstance(self.inner, Ulysses) or (isinstance(self.inner, str) and self.inner == "ulysses"):
             raise InputError("Ulysses exchanges heads once; its inner schedule is one along the ring, such as 'route'.")
 
+    @property
+    def asks_for_nodes(self) -> bool:
+        return isinstance(self.inner, Scheme) and self.inner.asks_for_nodes
+
     def __str__(self) -> str:
         return f"ulysses({self.inner})"

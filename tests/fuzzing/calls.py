@@ -204,8 +204,10 @@ def _calls_of_members() -> Iterator[Call]:
     for layout in (ringattn.Zigzag(), ringattn.Balanced(MASK)):
         yield Call(f"describe of {layout}", layout.describe, {"length": integer(0, LAST, 12), "size": RANKS})
     options = {"lookahead": integer(0, 1, 1, 0), "gradient_wire": word("float32")}
-    for schedule in schedules.MEMBERS:
+    for schedule in schedules.FLAT:
         yield Call(schedule.__name__, schedule, options)
+    grouped = {"slices": integer(1, LAST, 1, 2), "keep": FLAG, "gradient_wire": word("float32")}
+    yield Call("Ulysses", ringattn.Ulysses, grouped)
     table = Kind((None, torch.zeros(2)), lambda x: x is None or isinstance(x, torch.Tensor))
     yield Call(
         "Softmax",

@@ -97,7 +97,7 @@ MASKS = instance_of(
     ringattn.Mask, MASK, ringattn.Full(), ~ringattn.Full(), ringattn.Window(3), ringattn.Blocks([[1]], 12)
 )
 LAYOUTS = member(layouts.Layout, "auto", "zigzag", "balanced", ringattn.Striped())
-SCHEDULES = member(schedules.Schedule, "auto", "ring", "route", "scan", ringattn.Route(lookahead=0))
+SCHEDULES = member(schedules.Scheme, "auto", "ring", "route", "scan", ringattn.Route(lookahead=0))
 KERNELS = member(Kernel, "auto", "reference", "sdpa")
 MECHANISMS = instance_of(
     mechanisms.Mechanism,
