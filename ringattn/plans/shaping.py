@@ -39,7 +39,7 @@ def shape_of(
     kept = max(kind.itemsize, 4)
     if mechanism is not None:
         dim, kind = mechanism.summed_shape(dim, kind)
-        kept = _kept(Problem(mechanism, 1, *heads, dim, value_dim, kind, torch.device("meta")))
+        kept = _kept(Problem(mechanism.summed, 1, *heads, dim, value_dim, kind, torch.device("meta")))
     return Shape(batch, *heads, dim, value_dim, dtype_name(kind), kind.itemsize, summary, kept=kept)
 
 
