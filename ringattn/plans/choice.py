@@ -5,7 +5,6 @@ It is the same on every rank, as it goes by what all ranks receive and by rates 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +56,7 @@ def along_ring(schedule: Ulysses, mesh: Mesh, heads: tuple[int, int] | None) -> 
 
 
 def dealt_heads(heads: tuple[int, int] | None) -> tuple[int, int]:
+    """Query and key heads, which a schedule that deals them needs to know; else an InputError."""
     if heads is None:
         raise InputError("Ulysses deals heads to ranks; give heads=(query heads, key heads) when planning.")
     return checked_heads(heads)
@@ -110,7 +110,7 @@ def best_schedule(
     if isinstance(mechanism, Summarising) and Scan().refusal(demand) is None:
         return None, ""  # sums over keys are the least there is
     rates = Rates() if mesh.links is None else rates_of(mesh.links.latency, mesh.links.bandwidth)
-    estimates = Estimates(demand, shape, mechanism, dataclasses.replace(rates, node=mesh.node or mesh.sequence_size))
+    estimates = Estimates(demand, shape, mechanism, rates)
     flat: list[Schedule] = [Route()]
     if mesh.node is not None and mesh.node < mesh.sequence_size:
         flat.append(Route(node_aware=True))

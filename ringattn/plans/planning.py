@@ -61,7 +61,8 @@ def plan(
     Args:
         mask: the allowed pairs, in global positions.
         sharding: who holds the queries.
-        schedule: a schedule, its name, or ``auto``: the one by which all ranks together receive fewer positions.
+        schedule: a schedule, its name, or ``auto``: the one by which all ranks together receive fewer positions; where
+            the shape is known, on two axes, several nodes, or with keys of another sharding the quickest by estimate.
         kv_sharding: who holds the keys and values, where they are another sequence.
         heads: query and key heads, (Hq, Hkv). With heads, head_dims and dtype the plan knows its bytes; `Ulysses`
             deals heads, and needs to know them.
