@@ -264,8 +264,8 @@ def _call(mesh: ringattn.Mesh, **more: Any) -> torch.Tensor:
     [
         ({"mask": ringattn.Causal()}, "Monotonic searches all keys from the first on; got the mask causal. Use"),
         ({"layout": "zigzag"}, "so both are contiguous; got queries zigzag"),
-        ({"schedule": "ring"}, "Monotonic walks the keys in order, and ring brings keys .* Use schedule='auto'"),
-        ({"schedule": ringattn.Route()}, "Monotonic walks the keys in order, and route brings keys"),
+        ({"schedule": "ring"}, "and ring meets keys in any order. Use schedule='auto'"),
+        ({"schedule": ringattn.Route()}, "Monotonic walks the keys in order, and route meets keys in any order"),
         ({"deterministic": True}, "and deterministic=True computes tiles in an order of its own. Leave it out"),
         ({"kernel": "reference"}, "and kernel=reference computes tiles in any order. Leave kernel out"),
         ({"mechanism": ringattn.Softmax(), "schedule": "wave"}, "wave hands blocks .* Use ring, route or auto"),

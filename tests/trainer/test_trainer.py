@@ -136,7 +136,8 @@ def test_the_check_sees_a_wrong_gradient_scale(
     [alone] = traces(trainer, tiny, 1)
     monkeypatch.setattr("ringattn.trainer.wrapping.sum_gradients", averages)
     difference = compare(traces(trainer, tiny, 2)[0], alone)
-    assert min(difference.gradients.values()) > 0.4
+    halved = sorted(difference.gradients.values())
+    assert halved[len(halved) // 2] > 0.4 and halved[0] > 1000 * TOLERANCE
 
 
 def test_the_check_sees_attention_across_documents(
