@@ -49,7 +49,7 @@ MAY: dict[str, str] = {
     "plans.exchanges": "bands payloads.base plans.tiles",
     "plans.stages": "bands",
     "plans.transfers": "bands plans.stages plans.tiles",
-    "plans.clock": "bands plans.shape plans.steps",
+    "plans.clock": "plans.shape plans.steps",
     "plans.walk": "plans.exchanges plans.tiles",
     "plans.buffers": "plans.exchanges",
     "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps",

@@ -124,6 +124,21 @@ def test_time_by_hand() -> None:
     assert back.makespan > found.makespan and back.bound == pytest.approx(2 * 4 + 2 * 8)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_slices_of_heads_take_as_long_as_all_of_them(kv_heads: int, backward: bool) -> None:
+    shape = {**SHAPE, "heads": (2 * kv_heads, kv_heads)}
+    whole, sliced = (
+        ringattn.plan_all(Causal(), 96, "zigzag", ringattn.AllGather(slices=slices), 3, **shape) for slices in (1, 2)
+    )
+    slow, quick = Link(1.0, 0.0), Link(np.inf, 0.0)
+    moved, other = (times(made, Rates(inside=slow), backward=backward) for made in (sliced, whole))
+    np.testing.assert_allclose(moved.computing, other.computing)
+    np.testing.assert_allclose(moved.links, other.links)
+    hidden = times(sliced, Rates(inside=quick), backward=backward)
+    assert hidden.makespan == pytest.approx(hidden.computing.max())
+
+
 @pytest.mark.parametrize("name", ["stages", "buffer"])
 @pytest.mark.parametrize("value", [0, True, 1.5, "2"])
 def test_limits_are_numbers(name: str, value: object) -> None:

@@ -134,7 +134,7 @@ def timelines(plans: Sequence[Plan], pairs_per_position: float) -> list[Segment]
 
     def compute(plan: Plan, step: Step) -> float:
         began = clock[plan.rank]
-        done = began + (step.tiles.area if step.tiles else 0)
+        done = began + step.area
         if step.tiles:
             segments.append(Segment(plan.rank, "compute", began, done, _origins(plan, step.phase)))
         return done
@@ -169,7 +169,7 @@ def timelines(plans: Sequence[Plan], pairs_per_position: float) -> list[Segment]
 def _exchange(exchange: Exchange, rank: int, began: dict[int, float], cost: float) -> tuple[float, float]:
     """When it begins, with the first message, and ends: each way, messages share the rank's link."""
     starts = [max(began[rank], began.get(item.peer, 0.0)) for item in (*exchange.sends, *exchange.receives)]
-    rows = max(sum(item.rows for item in side) for side in (exchange.sends, exchange.receives))
+    rows = max(sum(item.rows * item.share for item in side) for side in (exchange.sends, exchange.receives))
     return min(starts), max(starts) + rows * cost
 
 

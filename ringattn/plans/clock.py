@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.bands import Array
 from ringattn.plans.shape import Shape
 from ringattn.plans.steps import Program
 
@@ -88,43 +87,44 @@ def timed(plans: Sequence[Program], shape: Shape, rates: Rates, *, backward: boo
     return _run(*_tables(plans, shape, backward), seconds, rates, len(plans))
 
 
-def _tables(plans: Sequence[Program], shape: Shape, backward: bool) -> tuple[Array, Array]:
+def _tables(plans: Sequence[Program], shape: Shape, backward: bool) -> tuple[Floats, Floats]:
     """The steps of all ranks, ``(rank, phase, pairs before, pairs beside)``, and the messages of all exchanges.
 
     A step is an exchange, with the pairs that are computed since the last one with nothing under way and those
     computed while it is; what comes after the last has a phase behind all others'. Messages are ``(phase, sender,
     receiver, bytes)``.
     """
-    wire, heads = shape.wire(plans[0].payload, plans[0].gradient_wire), shape.heads_of(plans[0].slices)
+    wire = shape.wire(plans[0].payload, plans[0].gradient_wire)
     there, back = (wire.backward_there, wire.backward_back) if backward else (wire.there, wire.back)
-    steps, messages = [], []
+    steps: list[tuple[float, ...]] = []
+    messages: list[tuple[float, ...]] = []
     for plan in plans:
-        before = 0
+        before = 0.0
         for step in plan.backward_steps if backward else plan.steps:
-            area = step.tiles.area if step.tiles else 0
             if not step.exchange:
-                before += area
+                before += step.area
                 continue
             phase = step.exchange.phase
-            steps.append((plan.rank, phase, before, area))
+            steps.append((plan.rank, phase, before, step.area))
             for x in step.exchange.sends:
-                size = x.rows * heads[x.slice] * (back if x.gradient else there) // shape.kv_heads
-                messages.append((phase, plan.rank, x.peer, size))
-            before = 0
-        steps.append((plan.rank, LAST, before, 0))
-    return np.array(steps, dtype=np.int64).reshape(-1, 4), np.array(messages, dtype=np.int64).reshape(-1, 4)
+                messages.append((phase, plan.rank, x.peer, x.rows * x.share * (back if x.gradient else there)))
+            before = 0.0
+        steps.append((plan.rank, LAST, before, 0.0))
+    return np.array(steps, dtype=np.float64).reshape(-1, 4), np.array(messages, dtype=np.float64).reshape(-1, 4)
 
 
-LAST = np.iinfo(np.int64).max
+LAST = np.inf
 
 
-def _run(steps: Array, messages: Array, seconds: float, rates: Rates, ranks: int) -> Times:
+def _run(steps: Floats, messages: Floats, seconds: float, rates: Rates, ranks: int) -> Times:
     clock, busy = np.zeros(ranks), np.zeros((2, 2, ranks))
     for phase in np.unique(steps[:, 1]).tolist():
-        rank, _, before, beside = steps[steps[:, 1] == phase].T
+        now = steps[steps[:, 1] == phase]
+        rank, (before, beside) = now[:, 0].astype(np.int64), now[:, 2:].T
         began = clock.copy()
         began[rank] += before * seconds
-        _, sender, receiver, size = messages[messages[:, 0] == phase].T
+        sent = messages[messages[:, 0] == phase]
+        (sender, receiver), size = sent[:, 1:3].T.astype(np.int64), sent[:, 3]
         across = (sender // rates.node != receiver // rates.node).astype(np.int64)
         loads = np.zeros((2, 2, ranks))  # sending or receiving, by the kind of link
         sizes = size / np.array([rates.inside.bandwidth, rates.across.bandwidth])[across]
@@ -138,7 +138,7 @@ def _run(steps: Array, messages: Array, seconds: float, rates: Rates, ranks: int
         np.maximum.at(clock, receiver, there)
         busy += loads
     computing = np.zeros(ranks)
-    np.add.at(computing, steps[:, 0], (steps[:, 2] + steps[:, 3]) * seconds)
+    np.add.at(computing, steps[:, 0].astype(np.int64), (steps[:, 2] + steps[:, 3]) * seconds)
     exchanges = steps[:, 1] != LAST
     bare = exchanges & (steps[:, 3] == 0)
     return Times(computing, busy.max(axis=(0, 1)), clock, int(exchanges.sum()), int(bare.sum()))

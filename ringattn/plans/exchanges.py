@@ -29,6 +29,7 @@ class Item:
             this rank's own rows in phase 0, of which what is not per key travels once for each range. Rows that are
             received have one phase; gradients are added to what lies in these ranges.
         slice: of which slice of heads, where these travel apart.
+        share: which part of the heads that a rank computes travels.
     """
 
     peer: int
@@ -36,6 +37,7 @@ class Item:
     gradient: bool
     parts: Array
     slice: int = 0
+    share: float = 1.0
 
     @functools.cached_property
     def phases(self) -> set[int]:
@@ -100,11 +102,20 @@ class Step:
     """The exchange is started, the tiles are computed over the buffer of ``phase``, the exchange is waited for.
 
     Either may be empty, and then is false. This rank's own tiles, of phase 0, may be those of several steps.
+
+    Attributes:
+        share: for which part of the heads that a rank computes the tiles are.
     """
 
     exchange: Exchange
     phase: int
     tiles: Tiles
+    share: float = 1.0
+
+    @property
+    def area(self) -> float:
+        """Pairs of its tiles; of a part of the heads as much less as there are fewer of them."""
+        return self.tiles.area * self.share if self.tiles else 0.0
 
 
 def grouped(keys: Array, rows: Array) -> list[tuple[int, Array]]:

@@ -146,7 +146,7 @@ class Program:
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
         """The forward pass."""
-        return walk(self._key_exchanges, self.tiles, self.lookahead)
+        return self._walked(self._key_exchanges)
 
     @functools.cached_property
     def backward_steps(self) -> tuple[Step, ...]:
@@ -158,7 +158,16 @@ class Program:
         for phase, items in self._gradients(self.grad_receives):
             x = exchanges.get(phase, Exchange(phase))
             exchanges[phase] = dataclasses.replace(x, receives=(*x.receives, *items), all_gather=False)
-        return walk(exchanges, self.tiles, self.lookahead)
+        return self._walked(exchanges)
+
+    def _walked(self, exchanges: dict[int, Exchange]) -> tuple[Step, ...]:
+        steps = walk(exchanges, self.tiles, self.lookahead)
+        if self.slices == 1:
+            return steps
+        return tuple(
+            dataclasses.replace(step, share=self._shares[self.slice_of(step.phase)] if step.phase else 1.0)
+            for step in steps
+        )
 
     def _gradients(self, table: Array) -> Iterator[tuple[int, tuple[Item, ...]]]:
         """The messages of gradients in each phase."""
@@ -185,7 +194,8 @@ class Program:
         self, peers: Array, start: Array, stop: Array, gradient: bool, phases: int | Array, nth: int
     ) -> tuple[Item, ...]:
         parts = np.stack([np.broadcast_to(phases, start.shape), start, stop], axis=1)
-        return tuple(Item(peer, self.payload, gradient, part, nth) for peer, part in grouped(peers, parts))
+        share = self._shares[nth]
+        return tuple(Item(peer, self.payload, gradient, part, nth, share) for peer, part in grouped(peers, parts))
 
     @property
     def lag(self) -> int:
@@ -195,6 +205,12 @@ class Program:
     def slice_of(self, phase: int) -> int:
         """The slice of heads that a phase is of."""
         return phase - 1 if self.slices > 1 else 0
+
+    @functools.cached_property
+    def _shares(self) -> tuple[float, ...]:
+        """The part of the heads that each slice has; equal ones where the shape is not known."""
+        heads = (1,) * self.slices if self.shape is None else self.shape.heads_of(self.slices)
+        return tuple(each / sum(heads) for each in heads)
 
     @functools.cached_property
     def phase_rows(self) -> dict[int, int]:

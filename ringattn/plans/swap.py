@@ -77,6 +77,11 @@ class Swap:
         """Into how many slices heads are cut."""
         return len(self.dealt[0])
 
+    def share(self, parts: Sequence[Part]) -> float:
+        """How many heads these have, of those of the rank that has most."""
+        most = max(sum(part.heads for parts in own for part in parts) for own in self.dealt)
+        return sum(part.heads for part in parts) / most
+
     @property
     def parts(self) -> tuple[tuple[Part, ...], ...]:
         """This rank's parts of the heads, by slice."""

@@ -66,21 +66,35 @@ class UlyssesPlan(Plan):
         """
         for nth, parts in enumerate(self.swap.parts):
             first = nth * SLICE
-            yield Step(_exchange(first, *self.swap.outward(nth)), 0, NO_TILES)
+            yield Step(self._swapped(first, *self.swap.outward(nth)), 0, NO_TILES)
             for at in range(len(parts)):
+                share = self.swap.share(parts[at : at + 1])
                 for step in inner:
                     phase = first + 1 + at * PART + step.exchange.phase
-                    yield dataclasses.replace(step, exchange=self._in_sequence(phase, step.exchange))
-            yield Step(_exchange(first + SLICE - 1, *self.swap.homeward(nth)), 0, NO_TILES)
+                    exchange = self._in_sequence(phase, step.exchange, share)
+                    yield dataclasses.replace(step, exchange=exchange, share=step.share * share)
+            yield Step(self._swapped(first + SLICE - 1, *self.swap.homeward(nth)), 0, NO_TILES)
 
-    def _in_sequence(self, phase: int, exchange: Exchange) -> Exchange:
-        """An exchange along the ring, its peers numbered as ranks of the sequence."""
+    def _in_sequence(self, phase: int, exchange: Exchange, share: float) -> Exchange:
+        """An exchange along the ring for a part of the heads, its peers numbered as ranks of the sequence."""
         size, place = len(self.swap.members), self.swap.place
         sends, receives = (
-            tuple(dataclasses.replace(item, peer=item.peer * size + place) for item in items)
+            tuple(dataclasses.replace(x, peer=x.peer * size + place, share=x.share * share) for x in items)
             for items in (exchange.sends, exchange.receives)
         )
         return Exchange(phase, sends, receives)
+
+    def _swapped(self, phase: int, given: Sequence[Message], got: Sequence[Message]) -> Exchange:
+        """An all-to-all."""
+
+        def items(messages: Sequence[Message]) -> tuple[Item, ...]:
+            return tuple(
+                _Swapped(m.peer, Keys(), False, np.array([[0, 0, m.tokens]]), share=self.swap.share(m.parts))
+                for m in messages
+                if m.parts and m.tokens
+            )
+
+        return Exchange(phase, items(given), items(got))
 
     @functools.cached_property
     def inner_plans(self) -> list[tuple[Part, Plan]]:
@@ -217,15 +231,6 @@ class _Swapped(Item):
     @property
     def words(self) -> str:
         return f"{self.rows} tokens of some heads"
-
-
-def _exchange(phase: int, given: Sequence[Message], got: Sequence[Message]) -> Exchange:
-    def items(messages: Sequence[Message]) -> tuple[Item, ...]:
-        return tuple(
-            _Swapped(m.peer, Keys(), False, np.array([[0, 0, m.tokens]])) for m in messages if m.parts and m.tokens
-        )
-
-    return Exchange(phase, items(given), items(got))
 
 
 def composed(

@@ -10,6 +10,7 @@ import pytest
 import ringattn
 from ringattn import masks
 from ringattn.advice import figures
+from ringattn.schedules import Scheme
 
 CASES = [
     ("causal", "zigzag", "ring", 4),
@@ -61,6 +62,21 @@ def test_timelines_hold_all_work_once_and_nothing_overlaps(
         lane = sorted((s.start, s.stop) for s in own if s.kind in ("compute", "wait"))
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(lane))
         assert len([s for s in own if s.kind == "exchange"]) == len([s for s in plan.steps if s.exchange])
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3)])
+@pytest.mark.parametrize("schedule", [ringattn.AllGather(slices=2), ringattn.Ulysses(slices=2)], ids=str)
+def test_slices_are_drawn_by_their_heads(schedule: Scheme, heads: tuple[int, int]) -> None:
+    axes = {"ring": 2, "ulysses": 2} if isinstance(schedule, ringattn.Ulysses) else {"ring": 4}
+    shape = {"heads": heads, "head_dims": (8, 8), "dtype": "float32"}
+    plans = ringattn.plan_all(ringattn.Full(), 96, "contiguous", schedule, **axes, **shape)
+    segments = figures.timelines(plans, pairs_per_position=1.0)
+    for plan in plans:
+        own = [x for x in segments if x.rank == plan.rank]
+        assert sum(x.stop - x.start for x in own if x.kind == "compute") == pytest.approx(plan.area)
+        if "ulysses" not in axes:  # whose ranks wait for each other
+            received = sum(x.stop - x.start for x in own if x.kind == "exchange")
+            assert received == pytest.approx(plan.traffic().received_tokens)
 
 
 def test_without_lookahead_a_rank_waits_where_it_would_have_computed() -> None:
