@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn.conformance import Case, attend, errors, examine, joined, oracle, simulated
 from ringattn.errors import PlanError, UnsupportedError
+from ringattn.kernels.reference import Reference
+from ringattn.mechanisms.base import OutputGrad
 from ringattn.payloads.columns import Columns
 from ringattn.plans import tiles
 from ringattn.plans.plan import Plan
@@ -115,6 +117,29 @@ def test_extras_that_only_some_use_travel_as_zeros_do() -> None:
     case = Case(60, ringattn.Causal(), ranks=3, mechanism=ringattn.Sampled(straight_through=0.7, seed=3))
     passed, routed = (simulated(dataclasses.replace(case, schedule=x)) for x in ("passq", "route"))
     assert all(torch.allclose(passed[name], routed[name], rtol=1e-5, atol=1e-6) for name in routed)
+
+
+@pytest.mark.parametrize("extras", [(), ("lse",)])
+def test_an_extra_that_nobody_asked_for_has_no_gradient(
+    extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels compute a pass of its own for it, whatever it is."""
+    met, backward = [], Reference.backward
+
+    def watched(self: Reference, problem: Any, q: Any, k: Any, v: Any, output_grad: OutputGrad, *others: Any) -> None:
+        met.append(output_grad.grad_extras[0] is not None)
+        backward(self, problem, q, k, v, output_grad, *others)
+
+    def call(mesh: ringattn.Mesh) -> None:
+        sharding = ringattn.Sharding(24, mesh)
+        q, k, v = (torch.randn(1, 2, sharding.count, 4, requires_grad=True) for _ in range(3))
+        options: dict[str, Any] = {"schedule": "passq", "kernel": "reference", "extras": extras}
+        out = ringattn.attention(q, k, v, ringattn.Full(), sharding=sharding, **options)
+        sum(x.sum() for x in (out if extras else (out,))).backward()
+
+    monkeypatch.setattr(Reference, "backward", watched)
+    ringattn.simulate(call, ring=2)
+    assert {*met} == {bool(extras)}  # of own queries and the other rank's
 
 
 def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers) -> None:

@@ -6,6 +6,7 @@ Of each query the gradient of its output, the output, and the mechanism's extras
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 
@@ -56,12 +57,18 @@ class OutputSide:
         ]
         return output_grad.dout, out, *others, *grads
 
-    def output_grad(self, tensors: State) -> OutputGrad:
-        """The same again."""
+    def output_grad(self, tensors: State, asked: Collection[int] | None = None) -> OutputGrad:
+        """The same again.
+
+        Args:
+            asked: of which extras the gradients may be others than zeros, by their number; None if of all. Those of
+                others are dropped, as kernels compute for them whatever they are.
+        """
         dout, out, *numbers = tensors
         known = self.extras + self.kept
         others, grads = numbers[:known], iter(numbers[known:])
-        grad_extras = tuple(next(grads) if x.is_floating_point() else None for x in others[: self.extras])
+        every = [next(grads) if x.is_floating_point() else None for x in others[: self.extras]]
+        grad_extras = tuple(x if asked is None or at in asked else None for at, x in enumerate(every))
         return OutputGrad((out, *others), dout, grad_extras)
 
     def packed(self, output_grad: OutputGrad) -> torch.Tensor:

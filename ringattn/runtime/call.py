@@ -41,6 +41,10 @@ class Asked:
             return agreement.nothing
         return agreement.begin(self.transport, {**self.fields, "call": name, "seed": str(seed)})
 
+    def returning(self, extras: Sequence[str]) -> Mapping[str, str]:
+        """The fields where all ranks must agree on the mechanism's extras that are returned, too."""
+        return {**self.fields, "mechanism": " with ".join((self.fields["mechanism"], *extras))}
+
     def problem_of(self, params: Sequence[torch.Tensor], seed: int) -> Problem:
         """The problem of one pass."""
         if not params and not seed:
@@ -96,10 +100,15 @@ class TileCall(Call):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PassCall(Call):
-    """A call whose plan brings queries to keys."""
+    """A call whose plan brings queries to keys.
+
+    Attributes:
+        asked: which of the mechanism's extras are returned to the caller, on all ranks alike: others have no gradient.
+    """
 
     plan: PassPlan
     kernel: Kernel
+    asked: tuple[int, ...]
 
     @property
     def tours(self) -> Tours:

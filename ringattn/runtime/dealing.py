@@ -39,7 +39,7 @@ def dealt(
     return UlyssesCall(
         problem,
         asked.transport,
-        {**asked.fields, "mechanism": " with ".join((asked.fields["mechanism"], *returned))},
+        asked.returning(returned),
         asked.wanted,
         asked.spelling,
         swap,

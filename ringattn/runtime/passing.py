@@ -94,7 +94,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """As `engine.backward`."""
     compare = call.compare(f"bwd {number}", seed)
-    problem, tour, kernel = call.problem_of(params, seed), call.tours.backward, call.kernel
+    problem, tour = call.problem_of(params, seed), call.tours.backward
     dq = problem.rows(problem.heads, q.shape[2], problem.dim)
     dk = problem.rows(problem.kv_heads, k.shape[2], problem.dim)
     dv = problem.rows(problem.kv_heads, k.shape[2], problem.value_dim)
@@ -107,10 +107,10 @@ def backward(
         under_way = move.start(call.transport, functools.partial(pack, there, own))
         tiles = step.tiles.transposed
         if step.tiles and step.phase == 0:
-            kernel.backward(problem, q, k, v, output_grad, tiles, (dq, dk, dv), dparams)
+            call.kernel.backward(problem, q, k, v, output_grad, tiles, (dq, dk, dv), dparams)
         elif step.tiles:
             came = _at(problem, _opened(there, move.rows))
-            _lay(back, move.drows, _gradients(kernel, problem, came, side, k, v, tiles, dk, dv, dparams))
+            _lay(back, move.drows, _gradients(call, problem, came, side, k, v, tiles, dk, dv, dparams))
         under_way.wait()
         for at, part in _returned(back, move.returned):
             for total, x in zip(totals, part, strict=True):
@@ -121,7 +121,7 @@ def backward(
 
 
 def _gradients(
-    kernel: Kernel,
+    call: PassCall,
     problem: Problem,
     came: tuple[Problem, torch.Tensor, State],
     side: OutputSide,
@@ -136,7 +136,8 @@ def _gradients(
     arrived, query, others = came
     dq = problem.rows(problem.heads, query.shape[2], problem.dim)
     drows = {name: torch.zeros_like(arrived.params[name], dtype=problem.accumulator) for name in _names(problem)}
-    kernel.backward(arrived, query, k, v, side.output_grad(others), tiles, (dq, dk, dv), {**dparams, **drows})
+    output_grad = side.output_grad(others, call.asked)
+    call.kernel.backward(arrived, query, k, v, output_grad, tiles, (dq, dk, dv), {**dparams, **drows})
     return _wanted(problem, dq, drows)
 
 

@@ -210,7 +210,9 @@ class Request:
             return self._dealt(Call(*known), own.swap, kernel, own.inner)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
         if isinstance(own, PassPlan):
-            return PassCall(*known, own, kernel)
+            alike = Call(*known).returning(self.returned)
+            extras = tuple(map(problem.mechanism.extras.index, self.returned))
+            return PassCall(problem, transport, alike, wanted, self.spelling(), own, kernel, extras)
         before = self._before(problem, own, transport, fields)
         return TileCall(*known, own, kernel, before)
 
