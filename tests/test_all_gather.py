@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from ringattn.conformance import Case, attend, examine, joined, simulated
 from ringattn.errors import InputError, PlanError, UnsupportedError
 from ringattn.plans.plan import Plan
 from ringattn.plans.steps import GRAD_PHASE, RECV_PHASE, SEND_PHASE
-from ringattn.transports.torch_distributed import TorchDistributed
 from tests.conformance import layouts, masks
 from tests.workers import Workers
 
@@ -91,7 +89,7 @@ def _swapped(plan: Plan) -> Plan:
     ("fault", "words"),
     [
         (_lost("receives", RECV_PHASE, 2), "a phase whose keys it never held"),
-        (_lost("sends", SEND_PHASE, 2), "messages to rank|that are not the|is no all-gather"),
+        (_lost("sends", SEND_PHASE, 2), "messages to rank|that are not the"),
         (_lost("grad_sends", GRAD_PHASE, 4), "does not send home"),
         (_lost("grad_receives", GRAD_PHASE, 4), "does not reach its owner"),
         (_swapped, "another mask, sharding, payload, gradient dtype or slices"),
@@ -137,65 +135,6 @@ def test_gloo_gives_the_bits_of_the_simulator(gloo: Workers) -> None:
     case = dataclasses.replace(CASES[0], ranks=3, schedule=ringattn.AllGather(slices=2), dtype=torch.bfloat16)
     found, virtual = joined(case, gloo.run(3, attend, case)), simulated(case)
     assert all(torch.equal(found[name], virtual[name]) for name in found)
-
-
-def _declared(plan: Plan) -> list[tuple[int, bool]]:
-    return [(step.exchange.phase, step.exchange.all_gather) for step in plan.backward_steps if step.exchange]
-
-
-def test_an_exchange_says_that_it_is_an_all_gather_where_all_need_everything() -> None:
-    plans = _plans(2)
-    assert _declared(plans[0]) == [(1, True), (2, True), (3, False), (4, False)]  # gradients are sums of many
-    assert "as an all-gather; send 16 rows to rank 1" in plans[0].explain()
-    assert plans[0].memory().buffers["staging"] == 16 * 3 * 14 * 2  # of 3 heads, once for all ranks
-    causal = ringattn.plan_all(ringattn.Causal(), 64, "zigzag", "allgather", ring=4, **SHAPE)
-    assert not any(plan.all_gather for plan in causal)
-    for fault in (
-        dataclasses.replace(plans[1], all_gather=False),
-        dataclasses.replace(plans[1], sends=plans[1].sends[plans[1].sends[:, SEND_PHASE] == 1]),
-    ):
-        with pytest.raises(PlanError, match=r"is no all-gather|messages to rank"):
-            ringattn.verify([plans[0], fault, *plans[2:]])
-    with pytest.raises(PlanError, match="is no all-gather, or not one of all ranks"):
-        ringattn.verify([dataclasses.replace(plan, all_gather=True) for plan in causal])
-
-
-class _StandIn(TorchDistributed):
-    """Gloo by the name of NCCL, whose all-gathers are counted."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group, agreement=False)
-        self.name, self.gathered = "nccl", 0
-
-    def refusal(self, device: torch.device) -> str | None:
-        return None
-
-    def _start_all_gather(self, *arguments: Any) -> Callable[[], None]:
-        self.gathered += 1
-        return super()._start_all_gather(*arguments)
-
-
-def _by_collectives(mesh: ringattn.Mesh, case: Case) -> tuple[Any, int, tuple[int, int]]:
-    assert isinstance(mesh.transport, TorchDistributed)
-    stand_in = _StandIn(mesh.transport.group)
-    virtual = ringattn.Mesh.virtual(mesh.sequence_size, rank=mesh.rank, transport=stand_in)
-    moved = stand_in.counters
-    return attend(virtual, case), stand_in.gathered, (moved.received_bytes, moved.messages)
-
-
-def test_nccl_gathers_by_its_own_collective_and_gives_the_same_bits(gloo: Workers) -> None:
-    case = Case(48, ringattn.Full(), ranks=3, kv_heads=4, groups=2, schedule=ringattn.AllGather(slices=2))
-    found = gloo.run(3, _by_collectives, case)
-    whole, virtual = joined(case, [part for part, _, _ in found]), simulated(case)
-    assert all(torch.equal(whole[name], virtual[name]) for name in virtual)
-    assert [count for _, count, _ in found] == [4, 4, 4]  # two slices, forward and backward
-    shape: dict[str, Any] = {"heads": (8, 4), "head_dims": (8, 8), "dtype": "float32"}
-    for plan, (_, _, moved) in zip(
-        ringattn.plan_all(case.mask, 48, schedule=case.schedule, ring=3, **shape), found, strict=True
-    ):
-        said = plan.traffic()
-        assert moved[0] == (said.received_bytes or 0) + (said.backward_received_bytes or 0)
-        assert moved[1] == said.messages + said.backward_messages
 
 
 def test_deterministic_takes_all_heads_at_once() -> None:

@@ -26,6 +26,7 @@ OPTIONAL = (
 # members of a folder never import each other, save those named. A permission that nobody uses is an error.
 MAY: dict[str, str] = {
     "errors": "",
+    "declared": "",
     "readable": "",
     "checking": "readable errors",
     "naming": "checking errors",
@@ -46,24 +47,25 @@ MAY: dict[str, str] = {
     "plans.tiles": "bands layouts masks",
     "plans.demand": "bands layouts masks plans.tiles",
     "plans.shape": "payloads.base",
-    "plans.exchanges": "bands payloads.base plans.tiles",
+    "plans.exchanges": "bands payloads.base plans.tiles declared",
     "plans.stages": "bands",
     "plans.transfers": "bands plans.stages plans.tiles",
     "plans.clock": "plans.shape plans.steps",
     "plans.walk": "plans.exchanges plans.tiles",
     "plans.buffers": "plans.exchanges",
-    "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps",
-    "plans.steps": "bands layouts masks payloads.base plans.buffers plans.exchanges plans.shape plans.tiles plans.walk",
+    "plans.cost": "bands checking errors masks plans.exchanges plans.shape plans.tiles plans.steps declared",
+    "plans.steps": "bands layouts masks payloads.base plans.buffers plans.exchanges plans.shape plans.tiles "
+    "plans.walk declared",
     "plans.coverage": "bands errors layouts plans.tiles plans.steps",
     "plans.slices": "bands plans.steps",
     "plans.homing": "bands errors plans.steps plans.tiles",
     "plans.verification": "bands checking errors layouts plans.coverage plans.exchanges plans.homing plans.slices "
-    "plans.tiles plans.steps",
+    "plans.tiles plans.steps declared",
     "plans.plan": "plans.cost plans.steps plans.verification",
     "plans.passing": "bands masks plans.exchanges plans.plan plans.steps plans.tiles",
-    "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps",
+    "plans.assembly": "bands errors payloads.base plans.tiles plans.demand plans.plan plans.shape plans.steps declared",
     "plans.deal": "errors layouts.base",
-    "plans.swap": "bands errors layouts plans.deal plans.shape",
+    "plans.swap": "bands errors layouts plans.deal plans.shape declared",
     "plans.ulysses": "bands errors layouts payloads.keys plans.cost plans.deal plans.plan plans.swap plans.tiles "
     "plans.verification plans.exchanges",
     "plans.tree": "errors plans.cost",
@@ -112,9 +114,9 @@ MAY: dict[str, str] = {
     "kernels.store kernels.trial",
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering "
     "mechanisms.ordered",
-    "transports.base": "errors",
+    "transports.base": "errors declared",
     "transports.torch_distributed": "errors groups transports.base transports.direct transports.neighbours "
-    "transports.news",
+    "transports.news declared",
     "transports.direct": "transports.base transports.neighbours",
     "transports.neighbours": "",
     "transports.news": "errors transports.told",
@@ -136,7 +138,7 @@ MAY: dict[str, str] = {
     "runtime.passing": "kernels.base kernels.reference mechanisms.base payloads.base payloads.columns payloads.outputs "
     "payloads.queries plans.tiles runtime.call runtime.preparing",
     "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.shape "
-    "plans.steps transports.base",
+    "plans.steps transports.base declared",
     "runtime.arguments": "checking errors mechanisms.base sharding",
     "runtime.request": "checking errors masks sharding kernels.base kernels.choice kernels.rates mechanisms.base "
     "payloads.outputs plans.passing readable plans.plan plans.planning runtime.agreement runtime.call "

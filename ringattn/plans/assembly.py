@@ -13,6 +13,7 @@ import numpy as np
 
 from ringattn import bands
 from ringattn.bands import Array
+from ringattn.declared import Collective
 from ringattn.errors import PlanError
 from ringattn.payloads.base import Payload
 from ringattn.plans import tiles
@@ -55,13 +56,13 @@ class Moves:
         receives: ``(phase, sender, origin, start, stop)``.
         sends: ``(phase, peer, source phase, origin, start, stop)``.
         returns: None if gradients go straight to their owners, as soon as they are there on every rank.
-        all_gather: whether every rank needs all keys of every other one, and gets them in one exchange.
+        collective: what every exchange of keys is, of all ranks.
     """
 
     receives: Array
     sends: Array
     returns: Returns | None = None
-    all_gather: bool = False
+    collective: Collective | None = None
 
 
 def assemble(
@@ -122,7 +123,7 @@ def assemble(
         grad_receives=grad_receives,
         lookahead=lookahead,
         gradient_wire=gradient_wire,
-        all_gather=moves.all_gather,
+        collective=moves.collective,
         shape=shape,
         node=demand.node,
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ringattn.bands import K0, K1, Q0, Q1, Array, Regions
 from ringattn.checking import MAX_RANKS, instance, integer, number, sequence
+from ringattn.declared import WORDS
 from ringattn.errors import InputError
 from ringattn.masks import Mask
 from ringattn.plans import tiles
@@ -177,7 +178,7 @@ def explain(plan: Program) -> str:
     for step in plan.steps:
         parts = []
         if step.exchange:
-            parts += ["as an all-gather"] if step.exchange.all_gather else []
+            parts += [f"as {WORDS[step.exchange.collective]}"] if step.exchange.collective else []
             parts += [f"send {_rows(plan, item)} to rank {item.peer}" for item in step.exchange.sends]
             parts += [f"receive {_rows(plan, item)} from rank {item.peer}" for item in step.exchange.receives]
         if step.tiles:

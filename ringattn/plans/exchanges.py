@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from ringattn.bands import Array
+from ringattn.declared import Collective
 from ringattn.payloads.base import Payload
 from ringattn.plans.tiles import Tiles
 
@@ -84,14 +85,14 @@ class Exchange:
     """What a rank sends and receives at once: one message a peer, for the keys and for the gradients each.
 
     Attributes:
-        all_gather: whether every rank sends each other one the same rows in it, so that a transport may use its
-            library's all-gather in place of messages.
+        collective: what it is of all ranks that share the sequence, or of a group of them, which `verification` holds
+            it to, so that a transport may use its library's own in place of messages; None where it is not known to be.
     """
 
     phase: int
     sends: tuple[Item, ...] = ()
     receives: tuple[Item, ...] = ()
-    all_gather: bool = False
+    collective: Collective | None = None
 
     def __bool__(self) -> bool:
         return bool(self.sends or self.receives)

@@ -22,6 +22,7 @@ import numpy as np
 
 from ringattn import layouts
 from ringattn.bands import Array, Regions
+from ringattn.declared import Collective
 from ringattn.masks import Mask
 from ringattn.payloads.base import Attended, Payload
 from ringattn.plans import buffers, tiles
@@ -76,7 +77,8 @@ class Program:
             in buffer 0, and of others those to whose gradients it is added before they go on.
         lookahead: 1 when the next exchange runs while this rank computes, 0 when it does not.
         gradient_wire: the dtype in which gradients of keys and values travel.
-        all_gather: whether every rank needs all keys of every other one, which come in one exchange.
+        collective: what every exchange is by which keys come: an all-gather, where every rank needs all keys of every
+            other one. Their gradients then go home from all to all.
         slices: into how many slices of key heads, with the query heads that read them, everything is cut that is not of
             this rank's own keys. Where there are several, phase p is of slice p - 1, and its exchange brings no other.
         shape: heads, dims and dtype, where they were given.
@@ -101,7 +103,7 @@ class Program:
     grad_receives: Array
     lookahead: int
     gradient_wire: GradientWire
-    all_gather: bool = False
+    collective: Collective | None = None
     slices: int = 1
     shape: Shape | None = None
     reason: str = ""
@@ -152,12 +154,17 @@ class Program:
     def backward_steps(self) -> tuple[Step, ...]:
         """The backward pass: this plan transposed."""
         exchanges = dict(self._key_exchanges)
-        for phase, items in self._gradients(self.grad_sends):
+        going, coming = (dict(self._gradients(table)) for table in (self.grad_sends, self.grad_receives))
+        for phase in going.keys() | coming.keys():
+            # Alone, they are one message from each that got keys to each that sent them; beside keys, a second one.
+            alone = self.collective == "all_gather" and phase not in exchanges
             x = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(x, sends=(*x.sends, *items), all_gather=False)
-        for phase, items in self._gradients(self.grad_receives):
-            x = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(x, receives=(*x.receives, *items), all_gather=False)
+            exchanges[phase] = Exchange(
+                phase,
+                sends=(*x.sends, *going.get(phase, ())),
+                receives=(*x.receives, *coming.get(phase, ())),
+                collective="all_to_all" if alone else None,
+            )
         return self._walked(exchanges)
 
     def _walked(self, exchanges: dict[int, Exchange]) -> tuple[Step, ...]:
@@ -187,7 +194,7 @@ class Program:
             stop = offset + received_rows(self.payload, rows)
             items = self._items(rows[:, RECV_SENDER], offset, stop, False, phase, self.slice_of(phase))
             exchange = exchanges.get(phase, Exchange(phase))
-            exchanges[phase] = dataclasses.replace(exchange, receives=items, all_gather=self.all_gather)
+            exchanges[phase] = dataclasses.replace(exchange, receives=items, collective=self.collective)
         return exchanges
 
     def _items(
@@ -261,7 +268,7 @@ class Program:
         h = hashlib.blake2b(digest_size=8)
         for part in (*parts, self.q_spans, self.k_spans):
             h.update(repr(part.shape).encode() + np.ascontiguousarray(part).tobytes())
-        options = self.payload.name, self.lookahead, self.gradient_wire, self.all_gather, self.slices, self.shape
+        options = self.payload.name, self.lookahead, self.gradient_wire, self.collective, self.slices, self.shape
         h.update(repr((self.rank, self.size, *options)).encode())
         return h.hexdigest()
 

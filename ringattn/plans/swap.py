@@ -18,6 +18,7 @@ import numpy as np
 
 from ringattn import layouts
 from ringattn.bands import Array
+from ringattn.declared import Collective
 from ringattn.errors import PlanError
 from ringattn.plans.deal import Deal, Part, is_shared
 from ringattn.plans.shape import GradientWire, Shape
@@ -109,6 +110,14 @@ class Swap:
         """What this rank gives and gets in the all-to-all after a slice: what `outward` says, turned round."""
         given, got = self.outward(nth)
         return got, given
+
+    def collective(self, nth: int) -> Collective | None:
+        """What both all-to-alls of a slice are declared to be; nothing where some member has nothing to give or get.
+
+        Every member has tokens, of queries and of keys, and heads of the slice: no message is empty, whatever it holds.
+        """
+        complete = all(own[nth] for own in self.dealt) and all(map(all, self._tokens))
+        return "all_to_all" if complete else None
 
     def counts(self, place: int) -> tuple[int, int]:
         """How many queries and keys a member holds."""
@@ -218,6 +227,8 @@ class Swap:
         """What is exchanged, in words."""
         heads = [f"{p.first} to {p.stop - 1}" if p.heads > 1 else f"{p.first}" for parts in self.parts for p in parts]
         slices = "at once" if self.slices == 1 else f"in {self.slices} slices"
+        words = {self.collective(nth) for nth in range(self.slices)}
+        slices += ", as all-to-alls" if words == {"all_to_all"} else ""
         return (
             f"exchanges heads for sequence with ranks {[r for r in self.members if r != self.rank]}, {slices}; "
             f"computes query heads {', '.join(heads) or 'none'}; keeps what was exchanged{'' if self.keep else ' not'}"

@@ -64,16 +64,25 @@ class UlyssesPlan(Plan):
 
         One after the other; the engine has the all-to-alls of other slices travel behind a slice's steps.
         """
-        for nth, parts in enumerate(self.swap.parts):
+        for nth, (parts, (outward, homeward)) in enumerate(zip(self.swap.parts, self.swaps, strict=True)):
             first = nth * SLICE
-            yield Step(self._swapped(first, *self.swap.outward(nth)), 0, NO_TILES)
+            yield Step(outward, 0, NO_TILES)
             for at in range(len(parts)):
                 share = self.swap.share(parts[at : at + 1])
                 for step in inner:
                     phase = first + 1 + at * PART + step.exchange.phase
                     exchange = self._in_sequence(phase, step.exchange, share)
                     yield dataclasses.replace(step, exchange=exchange, share=step.share * share)
-            yield Step(self._swapped(first + SLICE - 1, *self.swap.homeward(nth)), 0, NO_TILES)
+            yield Step(homeward, 0, NO_TILES)
+
+    @functools.cached_property
+    def swaps(self) -> list[tuple[Exchange, Exchange]]:
+        """The all-to-alls before every slice of heads, and after it."""
+        swap, found = self.swap, []
+        for nth in range(swap.slices):
+            outward = self._swapped(nth, nth * SLICE, *swap.outward(nth))
+            found.append((outward, self._swapped(nth, nth * SLICE + SLICE - 1, *swap.homeward(nth))))
+        return found
 
     def _in_sequence(self, phase: int, exchange: Exchange, share: float) -> Exchange:
         """An exchange along the ring for a part of the heads, its peers numbered as ranks of the sequence."""
@@ -82,10 +91,10 @@ class UlyssesPlan(Plan):
             tuple(dataclasses.replace(x, peer=x.peer * size + place, share=x.share * share) for x in items)
             for items in (exchange.sends, exchange.receives)
         )
-        return Exchange(phase, sends, receives)
+        return Exchange(phase, sends, receives, exchange.collective)
 
-    def _swapped(self, phase: int, given: Sequence[Message], got: Sequence[Message]) -> Exchange:
-        """An all-to-all."""
+    def _swapped(self, nth: int, phase: int, given: Sequence[Message], got: Sequence[Message]) -> Exchange:
+        """An all-to-all of a slice."""
 
         def items(messages: Sequence[Message]) -> tuple[Item, ...]:
             return tuple(
@@ -94,7 +103,7 @@ class UlyssesPlan(Plan):
                 if m.parts and m.tokens
             )
 
-        return Exchange(phase, items(given), items(got))
+        return Exchange(phase, items(given), items(got), self.swap.collective(nth))
 
     @functools.cached_property
     def inner_plans(self) -> list[tuple[Part, Plan]]:
@@ -274,4 +283,9 @@ def verify(plans: Sequence[Plan]) -> None:
             raise PlanError(f"Rank {plan.rank} and rank {leader.rank} of its group do not do the same along the ring.")
         if plan is leader or plan.inner is not leader.inner:
             plan.verify()
+    verification.verify_exchanges(
+        "heads for sequence",
+        [[exchange for both in plan.swaps for exchange in both if exchange] for plan in groups],
+        [plan.swap.members for plan in groups],
+    )
     verification.verify([plan.inner for plan in groups[:: len(groups[0].swap.members)]])

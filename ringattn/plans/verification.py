@@ -9,13 +9,14 @@ That every pair is computed once is checked by fingerprint: see `coverage`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ringattn import bands, layouts
 from ringattn.bands import Array
 from ringattn.checking import sequence
+from ringattn.declared import WORDS
 from ringattn.errors import PlanError
 from ringattn.plans import tiles
 from ringattn.plans.coverage import Keys, Sums, sums_of_mask, sums_of_tiles
@@ -24,6 +25,9 @@ from ringattn.plans.homing import verify_returns
 from ringattn.plans.slices import of_slice
 from ringattn.plans.steps import GRAD_BUFFER, Program
 from ringattn.plans.tiles import Tiles
+
+Meets = list[list[list[tuple[int, int]]]]
+"""For every exchange of every rank, the exchanges (rank, index) that its messages meet."""
 
 
 def verify_rank(plan: Program, keys: Keys | None = None) -> None:
@@ -77,9 +81,9 @@ def verify(plans: Sequence[Program]) -> None:
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
     ):
-        _verify_all_gathers(name, exchanges)
-        phases = [[exchange.phase for exchange in own] for own in exchanges]
-        verify_progress(name, phases, _match(name, plans, exchanges, keys))
+        _verify_content(name, plans, exchanges, keys)
+        meets = verify_exchanges(name, exchanges, [range(len(plans))] * len(plans))
+        verify_progress(name, [[exchange.phase for exchange in own] for own in exchanges], meets)
 
 
 # -- one rank -------------------------------------------------------------------------------------------------------
@@ -235,30 +239,71 @@ def _positions(plan: Program, item: Item, keys: Keys) -> list[Array]:
     return [np.concatenate(out)] if item.payload.per_key else out
 
 
-def _verify_all_gathers(name: str, exchanges: Sequence[Sequence[Exchange]]) -> None:
-    """Where an exchange says that it is an all-gather, every rank's does, and sends all others the same rows."""
+def verify_exchanges(name: str, exchanges: Sequence[Sequence[Exchange]], groups: Sequence[Sequence[int]]) -> Meets:
+    """Checks that the messages of all ranks' exchanges meet one another, and that these are what they are declared.
+
+    Where one is declared to be a collective, a transport may have every rank of the group make one call of a library's
+    in place of its messages. So one says it only if all others do, each has one message to and from every other rank
+    of the group, and they all meet in the exchanges of one phase: nobody's call is missing, or meets messages or the
+    call of another phase. As ranks run their exchanges in the order of phases, all make their calls in the same order,
+    and one waits for those whose messages it would have waited for. In an all-gather each sends all others the same.
+
+    Args:
+        groups: of every rank, the group of which its exchanges may be collectives.
+
+    Returns:
+        For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out.
+
+    Raises:
+        PlanError: says which rank and exchange.
+    """
+    meets: Meets = [[[] for _ in own] for own in exchanges]
+    for (sender, i, _), (receiver, j, _) in _pairs(name, exchanges):
+        meets[sender][i].append((receiver, j))
+        meets[receiver][j].append((sender, i))
     for rank, own in enumerate(exchanges):
-        others = {*range(len(exchanges))} - {rank}
-        for nth, exchange in enumerate(own):
-            theirs = exchanges[0][nth].all_gather if nth < len(exchanges[0]) else False
-            alike = len({item.content for item in exchange.sends}) == 1 and all(
-                {item.peer for item in side} == others and len(side) == len(others)
-                for side in (exchange.sends, exchange.receives)
-            )
-            if exchange.all_gather != theirs or (exchange.all_gather and not alike):
-                raise PlanError(
-                    f"{name}: the exchange {nth} of rank {rank} is no all-gather, or not one of all ranks, as one says."
-                )
+        others = [peer for peer in groups[rank] if peer != rank]
+        for index, exchange in enumerate(own):
+            _verify_collective(name, rank, exchange, others, [exchanges[peer][j] for peer, j in meets[rank][index]])
+    return meets
+
+
+def _verify_collective(name: str, rank: int, exchange: Exchange, others: list[int], met: list[Exchange]) -> None:
+    """Checks what one rank declares of an exchange; ``met`` are those of other ranks that its messages meet."""
+    if exchange.collective is None:
+        return
+    said = f"{name}: rank {rank} declares the exchange of phase {exchange.phase} {WORDS[exchange.collective]}"
+    for words, side in (("sends to", exchange.sends), ("receives from", exchange.receives)):
+        if sorted(item.peer for item in side) != others:
+            raise PlanError(f"{said} of ranks {[rank, *others]}, and {words} {[item.peer for item in side]}.")
+    if exchange.collective == "all_gather" and len({item.content for item in exchange.sends}) > 1:
+        raise PlanError(f"{said}, and does not send all others the same.")
+    for other in met:
+        if (other.phase, other.collective) != (exchange.phase, exchange.collective):
+            theirs = WORDS[other.collective] if other.collective else "nothing"
+            raise PlanError(f"{said}; it meets one of phase {other.phase} that is declared {theirs}.")
 
 
 def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
     return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
-def _match(
-    name: str, plans: Sequence[Program], exchanges: Sequence[Sequence[Exchange]], keys: Keys
-) -> list[list[list[tuple[int, int]]]]:
-    """For every exchange of every rank, the exchanges (rank, index) that its messages meet, first in, first out."""
+def _verify_content(name: str, plans: Sequence[Program], exchanges: Sequence[Sequence[Exchange]], keys: Keys) -> None:
+    """Checks that every message carries what its receiver takes it for."""
+    for (sender, i, send), (receiver, j, receive) in _pairs(name, exchanges):
+        if (send.gradient, send.slice) != (receive.gradient, receive.slice) or not _carry_the_same(
+            _positions(plans[sender], send, keys), _positions(plans[receiver], receive, keys)
+        ):
+            raise PlanError(
+                f"{name}: rank {sender} sends {send.words} in its exchange {i} that are not the {receive.words} "
+                f"rank {receiver} expects in its exchange {j}."
+            )
+
+
+def _pairs(
+    name: str, exchanges: Sequence[Sequence[Exchange]]
+) -> Iterator[tuple[tuple[int, int, Item], tuple[int, int, Item]]]:
+    """Every message, sent and received, each with its rank and the number of its exchange: first in, first out."""
     queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}
     for rank, own in enumerate(exchanges):
         for index, exchange in enumerate(own):
@@ -266,7 +311,6 @@ def _match(
                 queues.setdefault((rank, item.peer, True), []).append((index, item))
             for item in exchange.receives:
                 queues.setdefault((item.peer, rank, False), []).append((index, item))
-    meets: list[list[list[tuple[int, int]]]] = [[[] for _ in own] for own in exchanges]
     for sender, receiver in sorted({key[:2] for key in queues}):
         sends, receives = queues.get((sender, receiver, True), []), queues.get((sender, receiver, False), [])
         if len(sends) != len(receives):
@@ -275,19 +319,10 @@ def _match(
                 f"which receives {len(receives)} from it."
             )
         for (i, send), (j, receive) in zip(sends, receives, strict=True):
-            meets[sender][i].append((receiver, j))
-            meets[receiver][j].append((sender, i))
-            if (send.gradient, send.slice) != (receive.gradient, receive.slice) or not _carry_the_same(
-                _positions(plans[sender], send, keys), _positions(plans[receiver], receive, keys)
-            ):
-                raise PlanError(
-                    f"{name}: rank {sender} sends {send.words} in its exchange {i} that are not the {receive.words} "
-                    f"rank {receiver} expects in its exchange {j}."
-                )
-    return meets
+            yield (sender, i, send), (receiver, j, receive)
 
 
-def verify_progress(name: str, exchanges: Sequence[Sequence[int]], meets: list[list[list[tuple[int, int]]]]) -> None:
+def verify_progress(name: str, exchanges: Sequence[Sequence[int]], meets: Meets) -> None:
     """Checks that the exchanges of all ranks, named by their phases, come to an end.
 
     Runs them in order: one completes when every exchange it meets has been started. An exchange starts when the one

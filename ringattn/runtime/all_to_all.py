@@ -20,6 +20,8 @@ from ringattn.plans.swap import Message, Swap
 from ringattn.transports.base import Handle, Transport
 
 Tensors = list[torch.Tensor]
+Messages = list[tuple[int, torch.Tensor]]
+"""Of all-to-alls, each with the member's rank of the sequence."""
 
 
 class Kind(NamedTuple):
@@ -70,6 +72,7 @@ class AllToAlls:
 
     def __init__(self, transport: Transport, swap: Swap, device: torch.device) -> None:
         self._transport, self._swap, self._device = transport, swap, device
+        self._members = transport.along(swap.members)
 
     def around(
         self,
@@ -113,7 +116,7 @@ class AllToAlls:
                 for x, kind in inputs:
                     next(parts).copy_(heads_of(x, kind, part))
         receives, arrived = self._messages("swap out, received", got, travelling)
-        handle = self._start(sends, receives, f"outward, slice {nth}")
+        handle = self._start(sends, receives, nth, "outward")
 
         def finish() -> list[Tensors]:
             handle.wait()
@@ -153,7 +156,7 @@ class AllToAlls:
                     for start, there, count in self._swap.runs(message.peer, each.kind.of_keys):
                         piece.narrow(tokens, start, count).copy_(x.narrow(tokens, there, count))
         receives, arrived = self._messages("swap home, received", got, results)
-        handle = self._start(sends[:-1], receives, f"homeward, slice {nth}")
+        handle = self._start(sends[:-1], receives, nth, "homeward")
         arrived[own.peer] = views[own.peer]
 
         def finish() -> None:
@@ -165,10 +168,12 @@ class AllToAlls:
 
         return finish
 
-    def _start(
-        self, sends: list[tuple[int, torch.Tensor]], receives: list[tuple[int, torch.Tensor]], label: str
-    ) -> Handle:
-        return self._transport.exchange(sends, receives, label=f"{self._transport.doing}, {label}")
+    def _start(self, sends: Messages, receives: Messages, nth: int, way: str) -> Handle:
+        """Starts an all-to-all of the members, whom the view numbers by their places in the group."""
+        first = self._swap.members.start
+        there, back = ([(peer - first, x) for peer, x in messages] for messages in (sends, receives))
+        label, collective = f"{self._transport.doing}, {way}, slice {nth}", self._swap.collective(nth)
+        return self._members.exchange(there, back, label=label, collective=collective)
 
     @property
     def _group(self) -> Message:
@@ -177,7 +182,7 @@ class AllToAlls:
 
     def _messages(
         self, name: str, messages: Sequence[Message], travelling: Sequence[Travelling]
-    ) -> tuple[list[tuple[int, torch.Tensor]], dict[int, Tensors]]:
+    ) -> tuple[Messages, dict[int, Tensors]]:
         """A buffer for each message, behind one another, and the tensors in it: of each part, what is travelling."""
         layouts = [list(_pieces(message, travelling)) for message in messages]
         sizes = [sum(map(_bytes, pieces)) for pieces in layouts]

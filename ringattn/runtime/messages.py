@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ringattn.declared import Collective
 from ringattn.mechanisms.base import Problem
 from ringattn.payloads.base import Attended, Pair, Parcel
 from ringattn.payloads.columns import Columns
@@ -33,7 +34,7 @@ class Move:
 
     Attributes:
         phase: which exchange of its pass it is, shown in errors.
-        all_gather: whether every rank sends each other one the same in it.
+        collective: what it is declared to be, of all ranks.
         packs: own rows that the payload makes before the exchange starts.
         copies: rows that are copied together before it starts.
         sends, receives: its messages.
@@ -43,7 +44,7 @@ class Move:
     """
 
     phase: int
-    all_gather: bool
+    collective: Collective | None
     packs: tuple[Parcel, ...]
     copies: tuple[Copy, ...]
     sends: tuple[Message, ...]
@@ -60,7 +61,7 @@ class Move:
         for source, target in self.copies:
             target.copy_(source)
         label = f"{transport.doing}, phase {self.phase}"
-        return transport.exchange(self.sends, self.receives, label=label, all_gather=self.all_gather)
+        return transport.exchange(self.sends, self.receives, label=label, collective=self.collective)
 
     @property
     def back(self) -> int:
@@ -237,7 +238,7 @@ class _Rooms:
             receives.append((item.peer, rows))
         return Move(
             phase=exchange.phase,
-            all_gather=exchange.all_gather,
+            collective=exchange.collective,
             packs=tuple(packs),
             copies=tuple(copies),
             sends=tuple(sends),

@@ -3,9 +3,9 @@
 One exchange, behind which the rank's own keys are attended to, where the ring and the route have one a peer: the fewest
 waits, and the most memory. In slices of key heads (`plans.slices`) both are bounded: the exchange of the next slice
 travels while one is computed, and two slices lie there at a time. What a rank does not need it is not sent; where all
-need everything, as under a full mask, the exchange says that it is an all-gather. Gradients are added up by the owners
-of their keys, in the order of the ranks, as a reduce-scatter's sum has an order of its own. (All-gather context
-parallelism: Llama 3, arXiv 2407.21783, section 3.3.2.)
+need everything, as under a full mask, the exchange says that it is an all-gather, and that of the gradients, where it
+brings nothing else, that it is an all-to-all: they are added up by the owners of their keys, in the order of the ranks,
+which a reduce-scatter's sum is not. (All-gather context parallelism: Llama 3, arXiv 2407.21783, section 3.3.2.)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AllGather(Schedule):
         user, _, start, stop = demand.keys_requested_from(rank).T
         one = np.ones_like(user)
         sends = np.stack([one, user, 0 * one, rank * one, start, stop], axis=1)[user != rank]
-        return Moves(receives, sends, all_gather=demand.of_all_for_all)
+        return Moves(receives, sends, collective="all_gather" if demand.of_all_for_all else None)
 
     def received_tokens(self, requested: Array, size: int) -> int:
         foreign = requested[requested[:, Q_RANK] != requested[:, K_RANK]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from ringattn.declared import Collective
 from ringattn.errors import TransportError
 from ringattn.groups import new_group, timeout_of
 from ringattn.transports.base import Message, Transport
@@ -110,22 +111,27 @@ class TorchDistributed(Transport):
 
         return complete
 
-    def _start_all_gather(
-        self, sends: Sequence[Message], receives: Sequence[Message], label: str
+    def _start_collective(
+        self, collective: Collective, sends: Sequence[Message], receives: Sequence[Message], label: str
     ) -> Callable[[], None]:
-        """NCCL's own, which takes unequal shares too; equal ones lie in memory of its own until they are all there.
+        """NCCL's own, which take unequal shares too; Gloo's are slower than messages.
 
-        Gloo's is slower than messages.
+        Of an all-gather, equal shares lie in memory of its own until they are all there. An all-to-all is messages that
+        start together; what a rank would send to itself is nothing, and stays here.
         """
         if self.name != "nccl":
             return self._start(sends, receives, label)
         if self.news.loss is not None:
             raise self.news.error(Place(label))
-        _, own = sends[0]
-        shares = dict(receives)
-        every = [shares.get(rank, own) for rank in range(self.size)]  # its own share it may write over itself
+        sent, received, (_, own) = dict(sends), dict(receives), sends[0]
+        nothing = own.view(-1)[:0]
         try:
-            work = dist.all_gather(every, own, group=self.group, async_op=True)
+            if collective == "all_gather":  # into its own place a rank may write what lies there
+                every = [received.get(rank, own) for rank in range(self.size)]
+                work = dist.all_gather(every, own, group=self.group, async_op=True)
+            else:
+                into, every = ([x.get(rank, nothing) for rank in range(self.size)] for x in (received, sent))
+                work = dist.all_to_all(into, every, group=self.group, async_op=True)
         except RuntimeError as error:
             raise self._failure(label, None, error) from error
 
