@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +114,31 @@ def test_weights_of_rows() -> None:
 def test_other_features_are_refused() -> None:
     with pytest.raises(InputError, match="features must be one of 'elu', 'taylor', 'given'; got 'relu'"):
         ringattn.Linear(features="relu")
+
+
+def test_nothing_of_a_launch_is_held_when_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launch makes is not in ``plan.memory()`` but once."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def watched(name: str) -> None:
+        original = getattr(ringattn.Linear, name)
+
+        def method(*args: Any) -> Any:
+            if name != "summarise_grad":  # of the same launch as what came before it
+                held.append(sum(x() is not None for x in made))
+            found = original(*args)
+            made.extend(weakref.ref(x) for x in found if x is not None)
+            return found
+
+        monkeypatch.setattr(ringattn.Linear, name, method)
+
+    for name in ("tile_grad", "attend_grad", "summarise_grad"):
+        watched(name)
+    q, k, v = (torch.randn(1, 2, 512, 4, requires_grad=True) for _ in range(3))
+    sharding = ringattn.Sharding(512, ringattn.init())
+    options: dict[str, Any] = {"mechanism": ringattn.Linear(), "kernel": "chunked"}
+    out = ringattn.attention(q, k, v, ringattn.Causal(), sharding=sharding, **options)
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
+    assert len(held) > 2 and not any(held)

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.kernels.lowering import CAUSAL, FULL, TileGroup, lowered
+from ringattn.kernels.lowering import CAUSAL, FULL, Launch, TileGroup, lowered
 from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
 from ringattn.plans.tiles import Tiles
 
@@ -60,25 +60,34 @@ class Chunked(Kernel):
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dparams: Params,
     ) -> None:
-        mechanism, dtype = _summarising(problem), problem.accumulator
         if not problem.wants("q", "k", "v", *problem.params):
             return
         for launch in tiles.memo(lowered, *LIMITS, problem.batch):
-            queries, keys = launch.queries, launch.keys
-            inputs = queries(q).to(dtype), keys(k).to(dtype), keys(v).to(dtype)
-            output = output_grad.select(queries, dtype)
-            if launch.group.kind == FULL:
-                summary = mechanism.summarise(problem, *inputs[1:])
-                dq, dsummary = mechanism.attend_grad(problem, inputs[0], summary, output)
-                parts: InputGrads = dq, None, None
-                if dsummary is not None:
-                    parts = dq, *mechanism.summarise_grad(problem, *inputs[1:], dsummary)
-            else:
-                block = _square(launch.group, q.device)
-                parts = mechanism.tile_grad(problem, block, *inputs, output, dparams)
-            for total, rows, part in zip(gradients, (queries, keys, keys), problem.wanted(*parts), strict=True):
-                if part is not None:
-                    rows(total).add_(part)
+            _add_grad(problem, launch, (q, k, v), output_grad, gradients, dparams)
+
+
+def _add_grad(
+    problem: Problem,
+    launch: Launch,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    output_grad: OutputGrad,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    dparams: Params,
+) -> None:
+    """Adds what one launch contributes, of which nothing is held when the next one begins."""
+    mechanism, dtype, places = _summarising(problem), problem.accumulator, (launch.queries, launch.keys, launch.keys)
+    q, k, v = (rows(x).to(dtype) for rows, x in zip(places, inputs, strict=True))
+    output = output_grad.select(launch.queries, dtype)
+    if launch.group.kind == FULL:
+        dq, dsummary = mechanism.attend_grad(problem, q, mechanism.summarise(problem, k, v), output)
+        parts: InputGrads = dq, None, None
+        if dsummary is not None:
+            parts = dq, *mechanism.summarise_grad(problem, k, v, dsummary)
+    else:
+        parts = mechanism.tile_grad(problem, _square(launch.group, q.device), q, k, v, output, dparams)
+    for total, rows, part in zip(gradients, places, problem.wanted(*parts), strict=True):
+        if part is not None:
+            rows(total).add_(part)
 
 
 def _summarising(problem: Problem) -> Summarising:

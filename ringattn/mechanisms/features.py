@@ -34,10 +34,10 @@ class Elu(FeatureMap):
     """``elu(x) + 1``, written so that exp(x) keeps its digits far below 0."""
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.exp(x.clamp(max=0)) + x.clamp(min=0)
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
     def back(self, x: torch.Tensor, dfeatures: torch.Tensor) -> torch.Tensor:
-        return dfeatures * torch.exp(x.clamp(max=0))
+        return dfeatures * x.clamp(max=0).exp_()
 
 
 class Taylor(FeatureMap):
