@@ -139,7 +139,7 @@ class Mesh:
         ranks = _ranks(whole, names).reshape(*(sizes[axis] for axis in AXES))
         alone = next((axis for axis in ("ring", "ulysses") if sizes[axis] == ranks[0].numel()), None)
         own = whole.get_group(_index(whole, names[alone])) if alone else new_group(ranks[replica].flatten().tolist())
-        transport = TorchDistributed.over(own, agreement)
+        transport = TorchDistributed(own, agreement)
         groups = Groups(ranks, transport.group, replicas)
         return cls(**sizes, rank=replica * transport.size + transport.rank, transport=transport, groups=groups)
 

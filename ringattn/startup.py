@@ -154,7 +154,7 @@ def _connected(sizes: dict[str, int], ranks: Meeting, transport: str, agreement:
     except (RuntimeError, OSError) as error:  # of torch's groups and their stores, and of the connection to one
         raise TransportError(f"Rank {ranks.rank} could not be connected to the others: {error}") from error
     world = torch.arange(ranks.world).view(sizes["data"], sizes["ring"], sizes["ulysses"])
-    between = TorchDistributed.over(own, agreement, news)
+    between = TorchDistributed(own, agreement, news)
     return Mesh(**sizes, rank=ranks.rank, transport=between, groups=Groups(world, own), node=node)
 
 

@@ -115,10 +115,7 @@ MAY: dict[str, str] = {
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering "
     "mechanisms.ordered",
     "transports.base": "errors declared",
-    "transports.torch_distributed": "errors groups transports.base transports.direct transports.neighbours "
-    "transports.news declared",
-    "transports.direct": "transports.base transports.neighbours",
-    "transports.neighbours": "",
+    "transports.torch_distributed": "errors groups transports.base transports.news declared",
     "transports.news": "errors transports.told",
     "transports.told": "",
     "transports.*": "errors transports.base",

@@ -31,8 +31,7 @@ def _close_sockets(port: int) -> None:
         with contextlib.suppress(OSError):
             if "socket" in str(link.readlink()):
                 with socket.socket(fileno=os.dup(int(link.name))) as end:
-                    direct = end.type == socket.SOCK_SEQPACKET
-                    if direct or (end.family != socket.AF_UNIX and end.getpeername()[1] != port):
+                    if end.family != socket.AF_UNIX and end.getpeername()[1] != port:
                         end.shutdown(socket.SHUT_RDWR)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,29 +11,18 @@ import torch
 import ringattn
 from ringattn.errors import DeadlockError, InFlightError, TransportError
 from ringattn.transports.base import SUMMED
-from ringattn.transports.torch_distributed import TorchDistributed
 from tests.workers import Workers
 
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture(params=["simulator", "gloo", "sockets", "mpi"])
+@pytest.fixture(params=["simulator", "gloo", "mpi"])
 def run(request: pytest.FixtureRequest) -> Run:
     """``run(fn)``: the results of ``fn(mesh)`` on three ranks."""
     if request.param == "simulator":
         return lambda fn, *args: ringattn.simulate(fn, *args, ring=3).results
-    workers: Workers = request.getfixturevalue("mpi" if request.param == "mpi" else "gloo")
-    if request.param == "sockets":
-        return lambda fn, *args: workers.run(3, _by_sockets, fn, *args)
+    workers: Workers = request.getfixturevalue(request.param)
     return lambda fn, *args: workers.run(3, fn, *args)
-
-
-def _by_sockets(mesh: ringattn.Mesh, fn: Callable[..., Any], *args: Any) -> Any:
-    """As if the ranks did not share a machine."""
-    transport = mesh.connected()
-    assert isinstance(transport, TorchDistributed)
-    own = TorchDistributed(transport.group, transport.agreement, transport.news)
-    return fn(dataclasses.replace(mesh, transport=own), *args)
 
 
 def _around(mesh: ringattn.Mesh, dtype: torch.dtype) -> bool:

@@ -131,7 +131,7 @@ class DistributedAttention(nn.Module):
 
     @functools.cached_property
     def _transport(self) -> Transport:
-        return self.spg.connected() if isinstance(self.spg, Mesh) else TorchDistributed.over(self.spg)
+        return self.spg.connected() if isinstance(self.spg, Mesh) else TorchDistributed(self.spg)
 
     def _by_mask(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         length = q.shape[1] * self.mesh.sequence_size

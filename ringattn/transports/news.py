@@ -24,7 +24,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ class News:
         self.loss: Loss | None = None
         self._key, self._host = key, host
         self._store = CarefulStore(store, PATIENCE)
-        self._ends: list[Callable[[], None]] = []
+        self._groups: list[dist.ProcessGroup] = []
         stop = threading.Event()
         thread = threading.Thread(target=_watch, args=(weakref.ref(self), stop), name="news", daemon=True)
         weakref.finalize(self, _end, stop, thread)  # before the interpreter goes: a thread in torch may abort it then
@@ -114,9 +114,9 @@ class News:
         store = dist.distributed_c10d._get_default_store()
         return cls(store, f"ringattn/news/{group.group_name}", dist.get_rank(), dist.get_world_size())
 
-    def follow(self, end: Callable[[], None]) -> None:
-        """Has waits ended by this too when there is news."""
-        self._ends.append(end)
+    def follow(self, group: dist.ProcessGroup) -> None:
+        """Ends the waits of this group too when there is news."""
+        self._groups.append(group)
 
     def look(self) -> bool:
         """Asks for news once; whether it is worth asking again."""
@@ -189,8 +189,8 @@ class News:
         if self.loss is None or self.place.why:
             self.loss = self.loss or loss
             self._store.write(f"{self._key}/{self.rank}", json.dumps(self.place))
-            for end in self._ends:
-                end()
+            for group in self._groups:
+                end_waits(group)
 
     def _said(self, rank: int, end: float) -> Place | None:
         """Where another rank is, by itself; None where it says nothing until then."""

@@ -1,7 +1,4 @@
-"""TorchDistributed: exchanges over a torch.distributed process group, Gloo on CPUs and NCCL on GPUs.
-
-CPU tensors go directly from rank to rank where all share a machine, by `Direct`: they agree on it when they connect.
-"""
+"""TorchDistributed: exchanges over a torch.distributed process group, Gloo on CPUs and NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -16,9 +13,7 @@ from ringattn.declared import Collective
 from ringattn.errors import TransportError
 from ringattn.groups import new_group, timeout_of
 from ringattn.transports.base import Message, Transport
-from ringattn.transports.direct import Direct, MismatchError
-from ringattn.transports.neighbours import neighbours
-from ringattn.transports.news import News, Place, end_waits
+from ringattn.transports.news import News, Place
 
 
 class TorchDistributed(Transport):
@@ -29,39 +24,14 @@ class TorchDistributed(Transport):
         agreement: whether the ranks compare each call. On NCCL they do it over a Gloo group of the same ranks, while
             the GPU works.
         news: of lost ranks in the whole run; None for those of this group alone.
-        direct: by which messages go where all ranks share a machine; None for the group's own.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        agreement: bool = True,
-        news: News | None = None,
-        direct: Direct | None = None,
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, agreement: bool = True, news: News | None = None) -> None:
         self.group = group
         self.news = News.of(group) if news is None else news
-        self.news.follow(functools.partial(end_waits, group))
-        self._direct = direct
-        if direct is not None:
-            self.news.follow(direct.end)
+        self.news.follow(group)
         self._world = dist.get_process_group_ranks(group)
         super().__init__(dist.get_backend(group), dist.get_rank(group), dist.get_world_size(group), agreement)
-
-    @classmethod
-    def over(cls, group: dist.ProcessGroup, agreement: bool = True, news: News | None = None) -> TorchDistributed:
-        """Over a group whose ranks all call it together, and find out whether they share a machine.
-
-        Raises:
-            TransportError: one of them does not call it.
-        """
-        if dist.get_backend(group) != "gloo" or group.size() == 1:
-            return cls(group, agreement, news)
-        try:
-            met = neighbours(group)
-        except RuntimeError as error:
-            raise TransportError(f"The ranks {dist.get_process_group_ranks(group)} did not meet: {error}") from error
-        return cls(group, agreement, news, Direct(met, timeout_of(group)) if met else None)
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +46,7 @@ class TorchDistributed(Transport):
 
     def _over(self, ranks: Sequence[int], backend: str, limit: datetime.timedelta | None = None) -> TorchDistributed:
         group = new_group(ranks, limit or timeout_of(self.group), backend)
-        return TorchDistributed.over(group, self.agreement, self.news)
+        return TorchDistributed(group, self.agreement, self.news)
 
     def refusal(self, device: torch.device) -> str | None:
         if self.name == "gloo" and device.type != "cpu":
@@ -93,18 +63,18 @@ class TorchDistributed(Transport):
     def _start(self, sends: Sequence[Message], receives: Sequence[Message], label: str) -> Callable[[], None]:
         if self.news.loss is not None:
             raise self.news.error(Place(label))
-        waits: list[Callable[[], object]] = []
+        works: list[dist.Work] = []
         peers = [peer for peer, _ in (*receives, *sends)]
         try:
-            self._post(sends, receives, waits)
+            self._post(sends, receives, works)
         except RuntimeError as error:
-            raise self._failure(label, peers[min(len(waits), len(peers) - 1)], error) from error
+            raise self._failure(label, peers[min(len(works), len(peers) - 1)], error) from error
 
         def complete() -> None:
-            for wait, peer in zip(waits, peers, strict=False):
+            for work, peer in zip(works, peers, strict=False):
                 self.news.place = Place(label, self._world[peer])
                 try:
-                    wait()
+                    work.wait()
                 except RuntimeError as error:
                     raise self._failure(label, peer, error) from error
             self.news.place = Place(label)
@@ -144,19 +114,17 @@ class TorchDistributed(Transport):
 
         return complete
 
-    def _post(self, sends: Sequence[Message], receives: Sequence[Message], waits: list[Callable[[], object]]) -> None:
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message], works: list[dist.Work]) -> None:
         """Receives first: on Gloo a send completes only when its receive is posted."""
-        if self._direct is not None:
-            waits += self._direct.start(sends, receives)
-        elif self.name == "nccl":
+        if self.name == "nccl":
             moves = [*((dist.irecv, *each) for each in receives), *((dist.isend, *each) for each in sends)]
             operations = [dist.P2POp(move, x, group=self.group, group_peer=peer) for move, peer, x in moves]
-            waits += [work.wait for work in dist.batch_isend_irecv(operations)]
+            works += dist.batch_isend_irecv(operations)
         else:
             for peer, x in receives:
-                waits.append(self.group.recv([x], peer, 0).wait)
+                works.append(self.group.recv([x], peer, 0))
             for peer, x in sends:
-                waits.append(self.group.send([x], peer, 0).wait)
+                works.append(self.group.send([x], peer, 0))
 
     def _sum(self, x: torch.Tensor, label: str) -> None:
         if x.device.type == "cpu" and self.control is not self:
@@ -175,9 +143,5 @@ class TorchDistributed(Transport):
 
     def _failure(self, label: str, peer: int | None, error: RuntimeError) -> TransportError:
         """The backend's own words stay the error's cause."""
-        if isinstance(error, MismatchError):
-            odd = TransportError(f"Rank {self._world[error.peer]} {error}, in {label or 'an exchange'}.")
-            self.news.abandon(label, odd)
-            return odd
         place = Place(label or "an exchange", None if peer is None else self._world[peer])
         return self.news.failed(place, self._world, error, timeout_of(self.group).total_seconds())

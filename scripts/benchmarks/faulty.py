@@ -147,8 +147,7 @@ def _close_sockets(store: int) -> None:
         with contextlib.suppress(OSError):
             if "socket" in str(link.readlink()):
                 with socket.socket(fileno=os.dup(int(link.name))) as end:
-                    direct = end.type == socket.SOCK_SEQPACKET
-                    if direct or (end.family != socket.AF_UNIX and end.getpeername()[1] != store):
+                    if end.family != socket.AF_UNIX and end.getpeername()[1] != store:
                         end.shutdown(socket.SHUT_RDWR)
 
 
