@@ -143,6 +143,16 @@ def positions(value: object, name: str = "positions", below: int = MAX_TOKENS) -
     return found.astype(np.int64)
 
 
+def finite(value: object, name: str) -> float:
+    """A finite number as a float, or an InputError that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
+    number = float(value)
+    if not -math.inf < number < math.inf:  # which compiled code can ask of a number it holds as a symbol
+        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
+    return number
+
+
 def _power(value: int) -> str:
     exponent = value.bit_length() - 1
     return f"2^{exponent}" if exponent > 20 and value == 1 << exponent else str(value)

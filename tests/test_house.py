@@ -91,19 +91,19 @@ MAY: dict[str, str] = {
     "schedules.pass_q": "bands errors payloads.base payloads.queries schedules.route",
     "schedules.*": "bands checking errors layouts schedules.base payloads.base payloads.summaries plans.assembly "
     "plans.demand plans.stages plans.transfers plans.tiles",
-    "mechanisms.base": "checking errors",
-    "mechanisms.dropout": "checking errors mechanisms.base",
+    "mechanisms.blocks": "",
+    "mechanisms.base": "errors mechanisms.blocks",
+    "mechanisms.dropout": "checking errors mechanisms.base mechanisms.blocks",
     "mechanisms.lse": "mechanisms.base",
-    "mechanisms.choices": "mechanisms.base",
+    "mechanisms.choices": "mechanisms.blocks",
     "mechanisms.additive": "",
-    "mechanisms.scores": "checking errors mechanisms.additive mechanisms.base",
+    "mechanisms.scores": "checking errors mechanisms.additive mechanisms.base mechanisms.blocks",
     "mechanisms.features": "",
     "mechanisms.walk": "",
     "mechanisms.thresholds": "mechanisms.base",
-    "mechanisms.ordered": "checking errors mechanisms.base mechanisms.walk",
+    "mechanisms.ordered": "checking errors mechanisms.base mechanisms.walk mechanisms.blocks",
     "mechanisms.*": "checking errors mechanisms.base mechanisms.choices mechanisms.dropout mechanisms.features "
-    "mechanisms.lse mechanisms.scores "
-    "mechanisms.ordered mechanisms.thresholds",
+    "mechanisms.lse mechanisms.scores mechanisms.ordered mechanisms.thresholds mechanisms.blocks",
     "kernels.base": "mechanisms.base naming plans.tiles",
     "kernels.lowering": "bands plans.tiles",
     "kernels.machine": "kernels.base",
@@ -113,7 +113,7 @@ MAY: dict[str, str] = {
     "kernels.choice": "errors naming mechanisms mechanisms.base kernels kernels.base kernels.machine kernels.rates "
     "kernels.store kernels.trial",
     "kernels.*": "bands mechanisms.base mechanisms.softmax plans.tiles kernels.base kernels.lowering "
-    "mechanisms.ordered",
+    "mechanisms.ordered mechanisms.blocks",
     "transports.base": "errors declared",
     "transports.torch_distributed": "errors groups transports.base transports.news declared",
     "transports.news": "errors transports.told",
@@ -131,7 +131,8 @@ MAY: dict[str, str] = {
     "transports.base runtime.agreement runtime.gathering runtime.messages plans.deal plans.swap",
     "runtime.gathering": "mechanisms.base payloads.base payloads.keys payloads.outputs plans.cost plans.grid "
     "plans.plan runtime.messages transports.base",
-    "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering",
+    "runtime.deterministic": "mechanisms.base payloads.outputs plans.grid runtime.call runtime.gathering "
+    "mechanisms.blocks",
     "runtime.passing": "kernels.base kernels.reference mechanisms.base payloads.base payloads.columns payloads.outputs "
     "payloads.queries plans.tiles runtime.call runtime.preparing",
     "runtime.messages": "mechanisms.base payloads.base payloads.columns plans.exchanges plans.plan plans.shape "
@@ -175,7 +176,7 @@ MAY: dict[str, str] = {
     "payloads.columns": "",
     "payloads.outputs": "mechanisms.base payloads.columns",
     "payloads.queries": "mechanisms.base payloads.base payloads.columns payloads.outputs",
-    "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base",
+    "payloads.*": "errors kernels.base mechanisms.base plans.tiles payloads.base mechanisms.blocks",
     "functional": "masks sharding kernels.base mechanisms.base mechanisms.ordered mechanisms.softmax "
     "mechanisms.total runtime.op runtime.request runtime.spelling runtime.transforms schedules.base",
     "collectives.cumulative": "checking errors functional runtime.agreement sharding",

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ringattn
-from ringattn.mechanisms.base import Block, Mechanism, OutputGrad, Problem, State, Summarising
+from ringattn.mechanisms.base import Mechanism, OutputGrad, Problem, State, Summarising
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.softmax import Softmax
 from ringattn.mechanisms.total import Total
 

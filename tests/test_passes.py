@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ringattn
-from ringattn.mechanisms.base import Block, Mechanism, Problem, State
+from ringattn.mechanisms.base import Mechanism, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.scores import Scored
 from ringattn.mechanisms.softmax import Softmax
 

@@ -12,7 +12,8 @@ import torch
 
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.lowering import CAUSAL, FULL, Launch, TileGroup, lowered
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.blocks import Block
 from ringattn.plans.tiles import Tiles
 
 LIMITS = 128, 4096

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Block, OutputGrad, Params, Problem, State, rows_at
+from ringattn.mechanisms.base import OutputGrad, Params, Problem, State
+from ringattn.mechanisms.blocks import Block, rows_at
 from ringattn.mechanisms.ordered import Ordered
 from ringattn.plans import tiles as t
 from ringattn.plans.tiles import Tiles

@@ -3,7 +3,8 @@
 To add a mechanism, write one class and its line in ``MEMBERS`` and in ``ringattn/__init__.py``.
 """
 
-from ringattn.mechanisms.base import Block, Mechanism, Problem
+from ringattn.mechanisms.base import Mechanism, Problem
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.entmax import Entmax
 from ringattn.mechanisms.gated import Gated
 from ringattn.mechanisms.hard import Hard

@@ -14,8 +14,6 @@ ranks may exchange summaries in place of keys and values.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -24,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ringattn.checking import shown
-from ringattn.errors import InputError, UnsupportedError
+from ringattn.errors import UnsupportedError
+from ringattn.mechanisms.blocks import Block
 
 State = tuple[torch.Tensor, ...]
 Params = Mapping[str, torch.Tensor]
@@ -99,9 +97,8 @@ class Problem:
 
     def params_like(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Zeros in place of the mechanism's tensors, of this problem's heads, which may be a part of all."""
-        heads_at = self.mechanism.heads_at
         made = {name: torch.zeros_like(x, device=device) for name, x in self.mechanism.params.items()}
-        return {name: x.narrow(heads_at.get(name, 0), 0, self.heads) for name, x in made.items()}
+        return {name: self.mechanism.of_heads(name, x, 0, self.heads) for name, x in made.items()}
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -121,6 +118,15 @@ class Problem:
         """
         shape = (self.batch, length, heads, dim)
         return torch.zeros(shape, dtype=self.accumulator, device=self.device).transpose(1, 2)
+
+    def no_gradients(self, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Zeros to which the gradients of so many queries, and of keys and values, are added; as `rows` makes them."""
+        dq = self.rows(self.heads, queries, self.dim)
+        return dq, self.rows(self.kv_heads, keys, self.dim), self.rows(self.kv_heads, keys, self.value_dim)
+
+    def no_gradients_of_params(self) -> dict[str, torch.Tensor]:
+        """Zeros to which the gradients of the params are added, of the accumulator's dtype."""
+        return {name: torch.zeros_like(x, dtype=self.accumulator) for name, x in self.params.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,48 +152,9 @@ class OutputGrad:
         return OutputGrad(tuple(map(part, self.saved)), part(self.dout), grad_extras)
 
 
-def finite(value: object, name: str) -> float:
-    """A finite number as a float, or an InputError that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
-    number = float(value)
-    if not -math.inf < number < math.inf:  # which compiled code can ask of a number it holds as a symbol
-        raise InputError(f"{name} must be a finite number; got {shown(value)}.")
-    return number
-
-
 def _equal(value: object, default: object) -> bool:
     """Whether a field has its default. A tensor never does, nor what compares as tensors do."""
     return value is default or (value == default) is True
-
-
-def rows_at(at: slice) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes these rows, dim 2, of a tensor."""
-    return lambda x: x[:, :, at]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """Which pairs a block is of.
-
-    Attributes:
-        queries: rows of this rank's queries.
-        q_at, k_at: the global positions of the block's queries and keys, both ascending.
-        allowed: bool ``[M, N]``; None when every pair is.
-    """
-
-    queries: slice
-    q_at: slice
-    k_at: slice
-    allowed: torch.Tensor | None = None
-
-    def q_positions(self, device: torch.device) -> torch.Tensor:
-        """Int64 ``[M]``."""
-        return torch.arange(self.q_at.start, self.q_at.stop, self.q_at.step, device=device)
-
-    def k_positions(self, device: torch.device) -> torch.Tensor:
-        """Int64 ``[N]``."""
-        return torch.arange(self.k_at.start, self.k_at.stop, self.k_at.step, device=device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -222,6 +189,16 @@ class Mechanism(ABC):
         """The learned tensors that were given, by name."""
         held = ((name, getattr(self, name)) for name in self.tensors)
         return {name: x for name, x in held if isinstance(x, torch.Tensor)}
+
+    @classmethod
+    def heads_dim(cls, name: str) -> int:
+        """The dim of a learned tensor that counts query heads."""
+        return cls.heads_at.get(name, 0)
+
+    @classmethod
+    def of_heads(cls, name: str, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """What so many query heads have of a learned tensor of all, or of its gradient: a view."""
+        return x.narrow(cls.heads_dim(name), first, count)
 
     def beyond(self, known: Collection[str]) -> list[str]:
         """The fields that are set and not among the known ones, in words: what a kernel would drop."""

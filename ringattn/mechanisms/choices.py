@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ringattn.mechanisms.base import Block
+from ringattn.mechanisms.blocks import Block
 
 NOWHERE = torch.iinfo(torch.int64).max  # behind every key
 AT_ONCE = 1 << 16  # candidates scored at once

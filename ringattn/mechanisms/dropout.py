@@ -13,7 +13,8 @@ import torch
 
 from ringattn.checking import shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, Problem
+from ringattn.mechanisms.base import Problem
+from ringattn.mechanisms.blocks import Block
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 wraps, as the hash wants it
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)

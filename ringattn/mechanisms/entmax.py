@@ -23,9 +23,10 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.checking import shown
+from ringattn.checking import finite, shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import InputGrads, Mechanism, OutputGrad, Params, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.scores import LEARNED, WORDS, Scored
 from ringattn.mechanisms.thresholds import (
     Cut,

@@ -26,19 +26,10 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.checking import flag, shown
+from ringattn.checking import finite, flag, shown
 from ringattn.errors import InputError, UnsupportedError
-from ringattn.mechanisms.base import (
-    Block,
-    InputGrads,
-    Mechanism,
-    OutputGrad,
-    Params,
-    Problem,
-    State,
-    Summarising,
-    finite,
-)
+from ringattn.mechanisms.base import InputGrads, Mechanism, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.blocks import Block
 
 LEAST = -800.0  # the log of a decay of 0: no float64 has so small an exponential
 CARRIED = 3

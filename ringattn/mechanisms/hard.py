@@ -21,8 +21,9 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.checking import integer
-from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.checking import finite, integer
+from ringattn.mechanisms.base import InputGrads, Mechanism, OutputGrad, Params, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.choices import AT_ONCE, NOWHERE, chosen, taken
 from ringattn.mechanisms.lse import without_infinity
 

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 
 from ringattn.checking import choice
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.features import MAPS, FeatureMap
 
 

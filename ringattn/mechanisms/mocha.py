@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ringattn.checking import integer
+from ringattn.checking import finite, integer
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Problem, finite
+from ringattn.mechanisms.base import Problem
 from ringattn.mechanisms.ordered import Ordered, over_heads, over_rows
 
 

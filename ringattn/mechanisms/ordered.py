@@ -19,9 +19,10 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from ringattn.checking import flag, shown
+from ringattn.checking import finite, flag, shown
 from ringattn.errors import InputError, UnsupportedError
-from ringattn.mechanisms.base import Block, InputGrads, Mechanism, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import InputGrads, Mechanism, OutputGrad, Params, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.walk import Flow, Walk, searched
 
 

@@ -25,9 +25,10 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.checking import shown
+from ringattn.checking import finite, shown
 from ringattn.errors import InputError
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, finite
+from ringattn.mechanisms.base import InputGrads, OutputGrad, Params, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.mechanisms.choices import AT_ONCE, NOWHERE, chosen, taken
 from ringattn.mechanisms.dropout import fresh, indices, seed_of, uniform
 from ringattn.mechanisms.lse import average, without_infinity

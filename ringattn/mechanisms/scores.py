@@ -17,10 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from ringattn.checking import shown
+from ringattn.checking import finite, shown
 from ringattn.errors import InputError
 from ringattn.mechanisms import additive
-from ringattn.mechanisms.base import Block, Mechanism, Params, Problem, finite
+from ringattn.mechanisms.base import Mechanism, Params, Problem
+from ringattn.mechanisms.blocks import Block
 
 TABLES = ("alibi", "relative", "bias")
 """Tensors that add to the scores."""

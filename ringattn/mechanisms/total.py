@@ -9,7 +9,8 @@ import dataclasses
 
 import torch
 
-from ringattn.mechanisms.base import Block, InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.base import InputGrads, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.blocks import Block
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

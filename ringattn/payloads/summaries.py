@@ -16,7 +16,8 @@ import torch
 
 from ringattn.errors import InputError
 from ringattn.kernels.base import Kernel
-from ringattn.mechanisms.base import Mechanism, OutputGrad, Params, Problem, State, Summarising, rows_at
+from ringattn.mechanisms.base import Mechanism, OutputGrad, Params, Problem, State, Summarising
+from ringattn.mechanisms.blocks import rows_at
 from ringattn.payloads.base import Attended, Heads, Pair, Parcel
 from ringattn.plans import tiles as t
 from ringattn.plans.tiles import Tiles

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ringattn.mechanisms.base import Block, OutputGrad, Problem, State
+from ringattn.mechanisms.base import OutputGrad, Problem, State
+from ringattn.mechanisms.blocks import Block
 from ringattn.payloads.outputs import OutputSide
 from ringattn.plans.grid import TILE, Tile
 from ringattn.runtime.call import TileCall
@@ -71,9 +72,7 @@ def backward(
     compare = call.compare(f"bwd {number}", seed)
     problem = call.problem_of(params, seed)
     output_grad = OutputGrad(saved, dout, grad_extras)
-    dq = problem.rows(problem.heads, q.shape[2], problem.dim)
-    dk = problem.rows(problem.kv_heads, k.shape[2], problem.dim)
-    dv = problem.rows(problem.kv_heads, k.shape[2], problem.value_dim)
+    dq, dk, dv = problem.no_gradients(q.shape[2], k.shape[2])
     if problem.wants("q"):
         _query_gradients(call, problem, q, k, v, output_grad, dq)
     if problem.wants("k", "v"):

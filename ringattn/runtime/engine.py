@@ -103,12 +103,8 @@ def backward(
     kernel, payload = call.kernel, call.plan.attended
     every = Heads.sliced(problem, heads_of(problem.kv_heads, call.plan.slices))
     pack = functools.partial(_pack, payload, every, k, v)
-    dq = problem.rows(problem.heads, q.shape[2], problem.dim)
-    own = dk, dv = (
-        problem.rows(problem.kv_heads, k.shape[2], problem.dim),
-        problem.rows(problem.kv_heads, k.shape[2], problem.value_dim),
-    )
-    dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
+    dq, dk, dv = problem.no_gradients(q.shape[2], k.shape[2])
+    dparams = problem.no_gradients_of_params()
     output_grad = OutputGrad(saved, dout, grad_extras)
     for step, move in call.passes.backward:
         under_way = move.start(call.transport, pack)
@@ -122,7 +118,7 @@ def backward(
             payload.attend_grad(some.problem, kernel, query, move.rows, result, step.tiles, *gradients)
         under_way.wait()
         some = every[move.back]
-        move.take_back(payload, some.problem, some.of_keys(k, v), some.of_keys(*own))
+        move.take_back(payload, some.problem, some.of_keys(k, v), some.of_keys(dk, dv))
     compare()
     problem.mechanism.finish_grad(problem, output_grad, dparams)
     return dq, dk, dv, [dparams[name].to(p.dtype) for name, p in problem.params.items()]

@@ -66,8 +66,8 @@ class Heads:
         at = self.queries
         if at is None:
             return params
-        dims = self.problem.mechanism.heads_at
-        return {name: x.narrow(dims.get(name, 0), at.start, at.stop - at.start) for name, x in params.items()}
+        mechanism, count = self.problem.mechanism, at.stop - at.start
+        return {name: mechanism.of_heads(name, x, at.start, count) for name, x in params.items()}
 
     def of_output(self, output_grad: OutputGrad) -> OutputGrad:
         """Of the output side of a backward pass."""

@@ -95,10 +95,8 @@ def backward(
     """As `engine.backward`."""
     compare = call.compare(f"bwd {number}", seed)
     problem, tour = call.problem_of(params, seed), call.tours.backward
-    dq = problem.rows(problem.heads, q.shape[2], problem.dim)
-    dk = problem.rows(problem.kv_heads, k.shape[2], problem.dim)
-    dv = problem.rows(problem.kv_heads, k.shape[2], problem.value_dim)
-    dparams = {name: torch.zeros_like(p, dtype=problem.accumulator) for name, p in problem.params.items()}
+    dq, dk, dv = problem.no_gradients(q.shape[2], k.shape[2])
+    dparams = problem.no_gradients_of_params()
     output_grad, side = OutputGrad(saved, dout, grad_extras), OutputSide.of(problem)
     there, back = tour.trip.there, tour.trip.back
     own = q, *sharded(problem, problem.params).values(), *side.tensors(output_grad)

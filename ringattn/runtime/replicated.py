@@ -95,10 +95,8 @@ class Replicated(Asked):
         sums = iter(total[1:])
         summed = tuple(next(sums) if x.is_floating_point() else None for x in extras)
         output_grad = OutputGrad(saved, total[0].to(problem.dtype), summed)
-        dq = problem.rows(problem.heads, q.shape[2], problem.dim)
-        dk = problem.rows(problem.kv_heads, k.shape[2], problem.dim)
-        dv = problem.rows(problem.kv_heads, k.shape[2], problem.value_dim)
-        dparams = {name: torch.zeros_like(p, dtype=accumulator) for name, p in problem.params.items()}
+        dq, dk, dv = problem.no_gradients(q.shape[2], k.shape[2])
+        dparams = problem.no_gradients_of_params()
         if len(self.tiles):
             self.kernel.backward(problem, q, k, v, output_grad, self.tiles, (dq, dk, dv), dparams)
         if self.transport.rank == 0:  # what is of no key counts once

@@ -42,7 +42,9 @@ def forward(
     def compute(nth: int, gathered: list[Tensors]) -> list[Tensors]:
         results = []
         for (part, inner), given in zip(call.parts[nth], gathered, strict=True):
-            out, extras = _engine(inner).forward(inner, *given[:3], _cut(params, kinds, part, given[3:]), seed, number)
+            out, extras = _engine(inner).forward(
+                inner, *given[:3], _cut(call, params, kinds, part, given[3:]), seed, number
+            )
             if swap.keep:
                 kept.extend((*given, out, *extras))
             results.append([out, *(extras[at] for at in home)])
@@ -89,7 +91,7 @@ def backward(
         for (part, inner), given in zip(call.parts[nth], gathered, strict=True):
             before = [next(kept) for _ in range(known)] if swap.keep else given[:known]
             dlast, dextras = _grads(call, given[-len(arriving) :])
-            asked, results_of_part = _cut(params, kinds, part, before[3:first]), tuple(before[first:])
+            asked, results_of_part = _cut(call, params, kinds, part, before[3:first]), tuple(before[first:])
             grads = _engine(inner).backward(inner, *before[:3], asked, seed, number, results_of_part, dlast, dextras)
             results.append(totals.take(part, grads))
         return results
@@ -111,7 +113,7 @@ def _kinds(call: Call) -> dict[str, Kind | None]:
     """Of every param: which dims count heads and tokens where it is sharded; None where each rank has all of it."""
     mechanism = call.problem.mechanism
     return {
-        name: Kind(mechanism.heads_at.get(name, 0), mechanism.sharded[name]) if name in mechanism.sharded else None
+        name: Kind(mechanism.heads_dim(name), mechanism.sharded[name]) if name in mechanism.sharded else None
         for name in mechanism.params
     }
 
@@ -129,13 +131,17 @@ def _inputs(
 
 
 def _cut(
-    params: Sequence[torch.Tensor], kinds: Mapping[str, Kind | None], part: Part, gathered: Sequence[torch.Tensor]
+    call: Call,
+    params: Sequence[torch.Tensor],
+    kinds: Mapping[str, Kind | None],
+    part: Part,
+    gathered: Sequence[torch.Tensor],
 ) -> Tensors:
     """The params of a part's heads: those that were gathered, and of others the part."""
-    found = iter(gathered)
+    found, mechanism = iter(gathered), call.problem.mechanism
     return [
-        x.narrow(0, part.first, part.heads) if kind is None else next(found)
-        for x, kind in zip(params, kinds.values(), strict=True)
+        mechanism.of_heads(name, x, part.first, part.heads) if kind is None else next(found)
+        for x, (name, kind) in zip(params, kinds.items(), strict=True)
     ]
 
 
@@ -174,6 +180,7 @@ class _Totals:
     ) -> None:
         problem, swap = call.problem, call.swap
         summed = problem.accumulator if swap.adds_up else problem.dtype
+        self._mechanism = problem.mechanism
         self.q = torch.zeros_like(q)
         self.k, self.v = (torch.zeros_like(x, dtype=summed) for x in (k, v))
         self.params = [torch.zeros_like(x) for x in params]
@@ -204,7 +211,7 @@ class _Totals:
         """Those of a part which go home; those of params that each rank has are added up here."""
         found = dict(zip(self._by_name, (*grads[:3], *grads[3]), strict=True))
         for name in self._alone:
-            self._by_name[name].narrow(0, part.first, part.heads).add_(found[name])
+            self._mechanism.of_heads(name, self._by_name[name], part.first, part.heads).add_(found[name])
         return [found[name] for name in self._home]
 
     def arrive(self, part: Part, results: Tensors) -> None:
