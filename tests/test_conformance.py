@@ -14,7 +14,7 @@ from ringattn import reference
 from ringattn.conformance import Case, errors, oracle, simulated
 from tests.conformance import cases, cross_cases, lengths_of_documents, single_device
 
-many = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMIT = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 
@@ -25,8 +25,7 @@ def test_exact(case: Case) -> None:
     assert max(found.values()) <= LIMIT[case.dtype], found
 
 
-@pytest.mark.parametrize("kernel", ["onednn", "sdpa", "reference"])
-@pytest.mark.parametrize("schedule", ["ring", "route"])
+@pytest.mark.parametrize(("schedule", "kernel"), [("ring", "onednn"), ("route", "sdpa"), ("route", "reference")])
 def test_64_ranks(schedule: str, kernel: str) -> None:
     case = Case(length=1000, mask=ringattn.Causal(), ranks=64, groups=2, schedule=schedule, kernel=kernel)
     assert max(errors(simulated(case), oracle(case)).values()) <= 3e-6
@@ -84,7 +83,7 @@ def test_the_gradients_wire_dtype_costs_what_it_says(wire: str) -> None:
     assert max(found["dk"] - 2 * once["dk"], found["dv"] - 2 * once["dv"]) <= extra
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(case=cross_cases())
 def test_cross_attention_between_two_shardings(case: Case) -> None:
     found = errors(simulated(case), oracle(case))

@@ -23,7 +23,7 @@ def test_the_trainer_checks_itself_with_zero(tmp_path: Path, stage: int) -> None
     done = subprocess.run(
         [sys.executable, "launch/train.py", *options, *more, *MODEL],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
