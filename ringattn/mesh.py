@@ -191,6 +191,11 @@ class Mesh:
         return self.node if self.node is None or self.data == 1 else math.gcd(self.node, self.sequence_size)
 
     @property
+    def crosses_nodes(self) -> bool:
+        """Whether the ranks that share a sequence are of several nodes, as far as that is known."""
+        return self.sequence_node is not None and self.sequence_node < self.sequence_size
+
+    @property
     def sequence_rank(self) -> int:
         """This rank among those that share its sequence."""
         return self.rank % self.sequence_size

@@ -30,6 +30,16 @@ def test_fewer_bytes_between_nodes_decide_where_all_take_as_long() -> None:
     assert "route(node_aware)" in groups.reason and "between nodes" in groups.reason
 
 
+def test_sequences_that_begin_within_nodes_are_of_several() -> None:
+    """Three replicas of 64 ranks on two nodes of 96: the second's first half is on the first."""
+    mesh = ringattn.Mesh(ring=64, data=3, rank=0, node=96)
+    sharding = ringattn.Sharding(LONG, mesh, "contiguous", ringattn.Causal())
+    plan = ringattn.plan(ringattn.Causal(), sharding, **SHAPE)
+    assert mesh.sequence_node == 32 and "route(node_aware)" in plan.reason
+    alone = ringattn.Sharding(LONG, ringattn.Mesh(ring=32, data=6, rank=0, node=64), "contiguous", ringattn.Causal())
+    assert "route(node_aware)" not in ringattn.plan(ringattn.Causal(), alone, **SHAPE).reason
+
+
 def test_heads_that_would_make_a_rank_wait_for_others_are_not_dealt() -> None:
     uneven = _plan(ring=2, ulysses=3, heads=(4, 4))
     assert not isinstance(uneven, UlyssesPlan) and "ulysses(auto)" in uneven.reason

@@ -144,8 +144,8 @@ MAY: dict[str, str] = {
     "schedules.wave transports.base plans.swap plans.ulysses runtime.dealing schedules.ulysses plans.choice "
     "runtime.arguments",
     "runtime.all_to_all": "plans.deal plans.swap transports.base",
-    "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engine runtime.passing "
-    "runtime.wave",
+    "runtime.engines": "runtime.call runtime.deterministic runtime.engine runtime.passing runtime.wave",
+    "runtime.ulysses": "mechanisms.base plans.deal runtime.all_to_all runtime.call runtime.engines",
     "runtime.dealing": "errors mechanisms.base mechanisms.ordered plans.deal plans.swap runtime.call",
     "runtime.wave": "mechanisms.base mechanisms.ordered mechanisms.walk payloads.base payloads.keys plans.wavefront "
     "runtime.call runtime.messages",
@@ -170,8 +170,8 @@ MAY: dict[str, str] = {
     "runtime.heads": "mechanisms.base payloads.base",
     "runtime.engine": "mechanisms.base payloads.base plans.shape runtime.call runtime.heads runtime.messages "
     "runtime.preparing",
-    "runtime.op": "handles runtime.call runtime.deterministic runtime.engine runtime.passing runtime.request "
-    "runtime.running runtime.spelling runtime.transforms runtime.wave transports.base runtime.ulysses",
+    "runtime.op": "handles runtime.call runtime.request runtime.running runtime.spelling runtime.transforms "
+    "transports.base runtime.ulysses runtime.engines",
     "payloads.base": "kernels.base mechanisms.base plans.tiles",
     "payloads.columns": "",
     "payloads.outputs": "mechanisms.base payloads.columns",

@@ -112,7 +112,7 @@ def best_schedule(
     rates = Rates() if mesh.links is None else rates_of(mesh.links.latency, mesh.links.bandwidth)
     estimates = Estimates(demand, shape, mechanism, rates)
     flat: list[Schedule] = [Route()]
-    if mesh.node is not None and mesh.node < mesh.sequence_size:
+    if mesh.crosses_nodes:
         flat.append(Route(node_aware=True))
     if not np.array_equal(demand.q_spans, demand.k_spans) and PassQ.serves(mechanism or Softmax()):
         flat.append(PassQ())

@@ -79,16 +79,38 @@ def plan(
     instance(sharding, Sharding, "sharding", "a ringattn.Sharding")
     kv = sharding if kv_sharding is None else instance(kv_sharding, Sharding, "kv_sharding", "a ringattn.Sharding")
     _check_mechanism(mechanism)
-    asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
-    reason = ""
-    if asked is None:
-        asked, reason = _auto(mask, sharding, kv, mechanism, shape)
+    shape = shape_of(heads, head_dims, dtype, batch, mechanism)
+    asked, reason = _resolved(schedule, mask, (sharding, kv), heads, mechanism, shape)
     if isinstance(asked, Ulysses):
         along = along_ring(asked, sharding.mesh, heads)
         inner = flat_plan(mask, sharding.grouped, along, kv.grouped, mechanism)
         made: Plan = _composed(asked, inner, (sharding, kv), heads)
     else:
         made = flat_plan(mask, sharding, asked, kv, mechanism)
+    return _told(made, reason, shape, mechanism)
+
+
+def _resolved(
+    schedule: Scheme | str,
+    mask: Mask,
+    shardings: tuple[Sharding, Sharding],
+    heads: tuple[int, int] | None,
+    mechanism: Mechanism | None,
+    shape: Shape | None,
+) -> tuple[Scheme | None, str]:
+    """The schedule, as asked for or by ``auto``, which the sharding keeps, and why; None for ring, route or scan."""
+    asked, (sharding, kv) = named_schedule(schedule, heads), shardings
+    if asked is not None:
+        return asked, ""
+    key = (mask, _other(sharding, kv), shape, None if mechanism is None else mechanism.text)
+    if key not in sharding.plans:
+        sharding.plans.keep(key, _auto(mask, sharding, kv, mechanism, shape))
+    found: tuple[Scheme | None, str] = sharding.plans[key]
+    return found
+
+
+def _told(made: Plan, reason: str, shape: Shape | None, mechanism: Mechanism | None) -> Plan:
+    """A plan that knows its shape, and why its schedule was taken."""
     return shaped(dataclasses.replace(made, reason=reason or made.reason), shape, mechanism)
 
 
@@ -97,8 +119,7 @@ def _auto(
 ) -> tuple[Scheme | None, str]:
     """What ``auto`` takes, and why, where there is more to choose than by which keys travel; else None."""
     mesh = sharding.mesh
-    crossing = mesh.node is not None and mesh.node < mesh.sequence_size
-    if shape is None or mesh.sequence_size == 1 or not (crossing or mesh.ulysses > 1 or kv != sharding):
+    if shape is None or mesh.sequence_size == 1 or not (mesh.crosses_nodes or mesh.ulysses > 1 or kv != sharding):
         return None, ""
     grouped = _demand(mask, sharding.grouped, kv.grouped) if mesh.ulysses > 1 else None
     return best_schedule(_demand(mask, sharding, kv), grouped, shape, mechanism, mesh)
@@ -132,18 +153,17 @@ def verified_plan(
     Raises:
         PlanError: the plan is wrong.
     """
-    taken, kv = named_schedule(schedule, shape.get("heads")), sharding if kv_sharding is None else kv_sharding
-    made, reason = shape_of(mechanism=mechanism, **shape), ""
-    if taken is None and not deterministic:
-        key = (mask, _other(sharding, kv), made, None if mechanism is None else mechanism.text)
-        if key not in sharding.plans:
-            sharding.plans.keep(key, _auto(mask, sharding, kv, mechanism, made))
-        taken, reason = sharding.plans[key]
-    if not isinstance(taken, Ulysses):
-        found: Plan = _verified(mask, sharding, taken, kv, mechanism)
+    kv = sharding if kv_sharding is None else kv_sharding
+    heads, made = shape.get("heads"), shape_of(mechanism=mechanism, **shape)
+    if deterministic:
+        taken, reason = named_schedule(schedule, heads), ""
     else:
-        found = _verified_in_groups(mask, sharding, taken, kv, mechanism, shape.get("heads"))
-    return shaped(dataclasses.replace(found, reason=reason or found.reason), made, mechanism)
+        taken, reason = _resolved(schedule, mask, (sharding, kv), heads, mechanism, made)
+    if isinstance(taken, Ulysses):
+        found: Plan = _verified_in_groups(mask, sharding, taken, kv, mechanism, heads)
+    else:
+        found = _verified(mask, sharding, taken, kv, mechanism)
+    return _told(found, reason, made, mechanism)
 
 
 def _verified_in_groups(
@@ -269,18 +289,16 @@ def plan_all(
         )
     sharding = Sharding(length, mesh, layout, mask)
     kv_sharding = sharding if kv_length is None else Sharding(kv_length, mesh, sharding.layout)
-    asked, shape = named_schedule(schedule, heads), shape_of(heads, head_dims, dtype, batch, mechanism)
-    reason = ""
-    if asked is None:
-        asked, reason = _auto(mask, sharding, kv_sharding, mechanism, shape)
+    shape = shape_of(heads, head_dims, dtype, batch, mechanism)
+    asked, reason = _resolved(schedule, mask, (sharding, kv_sharding), heads, mechanism, shape)
     if not isinstance(asked, Ulysses):
         plans = _all_flat(mask, sharding, asked, kv_sharding, mechanism)
-        return [shaped(dataclasses.replace(x, reason=reason or x.reason), shape, mechanism) for x in plans]
+        return [_told(x, reason, shape, mechanism) for x in plans]
     along = along_ring(asked, mesh, heads)
     rings = _all_flat(mask, sharding.grouped, along, kv_sharding.grouped, mechanism)
     shardings = sharding, kv_sharding
     made = (_composed(asked, rings[rank // ulysses], shardings, heads, rank) for rank in range(mesh.sequence_size))
-    return [shaped(dataclasses.replace(x, reason=reason or x.reason), shape, mechanism) for x in made]
+    return [_told(x, reason, shape, mechanism) for x in made]
 
 
 def _all_flat(

@@ -25,12 +25,9 @@ import numpy as np
 import torch
 
 from ringattn.handles import found
-from ringattn.runtime import deterministic as deterministic_engine
-from ringattn.runtime import engine
-from ringattn.runtime import passing as passing_engine
-from ringattn.runtime import ulysses as ulysses_engine
-from ringattn.runtime import wave as wave_engine
-from ringattn.runtime.call import Call, PassCall, TileCall, UlyssesCall, WaveCall
+from ringattn.runtime import ulysses
+from ringattn.runtime.call import Call, UlyssesCall
+from ringattn.runtime.engines import engine_along
 from ringattn.runtime.request import Request, problem_of, wanted_gradients
 from ringattn.runtime.running import running
 from ringattn.runtime.spelling import unspelled
@@ -185,13 +182,7 @@ def _attention_backward_fake(
 
 
 def _engine(call: Call) -> ModuleType:
-    if isinstance(call, WaveCall):
-        return wave_engine
-    if isinstance(call, PassCall):
-        return passing_engine
-    if isinstance(call, UlyssesCall):
-        return ulysses_engine
-    return deterministic_engine if isinstance(call, TileCall) and call.to_queries is not None else engine
+    return ulysses if isinstance(call, UlyssesCall) else engine_along(call)
 
 
 for name, implementation, fake in (

@@ -9,15 +9,14 @@ Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``, out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 
 import torch
 
 from ringattn.mechanisms.base import State
 from ringattn.plans.deal import Part, is_shared
-from ringattn.runtime import engine, passing, wave
 from ringattn.runtime.all_to_all import KEYS, QUERIES, AllToAlls, Kind, Tensors, Travelling, heads_of
-from ringattn.runtime.call import Call, PassCall, UlyssesCall, WaveCall
+from ringattn.runtime.call import Call, UlyssesCall
+from ringattn.runtime.engines import engine_along
 
 Inputs = list[tuple[torch.Tensor, Kind]]
 
@@ -42,7 +41,7 @@ def forward(
     def compute(nth: int, gathered: list[Tensors]) -> list[Tensors]:
         results = []
         for (part, inner), given in zip(call.parts[nth], gathered, strict=True):
-            out, extras = _engine(inner).forward(
+            out, extras = engine_along(inner).forward(
                 inner, *given[:3], _cut(call, params, kinds, part, given[3:]), seed, number
             )
             if swap.keep:
@@ -92,7 +91,9 @@ def backward(
             before = [next(kept) for _ in range(known)] if swap.keep else given[:known]
             dlast, dextras = _grads(call, given[-len(arriving) :])
             asked, results_of_part = _cut(call, params, kinds, part, before[3:first]), tuple(before[first:])
-            grads = _engine(inner).backward(inner, *before[:3], asked, seed, number, results_of_part, dlast, dextras)
+            grads = engine_along(inner).backward(
+                inner, *before[:3], asked, seed, number, results_of_part, dlast, dextras
+            )
             results.append(totals.take(part, grads))
         return results
 
@@ -100,13 +101,6 @@ def backward(
     all_to_alls.around([*again, *arriving], compute, totals.travelling, totals.arrive)
     compare()
     return totals.q, totals.k, totals.v, totals.params
-
-
-def _engine(call: Call) -> ModuleType:
-    """That of a part's call along the ring."""
-    if isinstance(call, PassCall):
-        return passing
-    return wave if isinstance(call, WaveCall) else engine
 
 
 def _kinds(call: Call) -> dict[str, Kind | None]:
