@@ -36,6 +36,7 @@ from ringattn.transports.told import CarefulStore
 
 POLL = 0.5  # seconds from one look to the next
 PATIENCE = 2.0  # seconds for which the store is waited for, and what other ranks say
+GRACE = 0.3  # seconds in which a rank that has closed a connection, and lives, says why
 TAG = 1 << 20  # of a message that nobody sends
 INSTANT = datetime.timedelta(milliseconds=1)
 REASON = 400  # characters of an exception
@@ -127,6 +128,8 @@ class News:
     def failed(self, place: Place, among: Sequence[int], error: RuntimeError, timeout: float) -> TransportError:
         """The error of a wait that has failed, after telling and hearing the others."""
         why, advice = _reason(error, timeout)
+        if why == ENDED:  # or Gloo has closed it at the other end, where a wait was over and the reason is known
+            self._give_time()
         self.place = place if self.loss else place._replace(why=why)
         self._tell(Loss(self.rank, place.peer, among, place.what, why, advice))
         return self.error(place)
@@ -180,6 +183,15 @@ class News:
             lost, why = place.peer, place.why or why  # of a live rank that waits for another
             said[lost] = self._said(lost, end)
         return [lost], why, said
+
+    def _give_time(self) -> None:
+        """Returns when there is news of another rank, or there has been time for it."""
+        end = time.monotonic() + GRACE
+        while self.loss is None and self._store.there and time.monotonic() < end:
+            if said := self._store.read(f"{self._key}/first"):
+                self._hear(Loss(**json.loads(said)))
+            else:
+                time.sleep(0.02)
 
     def _tell(self, loss: Loss) -> None:
         """To all ranks, unless another has told first."""
