@@ -25,9 +25,14 @@ slow = [HealthCheck.too_slow]
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True, suppress_health_check=slow)
 settings.load_profile("suite")
 
-# Small tensors gain nothing from a second thread, and matrix products of another number of threads round otherwise:
-# the suite compares bits with the Gloo ranks, which have one thread each.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Every test begins with one thread, whatever another has left: matrix products of more round otherwise.
+
+    The suite compares bits with the Gloo ranks, which have one each, and small tensors gain nothing from a second.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,7 @@ def simulate(fn: Callable[..., Any], *args: Any, ring: int, ulysses: int = 1, no
         failure: BaseException | None = None
         try:
             hub.begin(rank)
-            torch.get_num_threads()  # as the caller set it: until it is asked for, a new thread's products use all cores
+            torch.get_num_threads()  # before a new thread has asked for the caller's number, its products use all cores
             mesh = Mesh.virtual(ring, ulysses, rank, node, transport=transports[rank])
             # Autograd's device threads would be shared by the ranks, and one waiting rank would stop them all.
             with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad_enabled):

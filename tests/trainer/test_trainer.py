@@ -48,15 +48,6 @@ def plain(trainer: ModuleType, config: Config, mesh: ringattn.Mesh) -> Plain:
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    """Tensors this small are quicker without a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("positions", ["document", "global"])
 @pytest.mark.parametrize("ring", [2, 3, 4])
 def test_loss_and_gradients_are_those_of_one_rank(
