@@ -129,20 +129,48 @@ class Messages:
         first = np.where(after < 0, np.arange(len(cost)), after)
         distance = (self.receiver - self.sender) % self.size
         order = np.lexsort((self.receiver, distance, after >= 0, first, distance[first], -cost[first]))
-        ins, outs = ([[[0, 0]] for _ in range(self.size)] for _ in range(2))  # by rank and exchange: cost and rows
         stage = np.zeros(len(order) + 1, dtype=np.int64)  # the last is that of what nobody has passed on
+        ins, outs = _Ends(self.size), _Ends(self.size)
         columns = (order, self.receiver[order], self.sender[order], cost[order], self.rows[order], after[order])
         for nth, receiver, sender, takes, rows, behind in zip(*(x.tolist() for x in columns), strict=True):
-            ends, at = (ins[receiver], outs[sender]), int(stage[behind])
-            while True:
-                for end in ends:
-                    while len(end) <= at:
-                        end.append([0, 0])
-                if all(end[at][0] + takes <= share and (not end[at][1] or end[at][1] + rows <= buffer) for end in ends):
-                    break
+            at, room, place = int(stage[behind]), share - takes, buffer - rows
+            costs, counts, costs_out, counts_out = *ins[receiver], *outs[sender]
+            while (
+                costs[at] > room
+                or costs_out[at] > room
+                or (counts[at] > place and counts[at])
+                or (counts_out[at] > place and counts_out[at])
+            ):
                 at += 1
-            for end in ends:
-                end[at][0] += takes
-                end[at][1] += rows
+                if at == len(ins):
+                    ins.grow()
+                    outs.grow()
+            costs[at] += takes
+            costs_out[at] += takes
+            counts[at] += rows
+            counts_out[at] += rows
             stage[nth] = at + 1
+            if at + 1 == len(ins):  # behind which something may be passed on
+                ins.grow()
+                outs.grow()
         return stage[:-1]
+
+
+class _Ends:
+    """What the messages at one end of every rank's links carry, by rank and exchange: costs, and rows."""
+
+    def __init__(self, size: int) -> None:
+        self._ends = [([0], [0]) for _ in range(size)]
+
+    def __len__(self) -> int:
+        """So many exchanges."""
+        return len(self._ends[0][0])
+
+    def __getitem__(self, rank: int) -> tuple[list[int], list[int]]:
+        return self._ends[rank]
+
+    def grow(self) -> None:
+        """One exchange more, of none of which there is anything yet."""
+        for costs, rows in self._ends:
+            costs.append(0)
+            rows.append(0)
