@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TypeVar
 
 import numpy as np
@@ -123,5 +124,5 @@ def grouped(keys: Array, rows: Array) -> list[tuple[int, Array]]:
     """The runs of rows with equal keys."""
     if not len(keys):
         return []
-    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return [(int(keys[i]), part) for i, part in zip(first, np.split(rows, first[1:]), strict=True)]
+    edges = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
+    return [(int(keys[start]), rows[start:stop]) for start, stop in itertools.pairwise(edges)]
