@@ -142,15 +142,12 @@ class Messages:
                 or (counts_out[at] > place and counts_out[at])
             ):
                 at += 1
-                if at == len(ins):
-                    ins.grow()
-                    outs.grow()
             costs[at] += takes
             costs_out[at] += takes
             counts[at] += rows
             counts_out[at] += rows
             stage[nth] = at + 1
-            if at + 1 == len(ins):  # behind which something may be passed on
+            if at + 1 == len(ins):  # there is always an empty one behind all others, which has room
                 ins.grow()
                 outs.grow()
         return stage[:-1]

@@ -283,9 +283,7 @@ def verify(plans: Sequence[Plan]) -> None:
             raise PlanError(f"Rank {plan.rank} and rank {leader.rank} of its group do not do the same along the ring.")
         if plan is leader or plan.inner is not leader.inner:
             plan.verify()
-    verification.verify_exchanges(
-        "heads for sequence",
-        [[exchange for both in plan.swaps for exchange in both if exchange] for plan in groups],
-        [plan.swap.members for plan in groups],
-    )
+    name, swaps = "heads for sequence", [[x for both in plan.swaps for x in both if x] for plan in groups]
+    members = [plan.swap.members for plan in groups]
+    verification.verify_exchanges(name, swaps, verification.paired(name, swaps), members)
     verification.verify([plan.inner for plan in groups[:: len(groups[0].swap.members)]])

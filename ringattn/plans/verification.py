@@ -9,7 +9,7 @@ That every pair is computed once is checked by fingerprint: see `coverage`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from ringattn.plans.tiles import Tiles
 
 Meets = list[list[list[tuple[int, int]]]]
 """For every exchange of every rank, the exchanges (rank, index) that its messages meet."""
+
+Pairs = list[tuple[tuple[int, int, Item], tuple[int, int, Item]]]
+"""Every message, sent and received, each with its rank and the number of its exchange."""
 
 
 def verify_rank(plan: Program, keys: Keys | None = None) -> None:
@@ -81,8 +84,9 @@ def verify(plans: Sequence[Program]) -> None:
         ("forward", [[s.exchange for s in plan.steps if s.exchange] for plan in plans]),
         ("backward", [[s.exchange for s in plan.backward_steps if s.exchange] for plan in plans]),
     ):
-        _verify_content(name, plans, exchanges, keys)
-        meets = verify_exchanges(name, exchanges, [range(len(plans))] * len(plans))
+        pairs = paired(name, exchanges)
+        _verify_content(name, plans, pairs, keys)
+        meets = verify_exchanges(name, exchanges, pairs, [range(len(plans))] * len(plans))
         verify_progress(name, [[exchange.phase for exchange in own] for own in exchanges], meets)
 
 
@@ -239,8 +243,10 @@ def _positions(plan: Program, item: Item, keys: Keys) -> list[Array]:
     return [np.concatenate(out)] if item.payload.per_key else out
 
 
-def verify_exchanges(name: str, exchanges: Sequence[Sequence[Exchange]], groups: Sequence[Sequence[int]]) -> Meets:
-    """Checks that the messages of all ranks' exchanges meet one another, and that these are what they are declared.
+def verify_exchanges(
+    name: str, exchanges: Sequence[Sequence[Exchange]], pairs: Pairs, groups: Sequence[Sequence[int]]
+) -> Meets:
+    """Checks that the exchanges of all ranks are what they are declared.
 
     Where one is declared to be a collective, a transport may have every rank of the group make one call of a library's
     in place of its messages. So one says it only if all others do, each has one message to and from every other rank
@@ -249,6 +255,7 @@ def verify_exchanges(name: str, exchanges: Sequence[Sequence[Exchange]], groups:
     and one waits for those whose messages it would have waited for. In an all-gather each sends all others the same.
 
     Args:
+        pairs: their messages, by `paired`.
         groups: of every rank, the group of which its exchanges may be collectives.
 
     Returns:
@@ -258,7 +265,7 @@ def verify_exchanges(name: str, exchanges: Sequence[Sequence[Exchange]], groups:
         PlanError: says which rank and exchange.
     """
     meets: Meets = [[[] for _ in own] for own in exchanges]
-    for (sender, i, _), (receiver, j, _) in _pairs(name, exchanges):
+    for (sender, i, _), (receiver, j, _) in pairs:
         meets[sender][i].append((receiver, j))
         meets[receiver][j].append((sender, i))
     for rank, own in enumerate(exchanges):
@@ -288,9 +295,9 @@ def _carry_the_same(a: Sequence[Array], b: Sequence[Array]) -> bool:
     return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
-def _verify_content(name: str, plans: Sequence[Program], exchanges: Sequence[Sequence[Exchange]], keys: Keys) -> None:
+def _verify_content(name: str, plans: Sequence[Program], pairs: Pairs, keys: Keys) -> None:
     """Checks that every message carries what its receiver takes it for."""
-    for (sender, i, send), (receiver, j, receive) in _pairs(name, exchanges):
+    for (sender, i, send), (receiver, j, receive) in pairs:
         if (send.gradient, send.slice) != (receive.gradient, receive.slice) or not _carry_the_same(
             _positions(plans[sender], send, keys), _positions(plans[receiver], receive, keys)
         ):
@@ -300,10 +307,9 @@ def _verify_content(name: str, plans: Sequence[Program], exchanges: Sequence[Seq
             )
 
 
-def _pairs(
-    name: str, exchanges: Sequence[Sequence[Exchange]]
-) -> Iterator[tuple[tuple[int, int, Item], tuple[int, int, Item]]]:
-    """Every message, sent and received, each with its rank and the number of its exchange: first in, first out."""
+def paired(name: str, exchanges: Sequence[Sequence[Exchange]]) -> Pairs:
+    """Which message of the receiver each message is, first in, first out. Raises PlanError where one has no other."""
+    pairs: Pairs = []
     queues: dict[tuple[int, int, bool], list[tuple[int, Item]]] = {}
     for rank, own in enumerate(exchanges):
         for index, exchange in enumerate(own):
@@ -319,7 +325,8 @@ def _pairs(
                 f"which receives {len(receives)} from it."
             )
         for (i, send), (j, receive) in zip(sends, receives, strict=True):
-            yield (sender, i, send), (receiver, j, receive)
+            pairs.append(((sender, i, send), (receiver, j, receive)))
+    return pairs
 
 
 def verify_progress(name: str, exchanges: Sequence[Sequence[int]], meets: Meets) -> None:

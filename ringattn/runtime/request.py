@@ -31,7 +31,7 @@ from ringattn.plans.wave import WavePlan, plan_wave
 from ringattn.readable import dtype_name
 from ringattn.runtime import agreement
 from ringattn.runtime.arguments import check_extras, check_part, check_tensors, is_dense
-from ringattn.runtime.call import Call, PassCall, TileCall, UlyssesCall, WaveCall
+from ringattn.runtime.call import Asked, Call, PassCall, TileCall, UlyssesCall, WaveCall
 from ringattn.runtime.dealing import dealt, part_of_first
 from ringattn.runtime.gathering import Gathering, to_keys, to_queries
 from ringattn.runtime.spelling import spelled
@@ -210,7 +210,7 @@ class Request:
             return self._dealt(Call(*known), own.swap, kernel, own.inner)
         kernel, _ = chosen_kernel(self.kernel, problem, Work.from_plan(own), decide=decide, rates=self._rates)
         if isinstance(own, PassPlan):
-            alike = Call(*known).returning(self.returned)
+            alike = Asked(problem, transport, fields).returning(self.returned)
             extras = tuple(map(problem.mechanism.extras.index, self.returned))
             return PassCall(problem, transport, alike, wanted, self.spelling(), own, kernel, extras)
         before = self._before(problem, own, transport, fields)

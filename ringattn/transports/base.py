@@ -215,8 +215,6 @@ class Transport(ABC):
             TransportError: a message to oneself, to nobody, or from a buffer that is not contiguous; or not one, which
                 is not empty, to and from each other rank where a collective is declared.
         """
-        if not sends and not receives:
-            return Handle(None, self.counters)
         sends, sent = self._checked(sends)
         receives, received = self._checked(receives)
         if control:

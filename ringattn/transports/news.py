@@ -186,12 +186,8 @@ class News:
 
     def _give_time(self) -> None:
         """Returns when there is news of another rank, or there has been time for it."""
-        end = time.monotonic() + GRACE
-        while self.loss is None and self._store.there and time.monotonic() < end:
-            if said := self._store.read(f"{self._key}/first"):
-                self._hear(Loss(**json.loads(said)))
-            else:
-                time.sleep(0.02)
+        if said := self._awaited("first", time.monotonic() + GRACE):
+            self._hear(Loss(**json.loads(said)))
 
     def _tell(self, loss: Loss) -> None:
         """To all ranks, unless another has told first."""
@@ -208,11 +204,16 @@ class News:
         """Where another rank is, by itself; None where it says nothing until then."""
         if rank == self.rank:
             return self.place
-        said = self._store.read(f"{self._key}/{rank}")
+        said = self._awaited(str(rank), end)
+        return Place(*json.loads(said)) if said else None
+
+    def _awaited(self, key: str, end: float) -> str:
+        """What is in the store, as soon as it is; nothing where nothing is until then."""
+        said = self._store.read(f"{self._key}/{key}")
         while not said and self._store.there and time.monotonic() < end:
             time.sleep(0.02)
-            said = self._store.read(f"{self._key}/{rank}")
-        return Place(*json.loads(said)) if said else None
+            said = self._store.read(f"{self._key}/{key}")
+        return said
 
     def _linger(self, end: float) -> None:
         """Rank 0 may host the store: it stays until the others have heard."""
